@@ -1,0 +1,43 @@
+"""Implicit vision prompt tuning: two equilibrium layers around a frozen backbone.
+
+Importing the package needs torch alone; timm, torchvision and the training
+dependencies are imported when a name that needs them is first used.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LionLayer": "lion_fast.layer",
+    "replace_layers": "lion_fast.layer",
+    "ImplicitLayer": "lion_fast.solvers",
+    "SolveInfo": "lion_fast.solvers",
+    "LionModel": "lion_fast.methods.lion",
+    "create": "lion_fast.methods",
+    "load_backbone": "lion_fast.backbones",
+    "load_adapter": "lion_fast.adapters",
+    "save_adapter": "lion_fast.adapters",
+    "load_data": "lion_fast.data",
+}
+_MODULES = (
+    "adapters", "backbones", "contraction", "data", "errors", "functional", "layer",
+    "methods", "reference", "solvers", "training", "weights",
+)  # fmt: skip
+
+__all__ = ["__version__", *_WHERE, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        value = getattr(import_module(_WHERE[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"lion_fast.{name}")
+    else:
+        raise AttributeError(f"module 'lion_fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,45 @@
+"""The package: two import names from two folders; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "lion_fast/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+LION_FAST = find_packages(str(HERE), include=["lion_fast", "lion_fast.*"])
+
+TRAIN = [
+    "timm>=1.0",
+    "torchvision>=0.21",
+    "accelerate>=1.2",
+    "safetensors>=0.4",
+    "pillow>=10",
+    "numpy>=1.26",
+    "pyyaml>=6",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+]
+
+setup(
+    name="lion-fast",
+    version=VERSION,
+    description="Implicit vision prompt tuning: equilibrium layers around a frozen backbone, made fast",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*LION_FAST, "lion_kernels"],
+    package_dir={"lion_fast": "lion_fast", "lion_kernels": "kernels/lion_kernels"},
+    package_data={"lion_fast": ["py.typed", "**/*.json"], "lion_kernels": ["py.typed", "*.json"]},
+    install_requires=["torch>=2.6", *TRAIN],
+    extras_require={
+        "weights": ["onnx>=1.16"],
+        "tensorboard": ["tensorboard>=2.16"],
+    },
+    entry_points={"console_scripts": ["lion-fast=lion_fast.cli:main"]},
+    zip_safe=False,
+)
