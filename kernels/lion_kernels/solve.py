@@ -1,0 +1,136 @@
+"""The whole equilibrium solve in one launch: x is read, the state iterates on chip, out is written.
+
+One program owns BLOCK_T token rows. It forms q = x A^T + b in float32 registers, iterates
+z <- z + damping (phi(z W^T + q) - z) without touching memory until every row of its tile is done,
+and streams (x +) z V^T + c out. Each row stops by its own residual and then keeps its state, so the
+result of a row does not depend on the rows it shares a tile with.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lion_kernels import launch
+from lion_kernels.activations import activate
+from lion_kernels.reference import STATE_FLOOR
+
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def as_operand(tile, KIND: tl.constexpr):
+    """A tile in the dtype in which it enters a product: "fp16", "bf16" or "fp32"."""
+    if KIND == "fp16":
+        return tile.to(tl.float16)
+    elif KIND == "bf16":
+        return tile.to(tl.bfloat16)
+    else:
+        tl.static_assert(KIND == "fp32")
+        return tile.to(tl.float32)
+
+
+@triton.jit
+def relative_change(new, old, floor):
+    """|new - old| / (|new| + floor) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
+    moved = tl.sqrt(tl.sum((new - old) * (new - old), axis=1))
+    change = moved / (tl.sqrt(tl.sum(new * new, axis=1)) + floor)
+    return tl.where(change < INFINITY, change, INFINITY)
+
+
+@triton.jit(do_not_specialize=["T", "max_iter"])
+def _solve_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    w_ptr,
+    b_ptr,
+    v_ptr,
+    c_ptr,
+    out_ptr,
+    p_ptr,
+    change_ptr,
+    count_ptr,
+    T,
+    max_iter,
+    tol,
+    damping,
+    floor,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACT: tl.constexpr,
+    MATH: tl.constexpr,
+    INPUT: tl.constexpr,
+    LOOP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DAMPED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SAVE: tl.constexpr,
+    CHECK_EVERY: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    i = tl.arange(0, BLOCK_T)
+    r = tl.arange(0, BLOCK_R)
+    valid = i < T - first
+    x_tile = x_ptr + first * D
+
+    # Columns beyond R are zero in A, W, V and b, and phi(0) = 0: the padded state is exactly zero.
+    b = tl.load(b_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+    q = tl.zeros([BLOCK_T, BLOCK_R], tl.float32) + b[None, :]
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_tile + i[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        a = tl.load(a_ptr + r[None, :] * D + d[:, None], mask=(r < R)[None, :] & (d < D)[:, None], other=0.0)
+        q = tl.dot(as_operand(x, INPUT), as_operand(a, INPUT), q, input_precision=PRECISION)
+
+    square = (r < R)[:, None] & (r < R)[None, :]
+    w = as_operand(tl.load(w_ptr + r[None, :] * R + r[:, None], mask=square, other=0.0), LOOP)  # W^T
+    z = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    change = tl.full([BLOCK_T], INFINITY, tl.float32)
+    count = tl.zeros([BLOCK_T], tl.int32)
+    active = valid
+    running = 1
+    k = 0
+    while (k < max_iter) & (running > 0):
+        k += 1
+        new = activate(tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION), ACT, MATH)
+        count += active.to(tl.int32)
+        if CHECK_EVERY == 1:
+            change = tl.where(active, relative_change(new, z, floor), change)
+            active = active & (change < INFINITY) & (change > tol)
+            running = tl.max(active.to(tl.int32), axis=0)
+        else:
+            if (k % CHECK_EVERY == 0) | (k == max_iter):
+                change = tl.where(active, relative_change(new, z, floor), change)
+                active = active & (change < INFINITY) & (change > tol)
+                running = tl.max(active.to(tl.int32), axis=0)
+            else:
+                finite = tl.sum(new * new, axis=1) < INFINITY
+                change = tl.where(active & (finite == 0), INFINITY, change)
+                active = active & finite
+        # The state before the last application is kept, from which its pre-activation is recomputed.
+        proceed = active & (k < max_iter)
+        if DAMPED:
+            new = z + damping * (new - z)
+        z = tl.where(proceed[:, None], new, z)
+
+    p = tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION)
+    p = tl.where((change < INFINITY)[:, None], p, z)
+    tl.store(change_ptr + first + i, change, mask=valid)
+    tl.store(count_ptr + first + i, count, mask=valid)
+    if SAVE:
+        tl.store(p_ptr + first * R + i[:, None] * R + r[None, :], p, mask=valid[:, None] & (r < R)[None, :])
+
+    h = as_operand(activate(p, ACT, MATH), INPUT)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        v = tl.load(v_ptr + d[None, :] * R + r[:, None], mask=(d < D)[None, :] & (r < R)[:, None], other=0.0)
+        c = tl.load(c_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        out = tl.dot(h, as_operand(v, INPUT), input_precision=PRECISION) + c[None, :]
+        tile = i[:, None] * D + d[None, :]
+        mask = valid[:, None] & (d < D)[None, :]
+        if RESIDUAL:
+            out += tl.load(x_tile + tile, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + first * D + tile, out, mask=mask)
