@@ -3,10 +3,14 @@
 Nothing here imports Triton or asks a device before a kernel is launched.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
+from lion_kernels.reference import ACTIVATIONS, ADJOINT_FLOOR, STATE_FLOOR
 
 MAX_STATE = 256
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -122,6 +126,63 @@ def numerics(dtype: torch.dtype) -> dict[str, str]:
             "PRECISION": "ieee",
         }
     return {"MATH": "ptx", "INPUT": kind, "LOOP": "fp16", "PRECISION": "ieee"}
+
+
+
+def choose(op: str, rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """`config` for the capability of `device`."""
+    return config(op, rows, width, state, dtype, capability(device))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the device of `x` the current one, where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def check_shapes(x: Tensor, **given: Tensor) -> None:
+    """Asserts that x is [T, D] and that the other arguments fit it, by their names in the mathematics."""
+    assert x.ndim == 2, f"tokens must be [T, D]; got {list(x.shape)}"
+    D, R = x.shape[1], given["A"].shape[0]
+    shapes = {"A": [R, D], "W": [R, R], "b": [R], "V": [D, R], "c": [D], "p": [x.shape[0], R]}
+    shapes["grad_out"] = list(x.shape)
+    for name, t in given.items():
+        assert list(t.shape) == shapes[name], f"{name} must be {shapes[name]}; got {list(t.shape)}"
+        assert t.device == x.device, f"{name} is on {t.device}, the tokens are on {x.device}"
+
+
+def _shape_constants(config: Config, width: int, state: int, floor: float) -> dict[str, object]:
+    return {
+        "D": width,
+        "R": state,
+        "FLOOR": floor * state**0.5,
+        "BLOCK_T": config.block_t,
+        "BLOCK_R": padded_state(state),
+        "BLOCK_D": config.block_d,
+        "CHECK_EVERY": config.check_every,
+    }
+
+
+def solve_constants(
+    config: Config,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    activation: str,
+    damping: float,
+    residual: bool,
+    save: bool,
+) -> dict[str, object]:
+    """The compile-time arguments of the solve kernel."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    return {
+        **_shape_constants(config, width, state, STATE_FLOOR),
+        **numerics(dtype),
+        "ACT": activation,
+        "DAMPED": damping != 1,
+        "RESIDUAL": residual,
+        "SAVE": save,
+    }
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lion_kernels import launch
 from lion_kernels.activations import activate
-from lion_kernels.reference import STATE_FLOOR
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -31,10 +30,10 @@ def as_operand(tile, KIND: tl.constexpr):
 
 
 @triton.jit
-def relative_change(new, old, floor):
-    """|new - old| / (|new| + floor) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
+def relative_change(new, old, FLOOR: tl.constexpr):
+    """|new - old| / (|new| + FLOOR) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
     moved = tl.sqrt(tl.sum((new - old) * (new - old), axis=1))
-    change = moved / (tl.sqrt(tl.sum(new * new, axis=1)) + floor)
+    change = moved / (tl.sqrt(tl.sum(new * new, axis=1)) + FLOOR)
     return tl.where(change < INFINITY, change, INFINITY)
 
 
@@ -54,9 +53,9 @@ def _solve_fwd_kernel(
     max_iter,
     tol,
     damping,
-    floor,
     D: tl.constexpr,
     R: tl.constexpr,
+    FLOOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -98,12 +97,12 @@ def _solve_fwd_kernel(
         new = activate(tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION), ACT, MATH)
         count += active.to(tl.int32)
         if CHECK_EVERY == 1:
-            change = tl.where(active, relative_change(new, z, floor), change)
+            change = tl.where(active, relative_change(new, z, FLOOR), change)
             active = active & (change < INFINITY) & (change > tol)
             running = tl.max(active.to(tl.int32), axis=0)
         else:
             if (k % CHECK_EVERY == 0) | (k == max_iter):
-                change = tl.where(active, relative_change(new, z, floor), change)
+                change = tl.where(active, relative_change(new, z, FLOOR), change)
                 active = active & (change < INFINITY) & (change > tol)
                 running = tl.max(active.to(tl.int32), axis=0)
             else:
@@ -134,3 +133,55 @@ def _solve_fwd_kernel(
         if RESIDUAL:
             out += tl.load(x_tile + tile, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + first * D + tile, out, mask=mask)
+
+
+def solve(
+    x: Tensor,
+    A: Tensor,
+    W: Tensor,
+    b: Tensor,
+    V: Tensor,
+    c: Tensor,
+    activation: str,
+    max_iter: int,
+    tol: float,
+    damping: float,
+    residual: bool,
+    save: bool = True,
+    config: launch.Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.solve` in one launch: out [T, D], p [T, R] ([0, R] unless `save`), residual and steps [T].
+
+    Raises ValueError for a dtype or state width that `launch.why_not` refuses.
+    """
+    launch.check_shapes(x, A=A, W=W, b=b, V=V, c=c)
+    (rows, width), state = x.shape, A.shape[0]
+    config = config or launch.choose("solve", rows, width, state, x.dtype, x.device)
+    x = x.contiguous()
+    A, V = (t.to(x.dtype).contiguous() for t in (A, V))
+    W, b, c = (t.contiguous() for t in (W, b, c))
+    out = torch.empty_like(x)
+    p = x.new_empty(rows if save else 0, state)
+    change = x.new_empty(rows, dtype=torch.float32)
+    count = x.new_empty(rows, dtype=torch.int32)
+    if rows > 0:
+        with launch.on_device(x):
+            _solve_fwd_kernel[(triton.cdiv(rows, config.block_t),)](
+                x_ptr=x,
+                a_ptr=A,
+                w_ptr=W,
+                b_ptr=b,
+                v_ptr=V,
+                c_ptr=c,
+                out_ptr=out,
+                p_ptr=p,
+                change_ptr=change,
+                count_ptr=count,
+                T=rows,
+                max_iter=max_iter,
+                tol=tol,
+                damping=damping,
+                **launch.solve_constants(config, width, state, x.dtype, activation, damping, residual, save),
+                **config.resources,
+            )
+    return out, p, change, count
