@@ -1,0 +1,59 @@
+"""Tuning methods behind one interface; `create` builds one on a backbone."""
+
+from contextlib import nullcontext
+
+import torch
+
+from lion_fast.backbones import Backbone, load_backbone
+from lion_fast.errors import OptionError
+from lion_fast.methods.base import TunedModel, available, method_options, register
+from lion_fast.methods.lion import LionModel
+from lion_fast.methods.probe import Probe
+from lion_fast.methods.vpt import VPT
+
+__all__ = ["VPT", "LionModel", "Probe", "TunedModel", "available", "create", "method_options", "register"]
+
+
+def create(
+    backbone: str | Backbone,
+    method: str = "lion",
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    weights: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    seed: int | None = None,
+    **options,
+) -> TunedModel:
+    """A tuned model: `method` on `backbone`, ready to train.
+
+    backbone: a name, loaded with `pretrained`, `weights` and `img_size` as `load_backbone` says, or a
+        `Backbone` made before (which the three then cannot change).
+    method: a name of `available()`.
+    num_classes: outputs of the head; required.
+    seed: draws the method's and the head's first values (and a random backbone) from this seed, and leaves
+        the global generator as it was.
+    options: of the method; `method_options` lists them, an unknown one is refused by name.
+
+    >>> small = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
+    >>> create(small, method="vpt", num_classes=3, length=5)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 3])
+    """
+    if method not in available():
+        raise OptionError(f"no method named {method!r}; the methods are {', '.join(available())}")
+    cls = available()[method]
+    unknown = [name for name in options if name not in method_options(cls)]
+    if unknown:  # before a backbone is downloaded for nothing
+        valid = ", ".join(method_options(cls))
+        raise OptionError(f"method {method} has no option {', '.join(unknown)}; its options are {valid}")
+    if num_classes is None:
+        raise OptionError("create needs num_classes, the number of outputs of the head")
+    with torch.random.fork_rng() if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        if isinstance(backbone, str):
+            backbone = load_backbone(backbone, pretrained=pretrained, weights=weights, img_size=img_size)
+        elif weights is not None or img_size is not None:
+            raise OptionError(
+                "weights and img_size belong to load_backbone when the backbone is not given by name"
+            )
+        return cls(backbone, num_classes, **options)

@@ -1,0 +1,194 @@
+"""One interface for every tuning method: a frozen backbone, what the method trains, a linear head."""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lion_fast.backbones import Backbone, load_backbone
+from lion_fast.errors import AdapterError, BackboneError, OptionError
+
+_REGISTRY: dict[str, type["TunedModel"]] = {}
+
+
+def register(name: str):
+    """Class decorator that makes a method known as `name`."""
+
+    def add(cls: type["TunedModel"]) -> type["TunedModel"]:
+        cls.method = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, type["TunedModel"]]:
+    """Every method by name, in alphabetical order.
+
+    >>> sorted({"lion", "probe", "vpt"} & available().keys())
+    ['lion', 'probe', 'vpt']
+    """
+    return dict(sorted(_REGISTRY.items()))
+
+
+def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
+    """The options of a method and their defaults: the keyword-only arguments along its bases.
+
+    >>> method_options(available()["probe"])
+    {'pool': 'backbone', 'head_bias': True}
+    """
+    options: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, TunedModel) and "__init__" in vars(base):
+            for p in inspect.signature(base.__init__).parameters.values():
+                if p.kind is p.KEYWORD_ONLY:
+                    options[p.name] = p.default
+    return options
+
+
+class TunedModel(nn.Module):
+    """A frozen backbone with a method's own parameters and a trained linear head.
+
+    A method subclasses this, overrides `features`, calls `self.record(...)` with the options it took and
+    hands the others on as `**options`. Parameters of the backbone that a method trains (by setting
+    `requires_grad`) belong to its adapter; everything else of the backbone stays out of it.
+
+    Args:
+        backbone: a `Backbone`, or a name for `load_backbone`.
+        num_classes: outputs of the head, at least 1.
+        pool: "backbone", "mean", for ViTs with a class token also "cls" and "cls+mean".
+        head_bias: whether the head has a bias.
+
+    The head is drawn from a normal of deviation 0.02, truncated, with zero bias, in float32; under autocast
+    it still computes in its own dtype. Raises `OptionError` for an option the method does not have and
+    `BackboneError` for a family it does not work on.
+    """
+
+    method: ClassVar[str] = ""
+    families: ClassVar[tuple[str, ...]] = ("vit", "swin", "cnn")
+
+    def __init__(
+        self,
+        backbone: Backbone | str,
+        num_classes: int,
+        *,
+        pool: str = "backbone",
+        head_bias: bool = True,
+        **unknown,
+    ):
+        super().__init__()
+        if unknown:
+            valid = ", ".join(method_options(type(self)))
+            raise OptionError(
+                f"method {self.method} has no option {', '.join(unknown)}; its options are {valid}"
+            )
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise OptionError(f"num_classes must be a positive integer; got {num_classes!r}")
+        backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+        if not isinstance(backbone, Backbone):
+            raise BackboneError(
+                f"backbone must be a Backbone (see load_backbone) or a name; got {type(backbone).__name__}"
+            )
+        if backbone.family not in self.families:
+            able = ", ".join(n for n, cls in available().items() if backbone.family in cls.families)
+            raise BackboneError(
+                f"method {self.method} works on {', '.join(self.families)} backbones; {backbone.name} is a "
+                f"{backbone.family} backbone. Methods that work on it: {able}"
+            )
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.classes: list[str] | None = None
+        self.pool = pool
+        self.options: dict[str, Any] = {}
+        self.record(pool=pool, head_bias=bool(head_bias))
+        self.head = nn.Linear(backbone.pooled_width(pool), num_classes, bias=head_bias)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if head_bias:
+            nn.init.zeros_(self.head.bias)
+
+    def record(self, **options) -> None:
+        """Note options as given, in a form JSON keeps; they rebuild the model from a saved adapter."""
+        self.options.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what the head reads, (B, F); the plain frozen backbone here."""
+        return self.backbone.pool(self.backbone.body(self.backbone.enter(images)), self.pool)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) in the head's dtype."""
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
+
+    def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Extra losses of the method, by name, to add to the cross-entropy; none by default."""
+        return {}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the last forward worth logging; reading them may synchronise with the device."""
+        return {}
+
+    def merge(self) -> "TunedModel":
+        """Fold the method into the backbone's weights, where the method can."""
+        raise OptionError(f"method {self.method} does not merge into the weights of a backbone")
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimiser gets: the method's parameters and the head."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def num_trainable(self, head: bool = False) -> int:
+        """Number of trained parameters, with or without the head."""
+        total = sum(p.numel() for p in self.trainable_parameters())
+        return total if head else total - sum(p.numel() for p in self.head.parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> "TunedModel":
+        """As `nn.Module.train`; the backbone stays in evaluation mode."""
+        return super().train(mode)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the method and the head, and the backbone's only where trained."""
+        tuned = {n for n, p in self.named_parameters() if p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.") or k in tuned}
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy an adapter's tensors in, strictly: same names, same shapes, finite. `AdapterError` otherwise."""
+        own = self.adapter_state_dict()
+        missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or foreign:
+            told = [f"lacks {', '.join(missing[:6])}"] if missing else []
+            told += [f"holds unknown {', '.join(foreign[:6])}"] if foreign else []
+            raise AdapterError(
+                f"the adapter does not fit method {self.method} with these options: {'; '.join(told)}"
+            )
+        got = state["head.weight"].shape
+        if got != own["head.weight"].shape:
+            raise AdapterError(
+                f"the adapter's head is {got[0]} classes from {got[1]} features; this model has "
+                f"num_classes={self.num_classes} from {self.head.in_features} features. Build the model with the "
+                "adapter's classes and pool, or load the adapter by load_adapter(dir)"
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise AdapterError(
+                    f"{name} of the adapter is {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}: "
+                    "other options, or a backbone of another width"
+                )
+            if state[name].is_floating_point() and not torch.isfinite(state[name]).all():
+                raise AdapterError(
+                    f"{name} of the adapter holds NaN or Inf; train or fetch the adapter again"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def save_adapter(self, directory: str | os.PathLike) -> None:
+        """Write adapter.safetensors and adapter.json into `directory`; see `lion_fast.adapters`."""
+        from lion_fast.adapters import save_adapter
+
+        save_adapter(self, directory)
+
+    def extra_repr(self) -> str:
+        return f"method={self.method}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())
