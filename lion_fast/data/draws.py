@@ -1,0 +1,114 @@
+"""Seeded draws: stratified splits, few-shot and long-tail subsets.
+
+Every draw orders all items once by `torch.randperm` under its seed and takes the first ones of
+each class, so with one seed a smaller draw is contained in a larger one.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, OptionError
+
+
+def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    ordered = labels[order]
+    taken = [order[ordered == k][:n] for k, n in enumerate(counts)]
+    return torch.cat(taken).sort().values if taken else order[:0]
+
+
+def _class_counts(labels: Tensor) -> tuple[Tensor, Tensor]:
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    if labels.ndim != 1 or len(labels) == 0:
+        raise DataError(f"labels must be a non-empty vector; got shape {tuple(labels.shape)}")
+    return labels, torch.bincount(labels)
+
+
+def draw_per_class(labels: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Indices of exactly `n` items of every class, sorted, int64 (n * K,).
+
+    labels: int64 (N,). Raises DataError when a class has fewer than n items.
+
+    >>> import torch
+    >>> from lion_fast.data import draw_per_class
+    >>> labels = torch.tensor([0, 0, 0, 1, 1])
+    >>> labels[draw_per_class(labels, 2)].tolist()
+    [0, 0, 1, 1]
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise OptionError(f"n_per_class must be a positive integer; got {n!r}")
+    labels, counts = _class_counts(labels)
+    short = {k: c for k, c in enumerate(counts.tolist()) if c < n}
+    if short:
+        listed = ", ".join(f"class {k} has {c}" for k, c in list(short.items())[:5])
+        raise DataError(
+            f"n_per_class={n} needs {n} training images of every class, but {listed}"
+            f"{', ...' if len(short) > 5 else ''}; the most possible is {min(counts.tolist())}"
+        )
+    return _first_of_each(labels, [n] * len(counts), seed)
+
+
+def long_tail_counts(counts: Tensor | list[int], imbalance: float) -> list[int]:
+    """n_k = floor(n_max * imbalance^(-k / (K - 1))), at least 1, for classes k = 0..K-1.
+
+    counts: items available of each class. n_max is the largest number for which no class asks for
+    more than it has; for balanced data, the class size. Class 0 is the head. The profile of Cui et
+    al., "Class-Balanced Loss Based on Effective Number of Samples" (CVPR 2019).
+
+    >>> from lion_fast.data import long_tail_counts
+    >>> long_tail_counts([5000] * 10, 100)
+    [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    """
+    if not isinstance(imbalance, (int, float)) or not 1 <= imbalance < float("inf"):
+        raise OptionError(
+            f"imbalance is the ratio of the largest to the smallest class, >= 1; got {imbalance!r}"
+        )
+    counts = [int(c) for c in counts]
+    if len(counts) < 2 or min(counts) < 1:
+        raise DataError(
+            f"a long-tail draw needs at least two classes, none of them empty; got sizes {counts}"
+        )
+    share = [imbalance ** (-k / (len(counts) - 1)) for k in range(len(counts))]
+    n_max = min(c / s for c, s in zip(counts, share, strict=True))
+    # 1e-6: 5000 * 100**-1 must not become 49 by rounding
+    return [max(1, min(c, int(n_max * s + 1e-6))) for c, s in zip(counts, share, strict=True)]
+
+
+def draw_long_tail(labels: Tensor, imbalance: float, seed: int = 0) -> Tensor:
+    """Indices of a long-tailed subset with the class sizes of `long_tail_counts`, sorted, int64.
+
+    labels: int64 (N,) with every class present.
+
+    >>> import torch
+    >>> from lion_fast.data import draw_long_tail
+    >>> labels = torch.arange(3).repeat(100)
+    >>> torch.bincount(labels[draw_long_tail(labels, 100.0)]).tolist()
+    [100, 10, 1]
+    """
+    labels, counts = _class_counts(labels)
+    return _first_of_each(labels, long_tail_counts(counts, imbalance), seed)
+
+
+def draw_fraction(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Indices of a stratified share: round(fraction * n_k) of class k, sorted.
+
+    Of a class with two or more items at least one is taken and at least one left; a class with a
+    single item is left whole.
+    """
+    labels, counts = _class_counts(labels)
+    sizes = [0 if c < 2 else min(c - 1, max(1, int(fraction * c + 0.5))) for c in counts.tolist()]
+    return _first_of_each(labels, sizes, seed)
+
+
+def draw_total(labels: Tensor, total: int, seed: int = 0) -> Tensor:
+    """Indices of exactly `total` items, stratified by largest remainder, sorted."""
+    labels, counts = _class_counts(labels)
+    if not isinstance(total, int) or isinstance(total, bool) or total < 1:
+        raise OptionError(f"a number of images must be a positive integer; got {total!r}")
+    if total > len(labels):
+        raise DataError(f"{total} images asked for, {len(labels)} available")
+    exact = counts.double() * total / len(labels)
+    sizes = exact.floor().long()
+    remainder = (exact - sizes).sort(descending=True, stable=True).indices
+    sizes[remainder[: total - int(sizes.sum())]] += 1
+    return _first_of_each(labels, sizes.tolist(), seed)

@@ -1,0 +1,183 @@
+"""Image sets: where pixels come from, and the torch Dataset over them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+
+# What PIL raises on damaged files: OSError (includes UnidentifiedImageError), SyntaxError from the
+# PNG reader, ValueError and struct-like errors from the others, and its decompression-bomb guard.
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """PIL image as RGB: grey is repeated, alpha dropped, integer grey taken as 16 bits and scaled to 8.
+
+    >>> from PIL import Image
+    >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I"):  # PIL's own conversion clips at 255 instead of scaling
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("integer image with values outside 0..65535")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point images have no defined range; save them as 8 or 16 bit")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode a file to a PIL RGB image; DataError names the file when that fails.
+
+    EXIF orientation is not applied, as in torchvision's ImageFolder. Of an animation, the first frame.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except _PIL_ERRORS as error:
+        raise DataError(
+            f"the image {path} cannot be decoded ({error or type(error).__name__}); replace or remove it, "
+            'or load with check="decode", which finds and skips every such file at the start'
+        ) from error
+
+
+def problem_of(path: str | Path, check: str) -> str | None:
+    """Why a file is not a usable image, or None.
+
+    check: "header" opens it and runs PIL's `verify` (structure and, for PNG, checksums, no
+    decoding: a JPEG cut off in its middle passes); "decode" decodes it; "none" looks at nothing.
+    """
+    if check == "none":
+        return None
+    try:
+        with Image.open(path) as image:
+            if check == "decode":
+                to_rgb(image)
+            else:
+                image.verify()
+    except _PIL_ERRORS as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+class FileImages:
+    """Images on disk, by path."""
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.paths = [str(p) for p in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, i: int) -> Image.Image:
+        return read_image(self.paths[i])
+
+
+class ArrayImages:
+    """Images in memory: uint8, (N, H, W) grey or (N, H, W, 3) RGB."""
+
+    def __init__(self, array: np.ndarray):
+        if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[-1] != 3):
+            raise DataError(
+                f"images must be uint8 (N, H, W) or (N, H, W, 3); got {array.dtype} {array.shape}"
+            )
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def open(self, i: int) -> Image.Image:
+        return Image.fromarray(self.array[i]).convert("RGB")
+
+
+class ImageSet(Dataset):
+    """A torch Dataset of (image, class index).
+
+    store: `FileImages` or `ArrayImages`, shared by subsets. labels: int64 (N,) in 0..K-1.
+    classes: the K class names. names: an identifier of each item (path relative to the source, or
+    "train/17"). transform: called with the PIL RGB image; None returns that image itself.
+
+    `.labels` LongTensor (N,), `.classes` list of str, `.names` list of str.
+
+    >>> import numpy as np
+    >>> from lion_fast.data import ArrayImages, ImageSet
+    >>> images = ImageSet(ArrayImages(np.zeros((3, 8, 8), np.uint8)), [0, 1, 1], ["a", "b"])
+    >>> len(images), images[2][0].size, images[2][1], images.subset([2]).names
+    (3, (8, 8), 1, ['2'])
+    """
+
+    def __init__(
+        self,
+        store: FileImages | ArrayImages,
+        labels: Sequence[int] | Tensor | np.ndarray,
+        classes: Sequence[str],
+        names: Sequence[str] | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
+    ):
+        self.labels = torch.as_tensor(labels, dtype=torch.int64).clone()
+        self.classes = [str(c) for c in classes]
+        self.names = [str(n) for n in (range(len(store)) if names is None else names)]
+        self.transform = transform
+        self._store = store
+        self._where = torch.arange(len(store))
+        if not len(store) == len(self.labels) == len(self.names):
+            raise DataError(
+                f"{len(store)} images, {len(self.labels)} labels and {len(self.names)} names must be as many"
+            )
+        if len(store) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise DataError(
+                f"labels must lie in 0..{len(self.classes) - 1} for {len(self.classes)} classes; "
+                f"found {int(self.labels.min())}..{int(self.labels.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, i: int) -> Image.Image:
+        """The i-th image as PIL RGB, before the transform."""
+        return self._store.open(int(self._where[i]))
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image = self.image(i)
+        return (image if self.transform is None else self.transform(image)), int(self.labels[i])
+
+    def with_transform(self, transform: Callable[[Image.Image], Any] | None) -> "ImageSet":
+        """The same items under another transform; this set is not changed."""
+        return self._copy(torch.arange(len(self)), transform)
+
+    def subset(self, indices: Sequence[int] | Tensor | np.ndarray) -> "ImageSet":
+        """The items at these positions, in this order, with the same transform and classes."""
+        return self._copy(torch.as_tensor(indices, dtype=torch.int64), self.transform)
+
+    def _copy(self, indices: Tensor, transform) -> "ImageSet":
+        new = object.__new__(ImageSet)
+        new.labels = self.labels[indices]
+        new.classes = list(self.classes)
+        new.names = [self.names[i] for i in indices.tolist()]
+        new.transform = transform
+        new._store = self._store
+        new._where = self._where[indices]
+        return new
+
+    def counts(self) -> dict[str, int]:
+        """Number of items of each class, in class order; classes without items included."""
+        counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
+
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images, {len(self.classes)} classes)"
