@@ -1,0 +1,20 @@
+"""Training on Accelerate, evaluation, and checkpoints that resume."""
+
+from lion_fast.training.config import TrainConfig
+from lion_fast.training.loop import FitResult, Interrupted, TrainingError, fit
+from lion_fast.training.memory import PeakMemory
+from lion_fast.training.metrics import Metrics, evaluate, predict
+from lion_fast.training.order import Plan
+
+__all__ = [
+    "FitResult",
+    "Interrupted",
+    "Metrics",
+    "PeakMemory",
+    "Plan",
+    "TrainConfig",
+    "TrainingError",
+    "evaluate",
+    "fit",
+    "predict",
+]

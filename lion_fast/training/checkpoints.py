@@ -1,0 +1,227 @@
+"""Training checkpoints: written whole or not at all, verified before they are read, no pickle anywhere.
+
+A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (method, head and optimiser state),
+`state.json` (progress and fingerprint) and `manifest.json` (size and sha256 of the other two).
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from lion_fast.errors import CheckpointError
+
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+KEPT = 2
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in memory: named tensors, and JSON-able progress."""
+
+    tensors: dict[str, torch.Tensor]
+    state: dict
+    path: Path | None = None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; unfinished ones do not count."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+    """Write `folder/step-XXXXXXXX` atomically and keep the two newest.
+
+    Everything is written and synced in a folder of another name, which is then renamed: whoever lists the
+    folder sees a whole checkpoint or none, also after a power failure.
+
+    Raises:
+        CheckpointError: The file system refused; the checkpoints before are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    work = folder / f".writing-{final.name}-{os.getpid()}"
+    files = {
+        TENSORS: save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
+        STATE: (json.dumps(state, indent=1) + "\n").encode(),
+    }
+    manifest = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
+    files[MANIFEST] = (json.dumps({"format": 1, "files": manifest}, indent=1) + "\n").encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        work.mkdir()
+        for name, data in files.items():
+            _write_synced(work / name, data)
+        _sync_folder(work)
+        if final.exists():
+            # A resumed run meets a step again; a folder can only replace an empty one.
+            shutil.rmtree(final)
+        os.replace(work, final)
+        _sync_folder(folder)
+        for old in list_checkpoints(folder)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {final} could not be written: {error.strerror or error}. Free space or choose "
+            f"another output folder, then resume from the one before it"
+        ) from error
+    return final
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content in one step."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    _write_synced(work, data)
+    os.replace(work, path)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_whole(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None where all are as they were written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())["files"]
+        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in (TENSORS, STATE)}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in expected.items():
+        try:
+            data = (path / name).read_bytes()
+        except OSError:
+            return f"{name} is missing"
+        if len(data) != size:
+            return f"{name} has {len(data)} bytes where {size} were written"
+        if hashlib.sha256(data).hexdigest() != digest:
+            return f"{name} does not have the checksum it was written with"
+    return None
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The checkpoint called "latest", "previous" (the one before the latest), or `step-XXXXXXXX`.
+
+    Raises:
+        CheckpointError: It does not exist; the message names those that do.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {folder}; start without resume")
+    if which == "latest":
+        return found[-1]
+    if which == "previous" and len(found) > 1:
+        return found[-2]
+    for path in found:
+        if path.name == which:
+            return path
+    names = ", ".join(path.name for path in found)
+    raise CheckpointError(
+        f"there is no checkpoint {which!r} in {folder}; resume takes latest, previous, {names}"
+    )
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after verifying sizes and checksums.
+
+    Raises:
+        CheckpointError: It is truncated or damaged; the message names the newest older one that is whole.
+    """
+    fault = check_whole(path)
+    if fault:
+        older = [other for other in list_checkpoints(path.parent) if other.name < path.name]
+        whole = [other.name for other in older if check_whole(other) is None]
+        hint = (
+            f"The one before it is whole: resume from {whole[-1]}"
+            if whole
+            else "There is no whole one before it: start again without resume"
+        )
+        raise CheckpointError(f"the checkpoint {path} is damaged: {fault}. {hint}")
+    tensors = load((path / TENSORS).read_bytes())
+    return Checkpoint(tensors, json.loads((path / STATE).read_bytes()), path)
+
+
+def check_fingerprint(found: dict, wanted: dict, path: Path | None) -> None:
+    """Raise `CheckpointError` naming every entry in which a fingerprint differs from this run's."""
+    differences = list(_differences(found, wanted))
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {path} is from another run: {'; '.join(differences)}. Resume with the options "
+            "it was written with, or choose another output folder"
+        )
+
+
+def _differences(found: object, wanted: object, name: str = ""):
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield f"{name} was {_short(found)}, now {_short(wanted)}"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_room(out_dir: Path, tensor_bytes: int) -> None:
+    """Make sure, before anything is trained, that the output can be written.
+
+    Writes and removes a file of the size of all the checkpoints a run holds at once.
+
+    Raises:
+        CheckpointError: The folder cannot be made or written, or the space does not suffice.
+    """
+    needed = (KEPT + 1) * (tensor_bytes + 64 * 1024) + 1024 * 1024
+    probe = out_dir / f".room-{os.getpid()}"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out_dir).free
+        if free < needed:
+            raise CheckpointError(
+                f"the disk of {out_dir} is full: {free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed for "
+                "checkpoints and the adapter. Free space or choose another output folder"
+            )
+        with open(probe, "wb") as file:
+            block = bytes(1024 * 1024)
+            for start in range(0, needed, len(block)):
+                file.write(block[: needed - start])
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the output folder {out_dir}: {error.strerror or error} ({needed / 1e6:.1f} MB "
+            "were tried). Choose another output folder"
+        ) from error
+    finally:
+        try:
+            probe.unlink(missing_ok=True)
+        except OSError:
+            pass

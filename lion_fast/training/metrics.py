@@ -1,0 +1,203 @@
+"""Evaluation and prediction: what a model gets right, counted exactly."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from lion_fast.errors import DataError
+
+_AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an evaluation found.
+
+    Attributes:
+        accuracy: Share of images whose highest logit is their label's.
+        balanced_accuracy: Mean over the classes that occur of the share recognised in each.
+        loss: Mean cross-entropy in nats, without label smoothing.
+        recall: Per class, the share recognised; None for a class that does not occur.
+        counts: Images per class.
+        confusion: Images by [label][predicted class].
+        n: Images.
+        seconds: Wall-clock time of the whole evaluation, reading included.
+    """
+
+    accuracy: float
+    balanced_accuracy: float
+    loss: float
+    recall: list[float | None]
+    counts: list[int]
+    confusion: list[list[int]]
+    n: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.n / self.seconds if self.seconds > 0 else float("inf")
+
+    @classmethod
+    def from_confusion(cls, confusion: torch.Tensor, loss_sum: float, seconds: float) -> "Metrics":
+        """From a (classes, classes) integer matrix of [label, predicted] and the sum of the losses."""
+        counts, correct = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        recall = [c / n if n else None for c, n in zip(correct, counts, strict=True)]
+        present = [r for r in recall if r is not None]
+        n = sum(counts)
+        return cls(
+            accuracy=sum(correct) / n,
+            balanced_accuracy=sum(present) / len(present),
+            loss=loss_sum / n,
+            recall=recall,
+            counts=counts,
+            confusion=confusion.tolist(),
+            n=n,
+            seconds=seconds,
+        )
+
+    def to_dict(self, classes: Sequence[str] | None = None) -> dict:
+        """JSON-able; recall and counts by class name where the names are given."""
+        names = list(classes) if classes is not None else [str(i) for i in range(len(self.recall))]
+        return {
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "loss": self.loss,
+            "n": self.n,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "recall": dict(zip(names, self.recall, strict=True)),
+            "counts": dict(zip(names, self.counts, strict=True)),
+            "confusion": self.confusion,
+        }
+
+
+def autocast(device: torch.device, mixed_precision: str):
+    """The autocast context of a precision ("no", "bf16", "fp16") on a device."""
+    dtype = _AUTOCAST[mixed_precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int = 64,
+    *,
+    num_classes: int | None = None,
+    num_workers: int = 0,
+    mixed_precision: str = "no",
+    progress: bool = False,
+    accelerator=None,
+    check: Callable[[], None] | None = None,
+) -> Metrics:
+    """Accuracy, balanced accuracy and loss of a model on labelled images.
+
+    Args:
+        model: Maps images (B, 3, H, W) to logits (B, classes); it runs on the device it is on.
+        dataset: Items (image tensor, integer label), as `ImageSet.with_transform` gives them.
+        batch_size: Images per forward pass.
+        num_classes: Number of logits; None: `model.num_classes`.
+        num_workers: Processes that read images.
+        mixed_precision: "no", "bf16" or "fp16".
+        progress: Show a progress bar on stderr.
+        accelerator: An `accelerate.Accelerator`: its processes share the work and all get the same answer.
+        check: Called after each batch; may raise to leave.
+
+    Raises:
+        DataError: No images, or a label outside [0, num_classes).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> images = torch.utils.data.TensorDataset(torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 0, 1, 1]))
+        >>> evaluate(model, images, num_classes=2).n
+        5
+    """
+    classes = num_classes if num_classes is not None else model.num_classes
+    n = len(dataset)
+    if n == 0:
+        raise DataError("there are no images to evaluate")
+    started = time.perf_counter()
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    own = dataset if processes == 1 else Subset(dataset, range(rank, n, processes))
+    device = next(model.parameters()).device
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    loss_sum = torch.zeros((), dtype=exact, device=device)
+    loader = DataLoader(own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or rank != 0)
+    with evaluating(model), autocast(device, mixed_precision):
+        for images, labels in bar:
+            check_labels(labels, classes)
+            labels = labels.to(device, non_blocking=True)
+            logits = model(images.to(device, non_blocking=True)).float()
+            if logits.shape[1] != classes:
+                raise DataError(f"the model gives {logits.shape[1]} logits, num_classes is {classes}")
+            loss_sum += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            confusion += torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+            if check is not None:
+                check()
+    if processes > 1:
+        confusion, loss_sum = accelerator.reduce(confusion), accelerator.reduce(loss_sum)
+    matrix, total = confusion.view(classes, classes).cpu(), loss_sum.item()
+    return Metrics.from_confusion(matrix, total, time.perf_counter() - started)
+
+
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Raise `DataError` naming a label outside [0, num_classes)."""
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise DataError(
+            f"label {wrong[0].item()} is out of range: the model has {num_classes} classes, "
+            f"0 to {num_classes - 1}"
+        )
+
+
+def predict(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int = 64,
+    *,
+    num_workers: int = 0,
+    mixed_precision: str = "no",
+    progress: bool = False,
+) -> torch.Tensor:
+    """Class probabilities, float32 (n, classes) on the CPU, in the order of the data set.
+
+    Args:
+        model: Maps images (B, 3, H, W) to logits (B, classes).
+        dataset: Items are image tensors, or tuples that begin with one.
+        batch_size: Images per forward pass.
+        num_workers: Processes that read images.
+        mixed_precision: "no", "bf16" or "fp16".
+        progress: Show a progress bar on stderr.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> predict(model, torch.rand(5, 3, 2, 2)).sum(1)
+        tensor([1., 1., 1., 1., 1.])
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers)
+    out = []
+    with evaluating(model), autocast(device, mixed_precision):
+        for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            out.append(model(images.to(device)).float().softmax(1).cpu())
+    return torch.cat(out) if out else torch.empty(0, 0)
