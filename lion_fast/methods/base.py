@@ -154,7 +154,7 @@ class TunedModel(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.") or k in tuned}
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy an adapter's tensors in, strictly: same names, same shapes, finite. `AdapterError` otherwise."""
+        """Copy an adapter's tensors in; `AdapterError` unless names and shapes agree and all is finite."""
         own = self.adapter_state_dict()
         missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or foreign:
@@ -167,14 +167,14 @@ class TunedModel(nn.Module):
         if got != own["head.weight"].shape:
             raise AdapterError(
                 f"the adapter's head is {got[0]} classes from {got[1]} features; this model has "
-                f"num_classes={self.num_classes} from {self.head.in_features} features. Build the model with the "
-                "adapter's classes and pool, or load the adapter by load_adapter(dir)"
+                f"num_classes={self.num_classes} from {self.head.in_features} features. Build the model with "
+                "the adapter's classes and pool, or load the adapter by load_adapter(dir)"
             )
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
                 raise AdapterError(
-                    f"{name} of the adapter is {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}: "
-                    "other options, or a backbone of another width"
+                    f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "
+                    f"{tuple(tensor.shape)}: other options, or a backbone of another width"
                 )
             if state[name].is_floating_point() and not torch.isfinite(state[name]).all():
                 raise AdapterError(

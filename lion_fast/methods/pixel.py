@@ -70,7 +70,7 @@ def _waves(size: int, k: int, like: Tensor) -> tuple[Tensor, float]:
 
 
 class PixelEnd(nn.Module):
-    """out = x + conv1x1(z; V) + c with the equilibrium z = phi(conv3x3(z; Wh) + conv3x3(x; U) + b), per image.
+    """out = x + conv1x1(z; V) + c with the equilibrium z = phi(conv3x3(z; Wh) + conv3x3(x; U) + b).
 
     x (B, `in_channels`, H, W), out the same; the state z is (B, `channels`, H, W). Wh is W scaled down where
     needed so that Lip(phi) times the convolution's norm at the true H x W is at most `gamma`, for certain.

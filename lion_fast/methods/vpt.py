@@ -17,7 +17,7 @@ from lion_fast.methods.base import TunedModel, register
 
 @register("vpt")
 class VPT(TunedModel):
-    """`length` prompts of width D: in front of block 1 ("shallow") or replaced in front of every block ("deep").
+    """`length` prompts of width D, in front of block 1 ("shallow") or anew in front of every block ("deep").
 
     Prompts stand behind the prefix tokens and in front of the patches, carry no position embedding, and are
     left out of the final norm and of pooling. Shallow trains P D numbers, deep L P D.
@@ -127,7 +127,7 @@ class VPT(TunedModel):
         return [prefix_kv(block, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
 
     def clear_cache(self) -> None:
-        """Forget kept keys and values; needed by hand only after writing to `prompts.data` while evaluating."""
+        """Forget kept keys and values; needed by hand only after writing to `prompts.data` in evaluation."""
         self._cache = None
 
     def train(self, mode: bool = True) -> "VPT":
