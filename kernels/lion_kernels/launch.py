@@ -16,6 +16,14 @@ MAX_STATE = 256
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Two operands of this many bytes per state pair must fit the shared memory of a block.
 MAX_STATE_FP32 = 128
+# Up to so many rows the weights' gradients are fused.
+FUSED_ROWS = 4096
+# Columns behind the state of which the first is one, for the bias sums; eight keep rows 16-byte aligned.
+ONES = 8
+# Entries that one program of the second stage of the fused weight gradients adds up.
+SUM_BLOCK = 1024
+# Half-precision products with a float32 result, on CUDA since torch 2.8.
+MM_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,6 @@ def numerics(dtype: torch.dtype) -> dict[str, str]:
     return {"MATH": "ptx", "INPUT": kind, "LOOP": "fp16", "PRECISION": "ieee"}
 
 
-
 def choose(op: str, rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device) -> Config:
     """`config` for the capability of `device`."""
     return config(op, rows, width, state, dtype, capability(device))
@@ -150,14 +157,35 @@ def check_shapes(x: Tensor, **given: Tensor) -> None:
         assert t.device == x.device, f"{name} is on {t.device}, the tokens are on {x.device}"
 
 
-def _shape_constants(config: Config, width: int, state: int, floor: float) -> dict[str, object]:
+def _tile_constants(config: Config, width: int, state: int) -> dict[str, object]:
     return {
         "D": width,
         "R": state,
-        "FLOOR": floor * state**0.5,
         "BLOCK_T": config.block_t,
         "BLOCK_R": padded_state(state),
         "BLOCK_D": config.block_d,
+    }
+
+
+def _loop_constants(
+    config: Config,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    activation: str,
+    damping: float,
+    residual: bool,
+    floor: float,
+) -> dict[str, object]:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    return {
+        **_tile_constants(config, width, state),
+        **numerics(dtype),
+        "FLOOR": floor * state**0.5,
+        "ACT": activation,
+        "DAMPED": damping != 1,
+        "RESIDUAL": residual,
         "CHECK_EVERY": config.check_every,
     }
 
@@ -173,16 +201,51 @@ def solve_constants(
     save: bool,
 ) -> dict[str, object]:
     """The compile-time arguments of the solve kernel."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     return {
-        **_shape_constants(config, width, state, STATE_FLOOR),
-        **numerics(dtype),
-        "ACT": activation,
-        "DAMPED": damping != 1,
-        "RESIDUAL": residual,
+        **_loop_constants(config, width, state, dtype, activation, damping, residual, STATE_FLOOR),
         "SAVE": save,
     }
+
+
+def adjoint_constants(
+    config: Config,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    activation: str,
+    damping: float,
+    residual: bool,
+    ones: int,
+) -> dict[str, object]:
+    """The compile-time arguments of the adjoint kernel."""
+    return {
+        **_loop_constants(config, width, state, dtype, activation, damping, residual, ADJOINT_FLOOR),
+        "ONES": ones,
+    }
+
+
+def weights_constants(
+    config: Config, width: int, state: int, dtype: torch.dtype, rows: int
+) -> dict[str, object]:
+    """The compile-time arguments of the fused weight gradients, `rows` rows per split."""
+    kinds = numerics(dtype)
+    return {
+        **_tile_constants(config, width, state),
+        "ROWS": rows,
+        "INPUT": kinds["INPUT"],
+        "PRECISION": kinds["PRECISION"],
+    }
+
+
+def rows_per_split(rows: int, width: int) -> int:
+    """Rows that one program of the fused weight gradients sums, or 0 where matrix products take over.
+
+    Few rows are bound by launches, of which the fused form has two and the products with their
+    copies seven; many rows are left to the vendor's products until both have been timed.
+    """
+    if rows > FUSED_ROWS:
+        return 0
+    return min(512, max(64, 1 << max(0, rows // 16 - 1).bit_length()))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,31 @@ def relative_change(new, old, FLOOR: tl.constexpr):
     return tl.where(change < INFINITY, change, INFINITY)
 
 
+@triton.jit
+def stop_rows(new, old, active, change, test, tol, FLOOR: tl.constexpr, CHECK_EVERY: tl.constexpr):
+    """Rows still active after a step, the relative change per row, and whether any row is active.
+
+    Without `test` only rows that ceased to be finite are stopped.
+    """
+    # The largest flag is taken over [BLOCK_T, BLOCK_R]: a second reduction of a reduced axis breaks
+    # Triton 3.6's compiler on sm_100, and the broadcast costs no instruction.
+    if CHECK_EVERY == 1:
+        change = tl.where(active, relative_change(new, old, FLOOR), change)
+        active = active & (change < INFINITY) & (change > tol)
+        running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
+    else:
+        running = 1
+        if test:
+            change = tl.where(active, relative_change(new, old, FLOOR), change)
+            active = active & (change < INFINITY) & (change > tol)
+            running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
+        else:
+            finite = tl.sum(new * new, axis=1) < INFINITY
+            change = tl.where(finite, change, INFINITY)
+            active = active & finite
+    return active, change, running
+
+
 @triton.jit(do_not_specialize=["T", "max_iter"])
 def _solve_fwd_kernel(
     x_ptr,
@@ -96,19 +121,9 @@ def _solve_fwd_kernel(
         k += 1
         new = activate(tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION), ACT, MATH)
         count += active.to(tl.int32)
-        if CHECK_EVERY == 1:
-            change = tl.where(active, relative_change(new, z, FLOOR), change)
-            active = active & (change < INFINITY) & (change > tol)
-            running = tl.max(active.to(tl.int32), axis=0)
-        else:
-            if (k % CHECK_EVERY == 0) | (k == max_iter):
-                change = tl.where(active, relative_change(new, z, FLOOR), change)
-                active = active & (change < INFINITY) & (change > tol)
-                running = tl.max(active.to(tl.int32), axis=0)
-            else:
-                finite = tl.sum(new * new, axis=1) < INFINITY
-                change = tl.where(active & (finite == 0), INFINITY, change)
-                active = active & finite
+        active, change, running = stop_rows(
+            new, z, active, change, (k % CHECK_EVERY == 0) | (k == max_iter), tol, FLOOR, CHECK_EVERY
+        )
         # The state before the last application is kept, from which its pre-activation is recomputed.
         proceed = active & (k < max_iter)
         if DAMPED:
