@@ -391,6 +391,7 @@ def resolve(name: str, cache: str | Path | None = None) -> Resolved:
                     "please report this with your versions of torch and timm"
                 )
             save_file(state, Path(tmp) / path.name)
+            os.chmod(Path(tmp) / path.name, 0o644)  # safetensors writes 0600, which a shared cache cannot use
             os.replace(Path(tmp) / path.name, path)
     if recipe.caveat:
         say_once(recipe.caveat)

@@ -258,6 +258,13 @@ def test_bad_folders(tmp_path):
         load_data(tmp_path / "double")
 
 
+def test_debris_of_archives_is_no_class(three):
+    write_image(three / "__MACOSX" / "cat" / "1.png")
+    write_image(three / ".thumbnails" / "1.png")
+    write_image(three / "__background__" / "1.png")
+    assert load_data(three).classes == ["__background__", "cat", "dog", "eel"]
+
+
 def test_empty_class_folder_of_a_val_split_is_fine(tmp_path):
     class_folders(tmp_path / "d" / "train", {"a": 3, "b": 3})
     class_folders(tmp_path / "d" / "val", {"a": 2, "b": 0})
@@ -634,6 +641,39 @@ def test_fashion_mnist_of_another_content_is_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="another sha256 than expected"):
         load_data("fashion-mnist", cache=tmp_path / "c")
     assert not list((tmp_path / "c" / "data").iterdir())
+
+
+def test_fashion_mnist_takes_the_next_way_and_keeps_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.delenv("LION_FAST_OFFLINE", raising=False)
+    files = fake_fashion(tmp_path / "expected", packed=False)
+    sha256 = {p.name: weights.sha256_file(p) for p in files.iterdir()}
+    monkeypatch.setattr(offline, "_FASHION", sha256)
+
+    def broken(tmp):
+        "apt"
+        raise OSError("no package lists")
+
+    def gives_files(tmp):
+        "second"
+        return fake_fashion(tmp / "got")
+
+    monkeypatch.setattr(offline, "_fashion_from_debian", broken)
+    monkeypatch.setattr(offline, "_fashion_from_torchvision", gives_files)
+    assert sizes(load_data("fashion-mnist", cache=tmp_path / "c")) == [50, 10, 20]
+    monkeypatch.setattr(offline, "_fashion_from_torchvision", broken)
+    assert sizes(load_data("fashion-mnist", cache=tmp_path / "c")) == [50, 10, 20]
+    assert [p.name for p in (tmp_path / "c" / "data").iterdir()] == ["fashion-mnist"]
+    with pytest.raises(
+        DataError, match="apt: no package lists; apt: no package lists.*dataset-fashion-mnist"
+    ):
+        load_data("fashion-mnist", cache=tmp_path / "d")
+
+
+def test_fashion_mnist_lies_where_torchvision_puts_it(tmp_path):
+    """torchvision downloads nothing when the unpacked files are there; it reads them with its own reader."""
+    raw = fake_fashion(tmp_path / "FashionMNIST" / "raw", packed=False)
+    assert offline._fashion_from_torchvision(tmp_path) == raw
 
 
 def test_mnist_5k_from_the_cache(tmp_path, monkeypatch):

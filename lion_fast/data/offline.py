@@ -88,10 +88,10 @@ def _fashion_folder(cache: Path) -> Path:
         f"(.gz or unpacked) into {target}."
     )
     if weights.offline():
+        told = "LION_FAST_OFFLINE forbids the download"
         raise DataError(
-            f"Fashion-MNIST is neither in {target} nor in {DEBIAN_FOLDER}, and LION_FAST_OFFLINE forbids "
-            f"the download. {by_hand}"
-        )
+            f"Fashion-MNIST is neither in {target} nor in {DEBIAN_FOLDER}, and {told}. {by_hand}"
+        ) from weights.FetchError(told)
     target.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for fetch in (_fashion_from_debian, _fashion_from_torchvision):
@@ -114,9 +114,9 @@ def _fashion_folder(cache: Path) -> Path:
                 return target
             # torchvision raises RuntimeError or URLError (an OSError)
             except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
+                if all(_idx_file(target, name) for name in _FASHION):  # another process was first
+                    return target
                 problems.append(f"{fetch.__doc__}: {error}")
-    if all(_idx_file(target, name) for name in _FASHION):  # another process was first
-        return target
     told = "; ".join(problems)
     raise DataError(f"Fashion-MNIST could not be fetched ({told}). {by_hand}") from weights.FetchError(told)
 
