@@ -149,7 +149,7 @@ def _weight_grads_kernel(
     INPUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over ROWS rows: dA, dV and dc of BLOCK_D columns; in the last program of the row dW and db.
+    """Sums over ROWS rows: dA, dV and dc of BLOCK_D columns; after these, dW and db of BLOCK_D columns.
 
     One split's partial sums are dA [R, D], dV [D, R], dc [D], dW [R, R] and db [R], one after the other.
     """
@@ -182,18 +182,20 @@ def _weight_grads_kernel(
         tl.store(split_ptr + R * D + d[None, :] * R + r[:, None], dv, mask=mask)
         tl.store(split_ptr + 2 * R * D + d, tl.sum(dc, axis=0), mask=d < D)
     else:
-        dw = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-        db = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        n = (tl.program_id(0) - last_column) * BLOCK_D + tl.arange(0, BLOCK_D)
+        tile = i[:, None] * R + n[None, :]
+        dw = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        db = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for start in range(0, ROWS, BLOCK_T):
             row = first + start
             valid = (i < T - row)[:, None]
             t = tl.load(t_ptr + row * R + state, mask=valid & (r < R)[None, :], other=0.0)
-            z = tl.load(z_ptr + row * R + state, mask=valid & (r < R)[None, :], other=0.0)
+            z = tl.load(z_ptr + row * R + tile, mask=valid & (n < R)[None, :], other=0.0)
             dw = tl.dot(tl.trans(as_operand(t, INPUT)), as_operand(z, INPUT), dw, input_precision=PRECISION)
-            db += t.to(tl.float32)
-        square = (r < R)[:, None] & (r < R)[None, :]
-        tl.store(split_ptr + 2 * R * D + D + r[:, None] * R + r[None, :], dw, mask=square)
-        tl.store(split_ptr + 2 * R * D + D + R * R + r, tl.sum(db, axis=0), mask=r < R)
+            db += tl.load(t_ptr + row * R + tile, mask=valid & (n < R)[None, :], other=0.0).to(tl.float32)
+        mask = (r < R)[:, None] & (n < R)[None, :]
+        tl.store(split_ptr + 2 * R * D + D + r[:, None] * R + n[None, :], dw, mask=mask)
+        tl.store(split_ptr + 2 * R * D + D + R * R + n, tl.sum(db, axis=0), mask=n < R)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -262,8 +264,10 @@ def weight_grads_by_splits(
     partial = x.new_empty(splits, size, dtype=torch.float32)
     dA, dV = (x.new_empty(s, dtype=torch.float32) for s in ((state, width), (width, state)))
     dW, db, dc = (x.new_empty(s, dtype=torch.float32) for s in ((state, state), (state,), (width,)))
-    constants = launch.weights_constants(config, width, state, x.dtype, rows_per_split)
-    _weight_grads_kernel[(triton.cdiv(width, config.block_d) + 1, splits)](
+    kinds = launch.present_numerics(x.dtype)
+    constants = launch.weights_constants(config, width, state, kinds, rows_per_split)
+    columns = triton.cdiv(width, config.block_d) + triton.cdiv(state, config.block_d)
+    _weight_grads_kernel[(columns, splits)](
         grad_ptr=grad_out,
         x_ptr=x,
         t_ptr=t,
@@ -323,7 +327,8 @@ def adjoint(
     z = x.new_empty(rows, state + ones)
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
-    constants = launch.adjoint_constants(config, width, state, x.dtype, activation, damping, residual, ones)
+    kinds = launch.present_numerics(x.dtype)
+    constants = launch.adjoint_constants(config, width, state, kinds, activation, damping, residual, ones)
     with launch.on_device(x):
         if rows > 0:
             _adjoint_kernel[(triton.cdiv(rows, config.block_t),)](

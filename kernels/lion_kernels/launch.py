@@ -5,16 +5,16 @@ Nothing here imports Triton or asks a device before a kernel is launched.
 
 import contextlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lion_kernels.reference import ACTIVATIONS, ADJOINT_FLOOR, STATE_FLOOR
 
-MAX_STATE = 256
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Two operands of this many bytes per state pair must fit the shared memory of a block.
+# The recurrence W stays in shared memory during a solve: 128 KB of float16, 64 KB of float32.
+MAX_STATE = 256
 MAX_STATE_FP32 = 128
 # Up to so many rows the weights' gradients are fused.
 FUSED_ROWS = 4096
@@ -28,13 +28,19 @@ MM_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and resources of one launch; `check_every` is the step between stopping tests."""
+    """Tile sizes and resources of one launch.
+
+    `check_every` steps lie between stopping tests. `carry` keeps the last pre-activation of a solve
+    through the loop, which costs registers; without it one more product recomputes it, which costs a
+    second copy of W in shared memory where the tensor core takes W from there in another layout.
+    """
 
     block_t: int
     block_d: int
     num_warps: int
     num_stages: int
     check_every: int = 1
+    carry: bool = False
 
     @property
     def resources(self) -> dict[str, int]:
@@ -42,31 +48,40 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Per capability and operation: (widest padded state, configuration), for 16-bit and for float32 tokens.
-# Tiles are those that ahead-of-time compilation shows without spills (see docs/kernels.md); none has
-# been timed yet. The number of rows does not enter: the order of a row's sums, and with it its bits,
-# must not depend on the size of the batch.
+# Per capability, arithmetic and operation: (widest padded state, configuration).
+# The tiles are the largest that compile ahead of time without spills (docs/kernels.md); none has been
+# timed yet. The number of rows does not enter: the order of a row's sums, and with it its bits, must
+# not depend on the size of the batch.
 _HALF = {
     "solve": (
-        (32, Config(64, 64, 4, 3)),
         (64, Config(64, 64, 4, 3)),
         (128, Config(64, 64, 8, 3)),
-        (256, Config(64, 32, 8, 2)),
+        (256, Config(32, 32, 16, 2, carry=True)),
     ),
     "adjoint": (
-        (32, Config(64, 64, 4, 3)),
         (64, Config(64, 64, 4, 3)),
         (128, Config(64, 64, 8, 3)),
-        (256, Config(64, 32, 8, 2)),
+        (256, Config(16, 32, 8, 2)),
     ),
     "weights": ((64, Config(64, 64, 4, 3)), (128, Config(64, 64, 8, 3)), (256, Config(64, 32, 8, 2))),
 }
-_FLOAT = {
-    "solve": ((64, Config(64, 32, 4, 3)), (128, Config(64, 32, 8, 2))),
-    "adjoint": ((64, Config(64, 32, 4, 3)), (128, Config(64, 32, 8, 2))),
+_TF32 = {
+    "solve": ((32, Config(64, 32, 4, 2)), (64, Config(64, 32, 8, 3)), (128, Config(64, 32, 8, 2))),
+    "adjoint": ((32, Config(64, 32, 4, 2)), (64, Config(64, 32, 8, 3)), (128, Config(64, 32, 8, 2))),
     "weights": ((64, Config(32, 32, 4, 3)), (128, Config(32, 32, 8, 2))),
 }
-CONFIGS = {80: (_HALF, _FLOAT), 90: (_HALF, _FLOAT), 100: (_HALF, _FLOAT)}
+# Without tensor cores: every product is fused multiply-adds over registers.
+_IEEE = {
+    "solve": (
+        (32, Config(64, 32, 4, 2)),
+        (64, Config(32, 32, 8, 2)),
+        (128, Config(16, 32, 8, 2, carry=True)),
+    ),
+    "adjoint": ((32, Config(64, 32, 4, 2)), (64, Config(32, 32, 8, 2)), (128, Config(16, 32, 8, 2))),
+    "weights": ((64, Config(32, 32, 4, 3)), (128, Config(32, 32, 8, 2))),
+}
+_TABLE = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}
+CONFIGS = {80: _TABLE, 90: _TABLE, 100: _TABLE}
 
 
 def padded_state(state: int) -> int:
@@ -88,21 +103,26 @@ def why_not(dtype: torch.dtype, state_dim: int) -> str | None:
 
 
 def config(
-    op: str, rows: int, width: int, state: int, dtype: torch.dtype, capability: tuple[int, int]
+    op: str,
+    rows: int,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tf32: bool = False,
 ) -> Config:
     """The launch configuration of `op` ("solve", "adjoint" or "weights") for `rows` tokens of `width`.
 
-    The newest table not newer than `capability` is taken. `rows` and `width` are part of the question,
-    not of the present answer. Raises ValueError where `why_not` has a reason.
+    The newest table not newer than `capability` is taken; `tf32` says how float32 products are made.
+    `rows` and `width` are part of the question, not of the present answer.
+    Raises ValueError where `why_not` has a reason.
     """
     if reason := why_not(dtype, state):
         raise ValueError(reason)
     number = capability[0] * 10 + capability[1]
     table = CONFIGS[max((c for c in CONFIGS if c <= number), default=min(CONFIGS))]
-    for widest, found in table[dtype == torch.float32][op]:
-        if padded_state(state) <= widest:
-            return found
-    raise AssertionError(f"no configuration of {op} for a state of {state}")
+    arithmetic = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    return next(found for widest, found in table[arithmetic][op] if padded_state(state) <= widest)
 
 
 def interpreted() -> bool:
@@ -115,7 +135,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def numerics(dtype: torch.dtype) -> dict[str, str]:
+def tf32_allowed() -> bool:
+    """Whether torch lets float32 products on CUDA run in tf32, by either of its two settings."""
+    settings = torch.backends.cuda.matmul
+    precision = getattr(settings, "fp32_precision", None)
+    return settings.allow_tf32 if precision is None else precision == "tf32"
+
+
+def numerics(dtype: torch.dtype, tf32: bool, interpreted: bool = False) -> dict[str, str]:
     """The precision arguments of the kernels for tokens of `dtype`.
 
     Half-precision tokens meet A and V in their own dtype and iterate with float16 operands, whose
@@ -123,22 +150,26 @@ def numerics(dtype: torch.dtype) -> dict[str, str]:
     """
     kind = DTYPES[dtype]
     if kind == "fp32":
-        tf32 = torch.get_float32_matmul_precision() != "highest"
         return {"MATH": "exact", "INPUT": "fp32", "LOOP": "fp32", "PRECISION": "tf32" if tf32 else "ieee"}
-    if interpreted():
-        # The interpreter multiplies the bit patterns of bfloat16 operands.
-        return {
-            "MATH": "approx",
-            "INPUT": "fp32" if kind == "bf16" else kind,
-            "LOOP": "fp16",
-            "PRECISION": "ieee",
-        }
+    if interpreted:
+        # The interpreter has no PTX, and multiplies the bit patterns of bfloat16 operands.
+        operand = "fp32" if kind == "bf16" else kind
+        return {"MATH": "approx", "INPUT": operand, "LOOP": "fp16", "PRECISION": "ieee"}
     return {"MATH": "ptx", "INPUT": kind, "LOOP": "fp16", "PRECISION": "ieee"}
 
 
+def present_numerics(dtype: torch.dtype) -> dict[str, str]:
+    """`numerics` under torch's present settings, in the interpreter where that is on."""
+    return numerics(dtype, tf32_allowed(), interpreted())
+
+
 def choose(op: str, rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """`config` for the capability of `device`."""
-    return config(op, rows, width, state, dtype, capability(device))
+    """The configuration tuned for this device where there is one, else `config`."""
+    from lion_kernels import tune
+
+    if found := tune.lookup(op, width, state, dtype, device):
+        return found
+    return config(op, rows, width, state, dtype, capability(device), tf32_allowed())
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -171,7 +202,7 @@ def _loop_constants(
     config: Config,
     width: int,
     state: int,
-    dtype: torch.dtype,
+    kinds: dict[str, str],
     activation: str,
     damping: float,
     residual: bool,
@@ -181,7 +212,7 @@ def _loop_constants(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     return {
         **_tile_constants(config, width, state),
-        **numerics(dtype),
+        **kinds,
         "FLOOR": floor * state**0.5,
         "ACT": activation,
         "DAMPED": damping != 1,
@@ -194,16 +225,17 @@ def solve_constants(
     config: Config,
     width: int,
     state: int,
-    dtype: torch.dtype,
+    kinds: dict[str, str],
     activation: str,
     damping: float,
     residual: bool,
     save: bool,
 ) -> dict[str, object]:
-    """The compile-time arguments of the solve kernel."""
+    """The compile-time arguments of the solve kernel; `kinds` from `numerics`."""
     return {
-        **_loop_constants(config, width, state, dtype, activation, damping, residual, STATE_FLOOR),
+        **_loop_constants(config, width, state, kinds, activation, damping, residual, STATE_FLOOR),
         "SAVE": save,
+        "CARRY": config.carry,
     }
 
 
@@ -211,24 +243,23 @@ def adjoint_constants(
     config: Config,
     width: int,
     state: int,
-    dtype: torch.dtype,
+    kinds: dict[str, str],
     activation: str,
     damping: float,
     residual: bool,
     ones: int,
 ) -> dict[str, object]:
-    """The compile-time arguments of the adjoint kernel."""
+    """The compile-time arguments of the adjoint kernel; `ones` columns follow the saved state."""
     return {
-        **_loop_constants(config, width, state, dtype, activation, damping, residual, ADJOINT_FLOOR),
+        **_loop_constants(config, width, state, kinds, activation, damping, residual, ADJOINT_FLOOR),
         "ONES": ones,
     }
 
 
 def weights_constants(
-    config: Config, width: int, state: int, dtype: torch.dtype, rows: int
+    config: Config, width: int, state: int, kinds: dict[str, str], rows: int
 ) -> dict[str, object]:
     """The compile-time arguments of the fused weight gradients, `rows` rows per split."""
-    kinds = numerics(dtype)
     return {
         **_tile_constants(config, width, state),
         "ROWS": rows,
@@ -253,7 +284,8 @@ class Shipped:
     """One kernel configuration as it is compiled ahead of time.
 
     `signature` holds Triton's type of every argument that is not a constexpr, `divisible` the names of
-    those that are multiples of 16, `capability` the target, such as 90.
+    those that are multiples of 16, `capability` the target, such as 90. `spill_free` says that the
+    compiled kernel must use no stack.
     """
 
     name: str
@@ -265,9 +297,103 @@ class Shipped:
     num_warps: int
     num_stages: int
     spill_free: bool
-    divisible: tuple[str, ...] = field(default=())
+    divisible: tuple[str, ...]
+
+
+SHIPPED_STATES = (16, 32, 64, 128, 256)
+SHIPPED_WIDTH = 768
+
+
+def _ship(
+    op: str,
+    kernel: str,
+    capability: int,
+    state: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    width: int = SHIPPED_WIDTH,
+    **options,
+) -> Shipped:
+    found = config(op, 1 << 16, width, state, dtype, divmod(capability, 10), tf32)
+    kinds = numerics(dtype, tf32)
+    tokens, word = "*" + DTYPES[dtype], "*fp32"
+    scalars = {"T": "i32", "tol": "fp32", "damping": "fp32"}
+    if op == "solve":
+        constants = solve_constants(found, width, state, kinds, residual=True, save=True, **options)
+        pointers = dict.fromkeys(("x_ptr", "a_ptr", "v_ptr", "out_ptr", "p_ptr"), tokens)
+        pointers |= {"w_ptr": word, "b_ptr": word, "c_ptr": word, "change_ptr": word, "count_ptr": "*i32"}
+        scalars["max_iter"] = "i32"
+    elif op == "adjoint":
+        constants = adjoint_constants(found, width, state, kinds, residual=True, ones=ONES, **options)
+        names = ("grad_ptr", "p_ptr", "a_ptr", "v_ptr", "dx_ptr", "t_ptr", "z_ptr")
+        pointers = dict.fromkeys(names, tokens) | {"w_ptr": word, "change_ptr": word, "count_ptr": "*i32"}
+        scalars["terms"] = "i32"
+    else:
+        constants = weights_constants(found, width, state, kinds, **options)
+        pointers = dict.fromkeys(("grad_ptr", "x_ptr", "t_ptr", "z_ptr"), tokens) | {"partial_ptr": word}
+        scalars = {"T": "i32"}
+    arithmetic = DTYPES[dtype] + (f"-{kinds['PRECISION']}" if dtype == torch.float32 else "")
+    detail = [str(v) for v in options.values() if isinstance(v, str)]
+    detail += ["damped"] if options.get("damping", 1) != 1 else []
+    detail += [f"D{width}"] if width != SHIPPED_WIDTH else []
+    return Shipped(
+        name=" ".join([op, f"sm_{capability}", f"R{state}", arithmetic, *detail]),
+        module="lion_kernels.solve" if op == "solve" else "lion_kernels.adjoint",
+        kernel=kernel,
+        capability=capability,
+        signature=pointers | scalars,
+        constexprs=constants,
+        num_warps=found.num_warps,
+        num_stages=found.num_stages,
+        spill_free=True,
+        # Rows of an odd width or state start at odd addresses; the arrays themselves never do.
+        divisible=tuple(pointers),
+    )
+
+
+def _ship_sum(capability: int) -> Shipped:
+    pointers = ("partial_ptr", "da_ptr", "dv_ptr", "dc_ptr", "dw_ptr", "db_ptr")
+    return Shipped(
+        name=f"sum sm_{capability}",
+        module="lion_kernels.adjoint",
+        kernel="_sum_splits_kernel",
+        capability=capability,
+        signature=dict.fromkeys(pointers, "*fp32") | {"splits": "i32"},
+        constexprs={"D": SHIPPED_WIDTH, "R": 64, "BLOCK": SUM_BLOCK},
+        num_warps=4,
+        num_stages=1,
+        spill_free=True,
+        divisible=pointers,
+    )
 
 
 def shipped() -> list[Shipped]:
-    """Every configuration that this version launches, for each capability of the tables."""
-    return []
+    """Every tile of the tables for each capability, with the cheapest and the dearest activation.
+
+    All activations are listed at a state of 64, an odd state and width once; W, b and c are float32.
+    """
+    loops = (("solve", "_solve_fwd_kernel"), ("adjoint", "_adjoint_kernel"))
+    cheap = {"activation": "relu", "damping": 1.0}
+    dear = {"activation": "gelu", "damping": 0.5}
+    arithmetics = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+    found = []
+    for capability in CONFIGS:
+        for op, kernel in loops:
+            for dtype, tf32 in arithmetics:
+                for state in SHIPPED_STATES:
+                    if why_not(dtype, state) is None:
+                        for options in (cheap, dear):
+                            found.append(_ship(op, kernel, capability, state, dtype, tf32, **options))
+            for activation in ("tanh", "gelu_tanh", "silu"):
+                options = {"activation": activation, "damping": 1.0}
+                found.append(_ship(op, kernel, capability, 64, torch.bfloat16, False, **options))
+            found.append(_ship(op, kernel, capability, 64, torch.float16, False, **cheap))
+            found.append(_ship(op, kernel, capability, 48, torch.bfloat16, False, width=100, **cheap))
+        for dtype, tf32 in arithmetics:
+            for state in SHIPPED_STATES:
+                if why_not(dtype, state) is None:
+                    found.append(
+                        _ship("weights", "_weight_grads_kernel", capability, state, dtype, tf32, rows=512)
+                    )
+        found.append(_ship_sum(capability))
+    return found

@@ -92,6 +92,7 @@ def _solve_fwd_kernel(
     DAMPED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SAVE: tl.constexpr,
+    CARRY: tl.constexpr,
     CHECK_EVERY: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
@@ -116,21 +117,27 @@ def _solve_fwd_kernel(
     count = tl.zeros([BLOCK_T], tl.int32)
     active = valid
     running = 1
+    if CARRY:
+        p = q
     k = 0
     while (k < max_iter) & (running > 0):
         k += 1
-        new = activate(tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION), ACT, MATH)
+        pre = tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION)
+        new = activate(pre, ACT, MATH)
+        if CARRY:
+            p = pre
         count += active.to(tl.int32)
         active, change, running = stop_rows(
             new, z, active, change, (k % CHECK_EVERY == 0) | (k == max_iter), tol, FLOOR, CHECK_EVERY
         )
-        # The state before the last application is kept, from which its pre-activation is recomputed.
+        # The state before the last application is kept: its pre-activation is the one to save.
         proceed = active & (k < max_iter)
         if DAMPED:
             new = z + damping * (new - z)
         z = tl.where(proceed[:, None], new, z)
 
-    p = tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION)
+    if not CARRY:
+        p = tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION)
     p = tl.where((change < INFINITY)[:, None], p, z)
     tl.store(change_ptr + first + i, change, mask=valid)
     tl.store(count_ptr + first + i, count, mask=valid)
@@ -179,6 +186,7 @@ def solve(
     p = x.new_empty(rows if save else 0, state)
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
+    kinds = launch.present_numerics(x.dtype)
     if rows > 0:
         with launch.on_device(x):
             _solve_fwd_kernel[(triton.cdiv(rows, config.block_t),)](
@@ -196,7 +204,7 @@ def solve(
                 max_iter=max_iter,
                 tol=tol,
                 damping=damping,
-                **launch.solve_constants(config, width, state, x.dtype, activation, damping, residual, save),
+                **launch.solve_constants(config, width, state, kinds, activation, damping, residual, save),
                 **config.resources,
             )
     return out, p, change, count
