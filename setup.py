@@ -24,6 +24,13 @@ TRAIN = [
     "matplotlib>=3.8",
 ]
 
+EXTRAS = {
+    "weights": ["onnx>=1.16"],
+    "digits": ["scikit-learn>=1.4"],
+    "tensorboard": ["tensorboard>=2.16"],
+}
+DEV = ["pytest>=8", "pytest-benchmark>=5", "ruff==0.14.5", "setuptools>=70", "wheel", "onnxruntime>=1.17"]
+
 setup(
     name="lion-fast",
     version=VERSION,
@@ -36,10 +43,7 @@ setup(
     package_dir={"lion_fast": "lion_fast", "lion_kernels": "kernels/lion_kernels"},
     package_data={"lion_fast": ["py.typed", "**/*.json"], "lion_kernels": ["py.typed", "*.json"]},
     install_requires=["torch>=2.6", *TRAIN],
-    extras_require={
-        "weights": ["onnx>=1.16"],
-        "tensorboard": ["tensorboard>=2.16"],
-    },
+    extras_require={**EXTRAS, "dev": [*DEV, *(need for extra in EXTRAS.values() for need in extra)]},
     entry_points={"console_scripts": ["lion-fast=lion_fast.cli:main"]},
     zip_safe=False,
 )

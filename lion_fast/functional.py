@@ -1,13 +1,13 @@
 """The equilibrium as a function: one autograd.Function around the two operators."""
 
 import torch
-from lion_kernels import ops
-from lion_kernels.reference import ACTIVATIONS
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lion_fast.errors import check_choice
 from lion_fast.solvers import EXACT_FACTOR, PHANTOM_DAMPING, SolveInfo, check_solve_options, default_tol
+from lion_kernels import ops
+from lion_kernels.reference import ACTIVATIONS
 
 
 class _Equilibrium(torch.autograd.Function):

@@ -1,14 +1,14 @@
 """`LionLayer`: the drop-in equilibrium layer."""
 
 import torch
-from lion_kernels import ops
-from lion_kernels.reference import ACTIVATIONS
 from torch import Tensor, nn
 
 from lion_fast.contraction import bounded, contraction_scale
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.functional import adjoint_options, equilibrium
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
+from lion_kernels import ops
+from lion_kernels.reference import ACTIVATIONS
 
 RECURRENCES = ("free", "tied")
 # The read-out starts small, so that the layer starts near the identity, and not at zero, where no

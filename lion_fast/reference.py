@@ -2,13 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 from torch import Tensor
 
 from lion_fast import layer
 from lion_fast.contraction import contraction_scale
 from lion_fast.functional import check_input
 from lion_fast.solvers import SolveInfo, apply_policy, default_tol, implicit
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
 
 class LionLayer(layer.LionLayer):

@@ -10,11 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lion_fast.errors import ConvergenceError, OptionError, check_choice
+from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
 
 BACKWARDS = ("neumann", "jfb", "exact", "phantom")
 POLICIES = ("ignore", "warn", "raise")
@@ -104,9 +104,9 @@ def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
         return
     failed = int((~info.converged).sum())
     message = (
-        f"{failed} of {info.residual.numel()} rows did not reach their equilibrium ({reason}): worst residual "
-        f"{info.residual.max().item():.3g} against tol {info.tol:.3g} after {int(info.iterations.max())} "
-        f"iterations. {hint or 'Raise max_iter or tol, or make the map contract more.'}"
+        f"{failed} of {info.residual.numel()} rows did not reach their equilibrium ({reason}): "
+        f"worst residual {info.residual.max().item():.3g} against tol {info.tol:.3g} after "
+        f"{int(info.iterations.max())} iterations. {hint or 'Raise max_iter or tol, or make the map contract more.'}"
     )
     if on_failure == "raise":
         raise ConvergenceError(message)
@@ -291,7 +291,8 @@ def _accelerated(
         active = active & torch.isfinite(change) & (change > tol)
         if k == max_iter or (early_exit and not active.any()):
             break
-        proposal = propose(state, value)
+        with torch.autocast(state.device.type, enabled=False):
+            proposal = propose(state, value)
         proposal = torch.where(torch.isfinite(proposal).all(1, keepdim=True), proposal, value)
         state = torch.where(active, proposal, state)
     residual = torch.where(failed, torch.inf, best_change)

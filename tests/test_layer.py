@@ -9,12 +9,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from lion_kernels.reference import ACTIVATIONS
 from torch.utils.checkpoint import checkpoint
 
 import lion_fast
 from lion_fast import LionLayer, reference
 from lion_fast.errors import ConvergenceError, OptionError
+from lion_kernels.reference import ACTIVATIONS
 
 D, R = 12, 5
 PHI = {
@@ -614,8 +614,9 @@ def test_broken_weights_are_named(name, bad):
 
 def test_no_host_synchronisation():
     """Fake CUDA tensors have no values: any look at one from the host raises."""
-    from lion_kernels import reference as ops
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lion_kernels import reference as ops
 
     with FakeTensorMode(), torch.no_grad():
         layer = LionLayer(D, R, device="cuda", backend="torch")

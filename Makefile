@@ -1,0 +1,41 @@
+# Everything happens in .venv, which the first target makes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test test-quick lint bench aot gpu clean
+
+help:  ## say what the targets do
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## adapt a frozen backbone with LION beside VPT-deep and a linear probe
+	$(RUN) -m lion_fast demo
+
+test: $(INSTALLED) lint  ## all tests that a machine without a GPU can run
+	$(RUN) -m pytest
+
+test-quick: $(INSTALLED)  ## the tests that take seconds
+	$(RUN) -m pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## style and unused code
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(INSTALLED)  ## speed of the layer on this machine, as ratios
+	$(RUN) -m pytest bench/bench_layer.py --benchmark-columns=mean,min,median,max,rounds --benchmark-sort=mean
+
+aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU
+	$(RUN) bench/aot.py
+
+gpu:  ## check, then measure the kernels on this machine's GPU, with its own python3
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results
+
+clean:  ## remove what the targets made, downloads excepted
+	rm -rf $(VENV) build dist *.egg-info runs

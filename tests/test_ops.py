@@ -1,0 +1,67 @@
+"""The operator boundary: registration, fakes and the choice of a backend."""
+
+import pytest
+import torch
+
+from lion_kernels import ops
+
+ROWS, D, R = 70, 24, 8
+
+
+def arguments(dtype=torch.float32):
+    shapes = ((ROWS, D), (R, D), (R, R), (R,), (D, R), (D,))
+    return [torch.randn(s, dtype=dtype) * 0.2 for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("save", [True, False])
+def test_solve_is_registered_as_torch_wants(dtype, save):
+    args = (*arguments(dtype), "relu", 50, 1e-4, 1.0, True, save, "torch")
+    report = torch.library.opcheck(ops.solve, args)
+    assert set(report.values()) == {"SUCCESS"}
+    assert ops.solve(*args)[1].shape == (ROWS if save else 0, R)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adjoint_is_registered_as_torch_wants(dtype):
+    x, A, W, _, V, _ = arguments(dtype)
+    args = (torch.randn_like(x), x, torch.randn(ROWS, R).to(dtype), A, W, V)
+    report = torch.library.opcheck(ops.adjoint, (*args, "gelu", 8, 0.0, 1.0, True, "torch"))
+    assert set(report.values()) == {"SUCCESS"}
+
+
+def test_outputs_do_not_alias_inputs():
+    args = arguments()
+    for residual in (True, False):
+        out, p, change, count = ops.solve(*args, "relu", 3, 0.0, 1.0, residual, True, "torch")
+        x, A, W, _, V, _ = args
+        grads = ops.adjoint(out, x, p, A, W, V, "relu", 0, 0.0, 1.0, residual, "torch")
+        given = {t.untyped_storage().data_ptr() for t in (*args, out, p)}
+        results = {t.untyped_storage().data_ptr() for t in grads}
+        assert len(results) == len(grads) and not given & results
+
+
+def test_backend_choice(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.resolve_backend("auto", cpu, torch.float32, 32) == "torch"
+    assert ops.resolve_backend("torch", cuda, torch.float32, 32) == "torch"
+    with pytest.raises(RuntimeError, match="the tokens are on cpu, and the kernels need a CUDA device"):
+        ops.resolve_backend("triton", cpu, torch.float32, 32)
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton; got 'cuda'"):
+        ops.resolve_backend("cuda", cpu, torch.float32, 32)
+
+
+def test_auto_falls_back_and_says_so_once(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(ops, "_triton_missing", lambda: "Triton is not installed")
+    ops._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="falls back to plain torch on this GPU: Triton is not installed"):
+        assert ops.resolve_backend("auto", cuda, torch.float32, 32) == "torch"
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.resolve_backend("auto", cuda, torch.float32, 32) == "torch"
+    with pytest.raises(RuntimeError, match="cannot run: Triton is not installed"):
+        ops.resolve_backend("triton", cuda, torch.float32, 32)
