@@ -616,6 +616,11 @@ def _make_accelerator(config: TrainConfig):
         )
     except ValueError as error:
         raise OptionError(f"mixed_precision={config.mixed_precision!r} cannot run here: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would go on without a loss scaler
+        raise OptionError(
+            "mixed_precision='fp16' cannot run here: it needs an accelerator; a CPU has bf16 or no"
+        )
     supported = (
         DistributedType.NO,
         DistributedType.MULTI_CPU,

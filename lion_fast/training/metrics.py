@@ -232,7 +232,7 @@ def predict_files(
     strict: bool = False,
     progress: bool = False,
 ) -> tuple[list, torch.Tensor, list[tuple]]:
-    """Class probabilities of image files: (paths read, float32 (n, classes), (path, reason) of those left out).
+    """Class probabilities of image files: (paths read, float32 (n, classes), [(path, reason)] not read).
 
     Args:
         model: A `TunedModel`; its backbone says how the images are prepared.
