@@ -25,11 +25,19 @@ TRAIN = [
 ]
 
 EXTRAS = {
-    "weights": ["onnx>=1.16"],
     "digits": ["scikit-learn>=1.4"],
     "tensorboard": ["tensorboard>=2.16"],
 }
-DEV = ["pytest>=8", "pytest-benchmark>=5", "ruff==0.14.5", "setuptools>=70", "wheel", "onnxruntime>=1.17"]
+# onnx and onnxruntime check the conversion of weights, which itself needs neither
+DEV = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "ruff==0.14.5",
+    "setuptools>=70",
+    "wheel",
+    "onnx>=1.16",
+    "onnxruntime>=1.17",
+]
 
 setup(
     name="lion-fast",
