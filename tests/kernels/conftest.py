@@ -1,0 +1,22 @@
+"""These tests run the kernels: in Triton's interpreter on a CPU, compiled on a GPU.
+
+The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so tests/test_kernels_interpreted.py
+starts them in a process of their own. By hand:  TRITON_INTERPRET=1 pytest tests/kernels
+"""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_solve.py", "test_adjoint.py", "test_layer_on_kernels.py"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory holds NaN (the largest number for integers), so that an element not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
