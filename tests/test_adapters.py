@@ -130,15 +130,16 @@ def test_a_second_save_replaces_the_first(tmp_path):
         load_adapter(tmp_path, backbone=first.backbone)
 
 
-def test_an_interrupted_write_leaves_the_old_adapter(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_adapter(step, tmp_path, monkeypatch):
     model, other = trained(), trained()
     save_adapter(model, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in (TENSORS, DESCRIPTION)}
 
-    def full(fd):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(AdapterError, match=f"cannot be written to {tmp_path}: No space left on device"):
         save_adapter(other, tmp_path)
     assert sorted(os.listdir(tmp_path)) == [DESCRIPTION, TENSORS]

@@ -498,6 +498,14 @@ def test_pixel_end_is_a_contraction(activation, lipschitz, dtype):
             assert torch.equal(end.recurrence_kernel(9, 7), end.W)
 
 
+def test_pixel_end_bound_survives_rounding():
+    """One tap, one channel: the norm is the tap itself, and rounding it up would exceed gamma."""
+    for gamma in torch.linspace(0.5, 0.99, 50).tolist():
+        end = PixelEnd(3, 1, gamma=gamma).bfloat16()
+        end.W.data.zero_()[0, 0, 1, 1] = 100
+        assert end.recurrence_kernel(9, 9).double().abs().sum() <= gamma
+
+
 def test_pixel_end_gradients():
     """Against autograd through 400 unrolled steps, in float64, with a random upstream gradient."""
     end = PixelEnd(3, 4, backward="exact", tol=1e-13, max_iter=400).double()
