@@ -1,6 +1,10 @@
 """What gets installed, and what importing it costs."""
 
+import doctest
+import importlib
 import os
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import lion_fast
 
@@ -94,21 +99,30 @@ def test_kernels_never_import_the_package():
         assert "lion_fast import" not in path.read_text() and "import lion_fast" not in path.read_text(), path
 
 
-def test_docstring_examples():
+def modules():
+    return [
+        m.name for m in pkgutil.walk_packages(lion_fast.__path__, "lion_fast.") if "__main__" not in m.name
+    ]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name):
     """The examples of the public docstrings run and print what they say."""
-    import doctest
-    import importlib
-
-    names = ("contraction", "functional", "layer", "reference", "solvers")
-    attempted = 0
-    for name in names:
-        result = doctest.testmod(importlib.import_module(f"lion_fast.{name}"), extraglobs=_globals(name))
-        assert result.failed == 0, name
-        attempted += result.attempted
-    assert attempted > 10
+    names = {"torch": torch, "nn": torch.nn}
+    assert doctest.testmod(importlib.import_module(name), extraglobs=names).failed == 0
 
 
-def _globals(name):
-    import torch
+def code_blocks():
+    """The Python in the pages, page by page; blocks behind a comment `<!-- needs ... -->` are left out."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^(<!-- needs .*? -->\n)?```python\n(.*?)^```", text, re.S | re.M)
+        code = "\n".join(block for needs, block in blocks if not needs)
+        if code:
+            yield pytest.param(code, id=page.name)
 
-    return {"torch": torch, "nn": torch.nn}
+
+@pytest.mark.parametrize("code", code_blocks())
+def test_code_in_the_pages_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "page", "exec"), {"__name__": "page"})
