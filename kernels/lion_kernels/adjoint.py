@@ -107,13 +107,13 @@ def _adjoint_kernel(
         new = tl.dot(as_operand(grad_phi * y, LOOP), w, g, input_precision=PRECISION)
         count += active.to(tl.int32)
         was_active = active
-        active, change, running = stop_rows(
+        active, change, finite, running = stop_rows(
             new, y, active, change, (k % CHECK_EVERY == 0) | (k == terms), tol, FLOOR, CHECK_EVERY
         )
         if DAMPED:
             new = y + damping * (new - y)
         # A row takes its last step before it stops, unless that step was not finite.
-        y = tl.where((was_active & (change < INFINITY))[:, None], new, y)
+        y = tl.where((was_active & finite)[:, None], new, y)
 
     t = grad_phi * y
     tl.store(change_ptr + first + i, change, mask=valid)
@@ -240,11 +240,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def weight_grads_by_products(
     grad_out: Tensor, x: Tensor, t: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dA, dW, db, dV, dc by three products; z [T, R + n] carries a column of ones after its R columns."""
+    """dA, dW, db, dV, dc by three products.
+
+    z [T, R + n] may carry a column of ones after its R columns, from which the sums come; without one
+    they are sums of their own, which for float32 are more exact than a product in tf32.
+    """
     state = t.shape[1]
     dA = _product(t, x)
     by_state = _product(t, z)
     by_width = _product(grad_out, z)
+    if z.shape[1] == state:
+        return dA, by_state, t.sum(0), by_width, grad_out.sum(0)
     return (
         dA,
         by_state[:, :state].contiguous(),
@@ -318,7 +324,7 @@ def adjoint(
     config = config or launch.choose("adjoint", rows, width, state, x.dtype, x.device)
     if rows_per_split is None:
         rows_per_split = launch.rows_per_split(rows, width)
-    ones = 0 if rows_per_split else launch.ONES
+    ones = 0 if rows_per_split or x.dtype == torch.float32 else launch.ONES
     grad_out, x, p = (t.contiguous() for t in (grad_out, x, p))
     A, V = (t.to(x.dtype).contiguous() for t in (A, V))
     W = W.contiguous()

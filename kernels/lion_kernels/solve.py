@@ -39,27 +39,28 @@ def relative_change(new, old, FLOOR: tl.constexpr):
 
 @triton.jit
 def stop_rows(new, old, active, change, test, tol, FLOOR: tl.constexpr, CHECK_EVERY: tl.constexpr):
-    """Rows still active after a step, the relative change per row, and whether any row is active.
-
-    Without `test` only rows that ceased to be finite are stopped.
+    """After a step, per row: whether it goes on, its relative change, whether the step was finite; and
+    whether any row goes on. Without `test` only rows whose step was not finite stop.
     """
     # The largest flag is taken over [BLOCK_T, BLOCK_R]: a second reduction of a reduced axis breaks
     # Triton 3.6's compiler on sm_100, and the broadcast costs no instruction.
     if CHECK_EVERY == 1:
         change = tl.where(active, relative_change(new, old, FLOOR), change)
-        active = active & (change < INFINITY) & (change > tol)
+        finite = change < INFINITY
+        active = active & finite & (change > tol)
         running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
     else:
         running = 1
         if test:
             change = tl.where(active, relative_change(new, old, FLOOR), change)
-            active = active & (change < INFINITY) & (change > tol)
+            finite = change < INFINITY
+            active = active & finite & (change > tol)
             running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
         else:
             finite = tl.sum(new * new, axis=1) < INFINITY
             change = tl.where(finite, change, INFINITY)
             active = active & finite
-    return active, change, running
+    return active, change, finite, running
 
 
 @triton.jit(do_not_specialize=["T", "max_iter"])
@@ -127,7 +128,7 @@ def _solve_fwd_kernel(
         if CARRY:
             p = pre
         count += active.to(tl.int32)
-        active, change, running = stop_rows(
+        active, change, _, running = stop_rows(
             new, z, active, change, (k % CHECK_EVERY == 0) | (k == max_iter), tol, FLOOR, CHECK_EVERY
         )
         # The state before the last application is kept: its pre-activation is the one to save.

@@ -14,7 +14,9 @@ NEVER = 0.0
 
 def assert_same_stops(count, change, expected_count, expected_change, tol):
     """Equal counts, save for rows whose residual lies within a hundredth of the tolerance."""
-    borderline = ((change.double() / tol - 1).abs() < 0.01) | ((expected_change.double() / tol - 1).abs() < 0.01)
+    borderline = ((change.double() / tol - 1).abs() < 0.01) | (
+        (expected_change.double() / tol - 1).abs() < 0.01
+    )
     assert (borderline | (count == expected_count)).all()
     assert borderline.float().mean() < 0.1
 
