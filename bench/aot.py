@@ -31,7 +31,7 @@ for folder in (ROOT / "bench", ROOT / "kernels"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import sass  # noqa: E402
+import sass  # noqa: E402, I001
 from lion_kernels import launch  # noqa: E402
 
 CACHE = ROOT / "build" / "aot.json"
@@ -241,7 +241,7 @@ def run(specs: list[launch.Shipped], jobs: int = 2, use_cache: bool = True, repo
     keys = [fingerprint(spec) for spec in specs]
     cache = _load_cache() if use_cache else {}
     todo = [(key, spec) for key, spec in zip(keys, specs, strict=True) if key not in cache]
-    for key, spec in zip(keys, specs, strict=True):
+    for key in keys:
         if key in cache and report:
             report(Row(**cache[key]))
     if todo and jobs > 1:

@@ -15,7 +15,7 @@ HALF_STATE_TOL = 1e-3
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Tile sizes and resources of one step launch: rows, state columns, and the depth of a product's slice."""
+    """Tile of one step launch (rows, state columns, depth of a slice of its product) and resources."""
 
     block_t: int
     block_n: int
@@ -32,10 +32,16 @@ class StepConfig:
 # Per capability and arithmetic; nothing here has been timed yet. The number of rows does not enter, so
 # that the bits of a row do not depend on the size of the batch.
 _TF32, _IEEE = StepConfig(128, 64, 32, 8, 3), StepConfig(64, 64, 16, 8, 2)
+_HALF, _DAMPED = StepConfig(128, 64, 64, 8, 3), StepConfig(64, 64, 64, 8, 3)
 CONFIGS = {
-    80: {"half": StepConfig(128, 128, 32, 8, 4), "tf32": _TF32, "ieee": _IEEE},
-    90: {"half": StepConfig(128, 128, 64, 8, 3), "tf32": _TF32, "ieee": _IEEE},
-    100: {"half": StepConfig(128, 128, 64, 8, 3), "tf32": _TF32, "ieee": _IEEE},
+    80: {
+        "half": StepConfig(128, 64, 32, 8, 3),
+        "damped": _DAMPED,
+        "tf32": _TF32,
+        "ieee": _IEEE,
+    },
+    90: {"half": _HALF, "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
+    100: {"half": _HALF, "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
 }
 
 
@@ -48,23 +54,35 @@ def why_not(dtype: torch.dtype, state_dim: int) -> str | None:
     return None
 
 
-def choose(rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device) -> StepConfig:
+def choose(
+    rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device, damping: float
+) -> StepConfig:
     """The configuration for the capability of `device`; ValueError where `why_not` has a reason."""
-    return config(rows, width, state, dtype, launch.capability(device), launch.tf32_allowed())
+    capability = launch.capability(device)
+    return config(rows, width, state, dtype, capability, launch.tf32_allowed(), damping)
 
 
 def config(
-    rows: int, width: int, state: int, dtype: torch.dtype, capability: tuple[int, int], tf32: bool = False
+    rows: int,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tf32: bool = False,
+    damping: float = 1.0,
 ) -> StepConfig:
     """The newest configuration that is not newer than `capability`; ValueError as `choose`.
 
-    `tf32` says how float32 products are made; `rows` and `width` are not part of the present answer.
+    `tf32` says how float32 products are made. Damped steps of half-precision tokens hold a float32 state
+    next to the new one, which takes smaller tiles. `rows` and `width` are not part of the present answer.
     """
     if reason := why_not(dtype, state):
         raise ValueError(reason)
     number = capability[0] * 10 + capability[1]
     table = CONFIGS[max((c for c in CONFIGS if c <= number), default=min(CONFIGS))]
-    return table["half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"]
+    if dtype == torch.float32:
+        return table["tf32" if tf32 else "ieee"]
+    return table["half" if damping == 1 else "damped"]
 
 
 class Planes(NamedTuple):
@@ -221,15 +239,15 @@ def _kernels(
     end |= {"done_ptr": "*i32", **_SCALARS, **_RECORDS}
     read_out = {"h_ptr": tokens, "weight_ptr": tokens, "c_ptr": "*fp32", "x_ptr": tokens, "out_ptr": tokens}
     found = []
-    for label, first, last in (("first", True, False), ("", False, False), ("last", False, True)):
+    for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
         constants = forward_constants(config, width, state, kinds, "gelu", damping, True, first, last)
         weight = tokens if first else operand
-        found.append((f"step {label}", "_step_fwd_kernel", {**forward, "weight_ptr": weight}, constants))
-    for label, first in (("first", True), ("", False)):
+        found.append((f"step{label}", "_step_fwd_kernel", {**forward, "weight_ptr": weight}, constants))
+    for label, first in ((" first", True), ("", False)):
         constants = backward_constants(config, width, state, kinds, "gelu", damping, first, not first)
         weight = tokens if first else operand
         found.append(
-            (f"adjoint step {label}", "_step_bwd_kernel", {**backward, "weight_ptr": weight}, constants)
+            (f"adjoint step{label}", "_step_bwd_kernel", {**backward, "weight_ptr": weight}, constants)
         )
     constants = finish_constants(config, state, kinds, "gelu", True)
     found.append(("step finish", "_step_finish_kernel", finish, constants))
@@ -240,35 +258,36 @@ def _kernels(
     return found
 
 
-def shipped() -> list[launch.Shipped]:
-    """The step kernels as they are compiled ahead of time, for each capability of the tables.
+# (kind, state, damping): the launches that are compiled. The activation is gelu, whose code is the longest;
+# what is left out differs from what is here by less than these differ among themselves.
+_EVERY = ("step first", "step", "step last", "adjoint step first", "adjoint step")
+_SHIPPED = {
+    ("bf16", 512, 1.0): (*_EVERY, "step finish", "adjoint finish", "read-out"),
+    ("bf16", 512, 0.5): ("step", "adjoint step"),
+    ("bf16", 1024, 1.0): ("step", "step last", "adjoint step"),
+    ("tf32", 512, 1.0): ("step", "adjoint step", "read-out"),
+    ("ieee", 512, 1.0): ("step", "adjoint step"),
+}
 
-    With gelu, whose code is the longest, and D = 768. What damping changes (the state is float32 in
-    memory, and moves) is compiled for R = 512; the sums and the read-out do not depend on it.
-    """
+
+def shipped() -> list[launch.Shipped]:
+    """The step kernels as they are compiled ahead of time, for D = 768 and each capability of the tables."""
     found = []
-    cases = [
-        ("bf16", torch.bfloat16, 512, 1.0),
-        ("bf16", torch.bfloat16, 512, 0.5),
-        ("bf16", torch.bfloat16, 1024, 1.0),
-        ("tf32", torch.float32, 512, 1.0),
-        ("ieee", torch.float32, 512, 1.0),
-    ]
     for capability in CONFIGS:
-        for kind, dtype, state, damping in cases:
+        for (kind, state, damping), labels in _SHIPPED.items():
+            dtype = torch.bfloat16 if kind == "bf16" else torch.float32
             tf32 = kind == "tf32"
-            chosen = config(1, 768, state, dtype, (capability // 10, capability % 10), tf32)
+            chosen = config(1, 768, state, dtype, (capability // 10, capability % 10), tf32, damping)
             for label, kernel, types, constants in _kernels(chosen, 768, state, dtype, tf32, damping):
-                if damping != 1 and label not in ("step ", "adjoint step "):
+                if label not in labels:
                     continue
-                damped = " damped" if damping != 1 else ""
                 found.append(
                     launch.Shipped(
-                        name=f"{' '.join(label.split())} {kind} R={state}{damped}",
+                        name=f"{label} {kind} R={state}{' damped' if damping != 1 else ''}",
                         module="lion_kernels.step",
                         kernel=kernel,
                         capability=capability,
-                        signature={n: types[n] for n in types},
+                        signature=types,
                         constexprs=constants,
                         num_warps=chosen.num_warps,
                         num_stages=chosen.num_stages,

@@ -78,11 +78,16 @@ def _store_parts(part_ptr, T, rows, valid, active, block, k, new, old, BLOCKS: t
 
 @triton.jit
 def _tile(T, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row tile, column block, rows, their mask, columns; the blocks of a tile run side by side."""
+    """Row tile and its first row, column block, rows within the tile, their mask, columns.
+
+    The blocks of a tile run side by side. Only the first row is int64: offsets within a tile stay in one
+    register each.
+    """
     tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    rows = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    return tile, block, rows, rows < T, block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tile.to(tl.int64) * BLOCK_T
+    i = tl.arange(0, BLOCK_T)
+    return tile, block, first, i, i < T - first, block * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["T", "k"])
@@ -120,22 +125,23 @@ def _step_fwd_kernel(
     LAST: tl.constexpr,
 ):
     """Application k of z -> phi(z W^T + q); the FIRST one forms q = x A^T + b, the LAST one keeps p."""
-    tile, block, rows, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
-    own = rows[:, None] * R + n[None, :]
+    tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
+    own = i[:, None] * R + n[None, :]
     inside = valid[:, None] & (n < R)[None, :]
+    next_ptr = z_ptr + ((k % 2).to(tl.int64) * T + start) * R
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if FIRST:
         active = valid
-        acc = _product(acc, x_ptr, rows * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
+        acc = _product(acc, x_ptr + start * D, i * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
         p = acc + tl.load(b_ptr + n, mask=n < R, other=0.0).to(tl.float32)[None, :]
         if not LAST:
-            tl.store(q_ptr + own, p, mask=inside)
+            tl.store(q_ptr + start * R + own, p, mask=inside)
         z = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     else:
         if not LAST:
             if tl.load(done_ptr + tile) > 0:
                 return
-        change, took_part = _row_change(part_ptr, T, rows, valid, k - 1, BLOCKS, FLOOR)
+        change, took_part = _row_change(part_ptr, T, start + i, valid, k - 1, BLOCKS, FLOOR)
         fresh = valid & took_part
         if LAST:
             # In a finished tile no row is: its parts are of older applications.
@@ -143,38 +149,39 @@ def _step_fwd_kernel(
         active = fresh & (change > tol) & (change < INFINITY)
         stopped = fresh & ((change <= tol) | (change == INFINITY))
         if block == 0:
-            tl.store(change_ptr + rows, change, mask=stopped)
-            tl.store(count_ptr + rows, tl.zeros([BLOCK_T], tl.int32) + (k - 1), mask=stopped)
+            tl.store(change_ptr + start + i, change, mask=stopped)
+            tl.store(count_ptr + start + i, tl.zeros([BLOCK_T], tl.int32) + (k - 1), mask=stopped)
         if LAST:
             # Every row repeats its own last application, for the pre-activation that nobody stored.
-            used = tl.load(count_ptr + rows, mask=valid, other=0)
+            used = tl.load(count_ptr + start + i, mask=valid, other=0)
             used = tl.where(active, k, tl.where(stopped, k - 1, used))
+            # The state of the first application is zero and is in no plane.
+            moving = valid & (used > 1)
+            state = ((used - 1) % 2).to(tl.int64) * T * R + i * R
         else:
             if tl.max(active.to(tl.int32), axis=0) == 0:
                 if block == 0:
                     tl.store(done_ptr + tile, 1)
                 return
-            used = tl.zeros([BLOCK_T], tl.int32) + k
-        # The state of the first application is zero and is in no plane.
-        state_rows = ((used - 1) % 2).to(tl.int64) * T * R + rows * R
-        moving = valid & (used > 1)
-        acc = _product(acc, z_ptr, state_rows, moving, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
-        p = acc + tl.load(q_ptr + own, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(
-            z_ptr + state_rows[:, None] + n[None, :], mask=moving[:, None] & (n < R)[None, :], other=0.0
-        ).to(tl.float32)
+            moving = valid
+            z_ptr += ((k - 1) % 2).to(tl.int64) * T * R
+            state = i * R
+        z_tile = z_ptr + start * R
+        acc = _product(acc, z_tile, state, moving, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
+        p = acc + tl.load(q_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
+        mask = moving[:, None] & (n < R)[None, :]
+        z = tl.load(z_tile + state[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
 
     new = activate(p, ACT, MATH)
-    _store_parts(part_ptr, T, rows, valid, active, block, k, new, z, BLOCKS)
+    _store_parts(part_ptr, T, start + i, valid, active, block, k, new, z, BLOCKS)
     if LAST:
         if SAVE:
-            tl.store(p_ptr + own, p, mask=inside)
-        tl.store(h_ptr + own, new, mask=inside)
+            tl.store(p_ptr + start * R + own, p, mask=inside)
+        tl.store(h_ptr + start * R + own, new, mask=inside)
     else:
         if DAMPED:
             new = z + damping * (new - z)
-        plane = (k % 2).to(tl.int64) * T * R
-        tl.store(z_ptr + plane + own, new, mask=inside & active[:, None])
+        tl.store(next_ptr + own, new, mask=inside & active[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "k"])
@@ -197,24 +204,24 @@ def _step_finish_kernel(
     SAVE: tl.constexpr,
 ):
     """After the last application k: residual and steps of its rows; rows not finite fall back to z."""
-    tile, block, rows, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
-    change, took_part = _row_change(part_ptr, T, rows, valid, k, BLOCKS, FLOOR)
+    tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
+    change, took_part = _row_change(part_ptr, T, start + i, valid, k, BLOCKS, FLOOR)
     fresh = valid & took_part
     if block == 0:
-        tl.store(change_ptr + rows, change, mask=fresh)
-        tl.store(count_ptr + rows, tl.zeros([BLOCK_T], tl.int32) + k, mask=fresh)
-    change = tl.where(fresh, change, tl.load(change_ptr + rows, mask=valid, other=0.0))
-    used = tl.where(fresh, k, tl.load(count_ptr + rows, mask=valid, other=0))
+        tl.store(change_ptr + start + i, change, mask=fresh)
+        tl.store(count_ptr + start + i, tl.zeros([BLOCK_T], tl.int32) + k, mask=fresh)
+    change = tl.where(fresh, change, tl.load(change_ptr + start + i, mask=valid, other=0.0))
+    used = tl.where(fresh, k, tl.load(count_ptr + start + i, mask=valid, other=0))
     failed = valid & (change == INFINITY)
     if tl.max(failed.to(tl.int32), axis=0) > 0:
-        state = ((used - 1) % 2).to(tl.int64) * T * R + rows * R
+        state = (((used - 1) % 2).to(tl.int64) * T + start + i) * R
         mask = (failed & (used > 1))[:, None] & (n < R)[None, :]
         z = tl.load(z_ptr + state[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        own = rows[:, None] * R + n[None, :]
+        own = i[:, None] * R + n[None, :]
         inside = failed[:, None] & (n < R)[None, :]
         if SAVE:
-            tl.store(p_ptr + own, z, mask=inside)
-        tl.store(h_ptr + own, activate(z, ACT, MATH), mask=inside)
+            tl.store(p_ptr + start * R + own, z, mask=inside)
+        tl.store(h_ptr + start * R + own, activate(z, ACT, MATH), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -237,16 +244,16 @@ def _read_out_kernel(
     RESIDUAL: tl.constexpr,
 ):
     """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]."""
-    tile, block, rows, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
-    own = rows[:, None] * D + n[None, :]
+    tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
+    own = i[:, None] * D + n[None, :]
     inside = valid[:, None] & (n < D)[None, :]
     out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    out = _product(out, h_ptr, rows * R, valid, weight_ptr, n, D, R, BLOCK_K, INPUT, PRECISION)
+    out = _product(out, h_ptr + start * R, i * R, valid, weight_ptr, n, D, R, BLOCK_K, INPUT, PRECISION)
     if BIAS:
         out += tl.load(c_ptr + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
-        out += tl.load(x_ptr + own, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + own, out, mask=inside)
+        out += tl.load(x_ptr + start * D + own, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start * D + own, out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "k"])
@@ -287,15 +294,16 @@ def _step_bwd_kernel(
     u = phi'(p) y is the operand of the next product. CHECK is off for k = 1, before which no row can be
     done. The rows are scaled by a power of two, so that gradients of any size fit half-precision planes.
     """
-    tile, block, rows, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
-    own = rows[:, None] * R + n[None, :]
+    tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
+    own = i[:, None] * R + n[None, :]
     inside = valid[:, None] & (n < R)[None, :]
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     active = valid
     if FIRST:
-        acc = _product(acc, grad_ptr, rows * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
-        g = acc / tl.load(scale_ptr + rows, mask=valid, other=1.0)[:, None]
-        tl.store(g_ptr + own, g, mask=inside)
+        tile_ptr = grad_ptr + start * D
+        acc = _product(acc, tile_ptr, i * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
+        g = acc / tl.load(scale_ptr + start + i, mask=valid, other=1.0)[:, None]
+        tl.store(g_ptr + start * R + own, g, mask=inside)
         y = g
         if DAMPED:
             y = damping * g
@@ -303,27 +311,27 @@ def _step_bwd_kernel(
         if CHECK:
             if tl.load(done_ptr + tile) > 0:
                 return
-            change, took_part = _row_change(part_ptr, T, rows, valid, k - 1, BLOCKS, FLOOR)
+            change, took_part = _row_change(part_ptr, T, start + i, valid, k - 1, BLOCKS, FLOOR)
             fresh = valid & took_part
             active = fresh & (change > tol) & (change < INFINITY)
             stopped = fresh & ((change <= tol) | (change == INFINITY))
             if block == 0:
-                tl.store(change_ptr + rows, change, mask=stopped)
-                tl.store(count_ptr + rows, tl.zeros([BLOCK_T], tl.int32) + (k - 1), mask=stopped)
+                tl.store(change_ptr + start + i, change, mask=stopped)
+                tl.store(count_ptr + start + i, tl.zeros([BLOCK_T], tl.int32) + (k - 1), mask=stopped)
             if tl.max(active.to(tl.int32), axis=0) == 0:
                 if block == 0:
                     tl.store(done_ptr + tile, 1)
                 return
-        plane = ((k - 1) % 2).to(tl.int64) * T * R
-        acc = _product(acc, u_ptr + plane, rows * R, valid, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
-        new = acc + tl.load(g_ptr + own, mask=inside, other=0.0).to(tl.float32)
+        plane = (((k - 1) % 2).to(tl.int64) * T + start) * R
+        acc = _product(acc, u_ptr + plane, i * R, valid, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
+        new = acc + tl.load(g_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
         old = tl.load(y_ptr + plane + own, mask=inside, other=0.0).to(tl.float32)
-        _store_parts(part_ptr, T, rows, valid, active, block, k, new, old, BLOCKS)
+        _store_parts(part_ptr, T, start + i, valid, active, block, k, new, old, BLOCKS)
         y = new
         if DAMPED:
             y = old + damping * (new - old)
-    plane = (k % 2).to(tl.int64) * T * R
-    p = tl.load(p_ptr + own, mask=inside, other=0.0).to(tl.float32)
+    plane = ((k % 2).to(tl.int64) * T + start) * R
+    p = tl.load(p_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
     keep = inside & active[:, None]
     tl.store(y_ptr + plane + own, y, mask=keep)
     tl.store(u_ptr + plane + own, slope(p, ACT, MATH) * y, mask=keep)
@@ -352,28 +360,29 @@ def _step_bwd_finish_kernel(
     STEPS: tl.constexpr,
 ):
     """After the last application k: t = phi'(p) y of every row's last finite y, and h = phi(p)."""
-    tile, block, rows, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
+    tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     used = tl.zeros([BLOCK_T], tl.int32)
     change = tl.full([BLOCK_T], INFINITY, tl.float32)
     fresh = valid
     if STEPS:
-        change, took_part = _row_change(part_ptr, T, rows, valid, k, BLOCKS, FLOOR)
+        change, took_part = _row_change(part_ptr, T, start + i, valid, k, BLOCKS, FLOOR)
         # Launches that returned at the flag left older parts behind.
         fresh = (valid & took_part).to(tl.int32) > tl.load(done_ptr + tile)
-        change = tl.where(fresh, change, tl.load(change_ptr + rows, mask=valid, other=0.0))
-        used = tl.where(fresh, k, tl.load(count_ptr + rows, mask=valid, other=0))
+        change = tl.where(fresh, change, tl.load(change_ptr + start + i, mask=valid, other=0.0))
+        used = tl.where(fresh, k, tl.load(count_ptr + start + i, mask=valid, other=0))
     if block == 0:
-        tl.store(change_ptr + rows, change, mask=fresh)
-        tl.store(count_ptr + rows, used, mask=fresh)
+        tl.store(change_ptr + start + i, change, mask=fresh)
+        tl.store(count_ptr + start + i, used, mask=fresh)
     failed = (change == INFINITY) & (used > 0)
     plane = ((used - failed.to(tl.int32)) % 2).to(tl.int64)
-    own = rows[:, None] * R + n[None, :]
+    own = i[:, None] * R + n[None, :]
     inside = valid[:, None] & (n < R)[None, :]
-    u = tl.load(u_ptr + (plane * T * R)[:, None] + own, mask=inside, other=0.0).to(tl.float32)
-    t = u * tl.load(scale_ptr + rows, mask=valid, other=1.0)[:, None]
-    tl.store(t_ptr + own, t, mask=inside)
-    p = tl.load(p_ptr + own, mask=inside, other=0.0).to(tl.float32)
-    tl.store(h_ptr + own, activate(p, ACT, MATH), mask=inside)
+    state = (plane * T + start + i) * R
+    u = tl.load(u_ptr + state[:, None] + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    t = u * tl.load(scale_ptr + start + i, mask=valid, other=1.0)[:, None]
+    tl.store(t_ptr + start * R + own, t, mask=inside)
+    p = tl.load(p_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h_ptr + start * R + own, activate(p, ACT, MATH), mask=inside)
 
 
 class _Rows:
@@ -435,7 +444,7 @@ def solve_wide(
     """
     launch.check_shapes(x, A=A, W=W, b=b, V=V, c=c)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch_step.choose(rows, width, state, x.dtype, x.device)
+    config = config or launch_step.choose(rows, width, state, x.dtype, x.device, damping)
     kinds, numerics = launch_step.plane_dtypes(x.dtype, damping, tol), launch_step.numerics(x.dtype)
     x = x.contiguous()
     A = A.to(x.dtype).contiguous()
@@ -525,7 +534,7 @@ def adjoint_wide(
     """
     launch.check_shapes(x, A=A, W=W, V=V, p=p, grad_out=grad_out)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch_step.choose(rows, width, state, x.dtype, x.device)
+    config = config or launch_step.choose(rows, width, state, x.dtype, x.device, damping)
     kinds, numerics = launch_step.plane_dtypes(x.dtype, damping, tol), launch_step.numerics(x.dtype)
     grad_out, x, p = (t.contiguous() for t in (grad_out.to(x.dtype), x, p))
     # [N, K] with K contiguous, as the product wants its second operand.
