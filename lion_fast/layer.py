@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lion_fast.contraction import bounded, contraction_scale
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.functional import adjoint_options, equilibrium
+from lion_fast.masked import Masked
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
 from lion_kernels import ops
 from lion_kernels.reference import ACTIVATIONS
@@ -16,7 +17,7 @@ RECURRENCES = ("free", "tied")
 READ_OUT_STD = 1e-2
 
 
-class LionLayer(nn.Module):
+class LionLayer(Masked):
     """out = x + Z V^T + c with the equilibrium Z = phi(Z Wh^T + x A^T + b), per token.
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R], read-out V [D, R], bias c [D] for
@@ -52,6 +53,10 @@ class LionLayer(nn.Module):
     >>> out.shape, info.reason
     (torch.Size([2, 5, 8]), 'converged')
     """
+
+    matrices = ("A", "W", "V")
+    # The state width of the layer that `compact` made this one from.
+    compacted_from: int | None = None
 
     def __init__(
         self,
@@ -121,22 +126,29 @@ class LionLayer(nn.Module):
         """Wh [R, R] with Lip(phi) ||Wh||_2 <= gamma, in the graph of the parameters."""
         limit = self.gamma / ACTIVATIONS[self.activation].lipschitz
         if self.W is not None:
-            return bounded(self.W, limit)
+            return bounded(self.masked("W"), limit)
         with torch.autocast(self.A.device.type, enabled=False):
             # V's gradient through A V is the series' next term: a Jacobian-free gradient is without.
             jacobian_free = adjoint_options(self.backward, self.neumann_terms, 1, 0.0)[0] == 0
-            W = self.A @ (self.V.detach() if jacobian_free else self.V)
-            scale = contraction_scale(self.A @ self.V, limit)
+            A, V = self.masked("A"), self.masked("V")
+            W = A @ (V.detach() if jacobian_free else V)
+            scale = contraction_scale(A @ V, limit)
             return (W.to(scale.dtype) * scale).to(W.dtype)
+
+    def compact(self) -> "LionLayer":
+        """A smaller layer without the hidden units that pruning left dead; see `pruning.compact`."""
+        from lion_fast import pruning
+
+        return pruning.compact(self)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         inspect = self.on_failure != "ignore" and not torch.compiler.is_compiling()
         out = equilibrium(
             x,
-            self.A,
+            self.masked("A"),
             self.recurrence_matrix(),
             self.b,
-            self.V,
+            self.masked("V"),
             self.c,
             activation=self.activation,
             max_iter=self.max_iter,

@@ -33,7 +33,8 @@ class LionLayer(layer.LionLayer):
         check_input(x, self.dim)
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, self.dim).to(acc)
-            A, Wh, b, V, c = (t.to(acc) for t in (self.A, self.recurrence_matrix(), self.b, self.V, self.c))
+            A, V = self.masked("A"), self.masked("V")
+            A, Wh, b, V, c = (t.to(acc) for t in (A, self.recurrence_matrix(), self.b, V, self.c))
             if self.recurrence == "free":
                 z0 = tokens.new_zeros(tokens.shape[0], self.state_dim)
 

@@ -1,0 +1,62 @@
+"""Modules whose matrices can carry a pruning mask."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lion_fast.errors import OptionError
+
+
+class Masked(nn.Module):
+    """Keeps a boolean mask, True where kept, beside each parameter named in `matrices`.
+
+    A mask is a buffer NAME_mask, absent from the state_dict until it is set and made on loading where the
+    state_dict has it. `masked` multiplies by it, so that an entry off the mask has neither a value nor a
+    gradient; the parameter itself is zero there when the mask is set.
+    """
+
+    matrices: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.matrices:
+            self.register_buffer(f"{name}_mask", None)
+
+    def masked(self, name: str) -> Tensor:
+        """The matrix as it counts: the parameter itself, or its product with its mask."""
+        matrix, mask = getattr(self, name), getattr(self, f"{name}_mask")
+        return matrix if mask is None else matrix * mask
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks that are set, by the name of their matrix."""
+        found = {name: getattr(self, f"{name}_mask") for name in self.matrices}
+        return {name: mask for name, mask in found.items() if mask is not None}
+
+    @torch.no_grad()
+    def set_mask(self, name: str, mask: Tensor | None) -> None:
+        """Set the mask of a matrix, a boolean of its shape, and zero what it drops; None takes it away.
+
+        Raises OptionError for another name, shape or dtype.
+        """
+        matrix = getattr(self, name) if name in self.matrices else None
+        if matrix is None:
+            raise OptionError(f"{name!r} has no mask; those with one are {', '.join(self.matrices)}")
+        if mask is not None:
+            if mask.shape != matrix.shape or mask.dtype != torch.bool:
+                raise OptionError(
+                    f"the mask of {name} must be a boolean of shape {tuple(matrix.shape)}; got "
+                    f"{mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            mask = mask.to(matrix.device, copy=True)
+            matrix.masked_fill_(~mask, 0)
+        setattr(self, f"{name}_mask", mask)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name in self.matrices:
+            if f"{prefix}{name}_mask" in state_dict and getattr(self, f"{name}_mask") is None:
+                matrix = getattr(self, name)
+                if matrix is not None:
+                    mask = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
+                    setattr(self, f"{name}_mask", mask)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
