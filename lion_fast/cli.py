@@ -330,11 +330,14 @@ def run_finetune(args: argparse.Namespace) -> dict:
         backbone, settings["method"], num_classes=len(splits.classes), seed=config.seed, **settings["options"]
     )
     model.classes = list(splits.classes)
+    _check_backend(model, config)
     main_process = _is_main_process()
-    if main_process:
+    if main_process and not (resume and (out / "config.yaml").is_file()):
+        # a resumed run keeps what it was started with: this command may yet be refused
         written = {k: v for k, v in settings.items() if v not in (None, {})} | config.to_dict()
         (out / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
         (out / "splits.json").write_text(json.dumps(splits.description, indent=1) + "\n", encoding="utf-8")
+    if main_process:
         _say_skipped(splits.description)
         sizes = splits.description["sizes"]
         _say(
@@ -395,6 +398,20 @@ def run_finetune(args: argparse.Namespace) -> dict:
                 print(f"test: accuracy {metrics.accuracy:.4f}, balanced {metrics.balanced_accuracy:.4f}")
     _end_process_group()
     return result
+
+
+def _check_backend(model, config) -> None:
+    """Refuse a Triton backend that cannot run before anything is written."""
+    if model.options.get("backend") != "triton":
+        return
+    import torch
+
+    from lion_kernels.ops import why_not_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    reason = why_not_triton(device, torch.float32, model.options["state_dim"])
+    if reason:
+        raise OptionError(f"backend=triton cannot run: {reason}; use auto or torch")
 
 
 def _parameter_counts(model) -> dict[str, int]:

@@ -144,7 +144,7 @@ def test_the_callers_generators_come_back(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_steps_are_adamw_with_warmup_cosine_smoothing_decay_and_clipping(tmp_path, accumulation):
-    """Against the formulas written out in float64 on a linear head; tolerance: float32 rounding over 12 steps."""
+    """Against the formulas in float64 on a linear head; tolerance: float32 rounding over 12 steps."""
     splits, classes = random_splits(n=21, n_val=0), 3
     model = tiny_model("probe")
     config = TrainConfig(
@@ -619,7 +619,8 @@ def test_a_disk_that_takes_less_than_it_says_is_found_before_training(images, tm
     pytest.importorskip("resource")
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000));"
-        f"sys.argv = {train_command(images, tmp_path / 'out')[1:]!r}; sys.path.insert(0, {str(HELPER.parent)!r});"
+        f"sys.argv = {train_command(images, tmp_path / 'out')[1:]!r};"
+        f"sys.path.insert(0, {str(HELPER.parent)!r});"
         "import training_helpers; training_helpers.main()"
     )
     done = subprocess.run(
