@@ -64,12 +64,19 @@ def error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact.double()).abs().max().item() if exact.numel() else 0.0
 
 
+def rms_error(got: Tensor, exact: Tensor) -> float:
+    return (got.double() - exact.double()).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
 def assert_as_good_as_torch(got: Tensor, torch_result: Tensor, exact: Tensor, what: str) -> None:
     """The three-way tolerance: at most twice the error of torch in the same dtype, against float64.
 
-    Where torch happens to be exact, a rounding of the operands and one of the result are allowed.
+    Errors are root mean squares; the largest, one draw of two random roundings each, may be four times
+    torch's. Where torch happens to be exact, a rounding of operands and of the result are allowed.
     """
     assert torch.isfinite(got).all(), f"{what} is not finite"
-    size = exact.abs().max().item() if exact.numel() else 0.0
-    bound = 2 * max(error(torch_result, exact), torch.finfo(torch_result.dtype).eps * size)
-    assert error(got, exact) <= bound, f"{what}: error {error(got, exact):.2e}, bound {bound:.2e}"
+    eps = torch.finfo(torch_result.dtype).eps
+    for name, measure, factor in (("rms", rms_error, 2), ("largest", error, 4)):
+        size = measure(exact, torch.zeros_like(exact))
+        ours, bound = measure(got, exact), factor * max(measure(torch_result, exact), eps / 2 * size)
+        assert ours <= bound, f"{what}: {name} error {ours:.2e}, bound {bound:.2e}"

@@ -1,7 +1,8 @@
 """These tests run the kernels: in Triton's interpreter on a CPU, compiled on a GPU.
 
-The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so tests/test_kernels_interpreted.py
-starts them in a process of their own. By hand:  TRITON_INTERPRET=1 pytest tests/kernels
+The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so
+tests/test_kernels_interpreted.py starts them in a process of their own.
+By hand:  TRITON_INTERPRET=1 pytest tests/kernels
 """
 
 import os
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    collect_ignore_glob = ["test_solve.py", "test_adjoint.py", "test_layer_on_kernels.py"]
+    collect_ignore_glob = ["test_solve.py", "test_adjoint.py", "test_step.py", "test_layer_on_kernels.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,235 @@
+"""The kernels on a GPU. Under TRITON_INTERPRET=1 the same checks run on a CPU, save graphs, sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_helpers import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_as_good_as_torch,
+    double,
+    problem,
+    torch_adjoint,
+    torch_solve,
+)
+
+pytest.importorskip("triton")
+
+from lion_kernels import launch, reference  # noqa: E402
+from lion_kernels.adjoint import adjoint  # noqa: E402
+from lion_kernels.solve import solve  # noqa: E402
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+on_gpu_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+ACTIVATIONS = list(reference.ACTIVATIONS)
+# The interpreter works through a tile in milliseconds to seconds, so it gets small problems.
+STATES = [16, 64] if INTERPRETED else [16, 32, 64, 128, 256]
+SHAPES = (
+    [(70, 40, 24)] if INTERPRETED else [(197, 768, 16), (1576, 768, 64), (1000, 1024, 48), (333, 100, 128)]
+)
+NAMES = ("dx", "dA", "dW", "db", "dV", "dc")
+
+
+def integers(rows, width, state, dtype):
+    """x, A, W, b, V, c of small integers, of which every sum below is exact in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, entries):
+        """-1, 0, 1 with about `entries` nonzero numbers per row."""
+        signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return signs * (torch.rand(shape, generator=generator) < min(1.0, entries / shape[-1]))
+
+    tensors = (
+        draw(rows, width, entries=width / 2),
+        draw(state, width, entries=16),
+        draw(state, state, entries=3),
+        torch.randint(-3, 4, (state,), generator=generator),
+        draw(width, state, entries=4),
+        torch.randint(-3, 4, (width,), generator=generator),
+    )
+    return [t.to(DEVICE, torch.float64) for t in tensors]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tf32", [False, True])
+def test_integers_are_exact(dtype, state, tf32):
+    """A wrong fragment, a missed wait or a wrong mask shows as a wrong integer."""
+    if tf32 and dtype != torch.float32 or launch.why_not(dtype, state):
+        pytest.skip("not a configuration")
+    exact_args = integers(*((70, 100) if INTERPRETED else (1000, 768)), state, dtype)
+    args = [t.to(dtype) for t in exact_args]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        for steps in (1, 2, 3):
+            out, p, _, _ = solve(*args, "relu", steps, 0.0, 1.0, True)
+            exact = torch_solve(*exact_args, "relu", steps, 1.0, True)
+            assert max(t.abs().max() for t in exact) < 256, "the problem is not exact in bfloat16"
+            assert torch.equal(out.double(), exact[0]) and torch.equal(p.double(), exact[1])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integer_gradients_are_exact(dtype, state):
+    if launch.why_not(dtype, state):
+        pytest.skip("not a configuration")
+    rows, width = (70, 100) if INTERPRETED else (1000, 768)
+    x, A, W, b, V, _ = integers(rows, width, state, dtype)
+    # Few nonzero entries, so that sums over all rows stay below 256 too.
+    grad_out = x.roll(1, 0) * (torch.arange(rows, device=DEVICE) % max(1, rows // 12) == 0)[:, None]
+    p = torch_solve(x, A, W, b, V, x[0] * 0, "relu", 1, 1.0, True)[1]
+    exact_args = (grad_out, x, p, A, W, V)
+    args = [t.to(dtype) for t in exact_args]
+    exact = torch_adjoint(*exact_args, "relu", 1, 1.0, True)
+    for split in (0, 64):
+        got = adjoint(*args, "relu", 1, 0.0, 1.0, True, rows_per_split=split)
+        for name, ours, truth in zip(NAMES, got, exact, strict=False):
+            if truth.abs().max() < 256:
+                assert torch.equal(ours.double(), truth), name
+        # Every sum over rows is exact in float32, where it is kept, though not in bfloat16.
+        assert exact[0].abs().max() < 256 and torch.equal(got[3].double(), exact[3])
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+@pytest.mark.parametrize("rows, width, state", SHAPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_is_at_most_twice_that_of_torch(dtype, activation, rows, width, state, damping):
+    args = problem(rows, width, state, dtype)
+    out, p, _, _ = solve(*args, activation, 20, 0.0, damping, True)
+    exact = torch_solve(*double(*args), activation, 20, damping, True)
+    same = torch_solve(*args, activation, 20, damping, True)
+    assert_as_good_as_torch(out, same[0], exact[0], "out")
+    assert_as_good_as_torch(p, same[1], exact[1], "p")
+
+    x, A, W, _, V, _ = args
+    backward = (torch.randn_like(x), x, same[1], A, W, V)
+    exact = torch_adjoint(*double(*backward), activation, 8, damping, True)
+    same = torch_adjoint(*backward, activation, 8, damping, True)
+    for split in (0, 128):
+        got = adjoint(*backward, activation, 8, 0.0, damping, True, rows_per_split=split)
+        for name, ours, theirs, truth in zip(NAMES, got, same, exact, strict=False):
+            assert_as_good_as_torch(ours, theirs, truth, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_in_every_batch(dtype):
+    rows, width = (150, 40) if INTERPRETED else (2000, 768)
+    x, *weights = problem(rows, width, 64 if DEVICE == "cuda" else 24, dtype)
+    options = ("gelu_tanh", 40, 1e-2, 1.0, True)
+    together = solve(x, *weights, *options)
+    for part in (slice(0, 1), slice(63, 65), slice(rows - 1, rows), slice(10, 140)):
+        for whole, alone in zip(together, solve(x[part], *weights, *options), strict=True):
+            assert torch.equal(whole[part], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_runs_give_the_same_bits(dtype):
+    rows, width, state = (70, 30, 16) if INTERPRETED else (3000, 768, 64)
+    args = problem(rows, width, state, dtype)
+    x, A, W, _, V, _ = args
+    grad_out = torch.randn_like(x)
+    first = None
+    for _ in range(3 if INTERPRETED else 100):
+        out, p, change, count = solve(*args, "gelu", 30, 1e-2, 1.0, True)
+        results = [out, p, change, count]
+        for split in (0, 512):
+            results += adjoint(grad_out, x, p, A, W, V, "gelu", 8, 0.0, 1.0, True, rows_per_split=split)
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("rows", [197, 20000])
+def test_a_cuda_graph_replays_on_new_tokens(rows):
+    args = problem(rows, 768, 64, torch.bfloat16)
+    x, A, W, _, V, _ = args
+    grad_out = torch.randn_like(x)
+
+    def step():
+        out, p, change, count = solve(*args, "relu", 30, 1e-2, 1.0, True)
+        return [out, p, change, count, *adjoint(grad_out, x, p, A, W, V, "relu", 30, 1e-3, 1.0, True)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for scale in (0.1, 10.0):
+        # Rows of another size converge after another number of iterations.
+        x.copy_(scale * torch.randn_like(x))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("backend", ["inductor", "cudagraphs"])
+def test_the_layer_compiles_whole(backend):
+    from lion_fast import LionLayer
+
+    layer = LionLayer(768, 32, backend="triton", device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    x = torch.randn(4, 197, 768, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+@on_gpu_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_current():
+    args = [t.to("cuda:1") for t in problem(200, 64, 16)]
+    with torch.cuda.device(0):
+        out = solve(*args, "relu", 10, 0.0, 1.0, True)[0]
+    torch.testing.assert_close(out, torch_solve(*args, "relu", 10, 1.0, True)[0])
+
+
+# Small odd shapes through every kernel; compute-sanitizer is two orders slower than the kernels.
+SANITIZED = """
+import torch
+from lion_kernels.adjoint import adjoint
+from lion_kernels.solve import solve
+
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for rows, width, state in ((1, 33, 5), (130, 100, 24), (70, 192, 128), (65, 64, 200)):
+        if dtype == torch.float32 and state > 128:
+            continue
+        draw = lambda *shape: torch.randn(shape, device="cuda", dtype=dtype)
+        x, A, V = draw(rows, width), draw(state, width) / width**0.5, draw(width, state) / state**0.5
+        W, b, c = 0.3 * draw(state, state) / state**0.5, draw(state), draw(width)
+        out, p, _, _ = solve(x, A, W, b, V, c, "gelu", 6, 1e-2, 0.8, True)
+        for split in (0, 64):
+            adjoint(out, x, p, A, W, V, "gelu", 4, 0.0, 0.8, True, rows_per_split=split)
+torch.cuda.synchronize()
+"""
+
+
+@on_gpu_only
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    paths = [str(Path(launch.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SANITIZED],
+        # Freed blocks of torch's allocator would hide a read past the end.
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    if "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this device or its virtual machine")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
