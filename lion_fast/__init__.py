@@ -22,7 +22,7 @@ _WHERE = {
 }
 _MODULES = (
     "adapters", "backbones", "contraction", "data", "errors", "functional", "layer",
-    "methods", "reference", "solvers", "training", "weights",
+    "methods", "pruning", "reference", "solvers", "training", "weights",
 )  # fmt: skip
 
 __all__ = ["__version__", *_WHERE, *_MODULES]

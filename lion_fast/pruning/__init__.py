@@ -1,0 +1,15 @@
+"""Pruning: robust training and its baselines, compaction, packing, and which form pays."""
+
+from lion_fast.pruning.baselines import iterative_magnitude, prune_once
+from lion_fast.pruning.compaction import compact, compact_model, find_units
+from lion_fast.pruning.robust import RobustPruner, count_parameters
+
+__all__ = [
+    "RobustPruner",
+    "compact",
+    "compact_model",
+    "count_parameters",
+    "find_units",
+    "iterative_magnitude",
+    "prune_once",
+]

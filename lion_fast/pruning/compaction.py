@@ -1,0 +1,147 @@
+"""Dead hidden units taken out: a smaller dense layer with the same outputs."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lion_fast.contraction import contraction_scale
+from lion_fast.errors import OptionError
+from lion_fast.layer import LionLayer
+from lion_kernels.reference import ACTIVATIONS
+
+# Applications that the constant units get to come to rest, at their rate of at most gamma.
+SETTLE = 5000
+
+
+def _reach(start: Tensor, edges: Tensor) -> Tensor:
+    """All units that can be reached from `start` [R] where edges[i, j] leads from j to i."""
+    while True:
+        more = start | edges[:, start].any(1)
+        if torch.equal(more, start):
+            return start
+        start = more
+
+
+@torch.no_grad()
+def find_units(layer: LionLayer) -> tuple[Tensor, Tensor]:
+    """Which hidden units do something, and which are constant: two boolean [R], `live` and `constant`.
+
+    A unit that reaches no output (its column of V is zero, and what it feeds reaches none either) is
+    neither. A unit that no token reaches (its row of A is zero, and so for all that feeds it) is constant.
+
+    >>> layer = LionLayer(4, 2)
+    >>> _ = layer.V.data[:, 0].zero_(), layer.W.data.zero_()
+    >>> [t.tolist() for t in find_units(layer)]
+    [[False, True], [False, False]]
+    """
+    links = layer.recurrence_matrix() != 0
+    needed = _reach((layer.masked("V") != 0).any(0), links.T)
+    varying = _reach((layer.masked("A") != 0).any(1), links)
+    return needed & varying, needed & ~varying
+
+
+@torch.no_grad()
+def compact(layer: LionLayer) -> LionLayer:
+    """A layer without the units that do nothing, with the same outputs; `layer` itself stays as it is.
+
+    Dropped exactly are the units that reach no output. Constant units, which no token reaches, are folded:
+    into b of the units they feed by W and into c by V. That is exact at the equilibrium, so outputs agree
+    to what the solver's tolerance leaves; units that nothing feeds back agree at every step.
+
+    The new W is the bounded Wh, whose own bound is not larger, so the recurrence is the same where the
+    bound is at work too. A tied layer stays tied where A V has the same scale without the dead units, and
+    becomes a free one with W = Wh, R x R numbers more, where not. Element masks are cut to size. A layer
+    without dead units comes back as a copy; one without live ones keeps a single unit of zeros.
+
+    Raises OptionError for something else than a LionLayer.
+
+    >>> from lion_fast import pruning
+    >>> layer = LionLayer(8, 4)
+    >>> pruning.prune_once(layer, 0.5, granularity="unit")
+    >>> layer.compact().state_dim
+    2
+    """
+    if not isinstance(layer, LionLayer):
+        raise OptionError(f"only a LionLayer can be compacted; got {type(layer).__name__}")
+    live, constant = find_units(layer)
+    Wh, A, V = layer.recurrence_matrix(), layer.masked("A"), layer.masked("V")
+    phi = ACTIVATIONS[layer.activation].phi
+    b, c, W64, V64 = (t.double() for t in (layer.b, layer.c, Wh, V))
+    values = torch.zeros_like(b[constant])
+    settled = not constant.any()
+    for _ in range(SETTLE if not settled else 0):
+        new = phi(W64[constant][:, constant] @ values + b[constant])
+        settled = torch.equal(new, values) or bool((new - values).abs().max() < 1e-15 * new.abs().max())
+        values = new
+        if settled:
+            break
+    # With a single application of f nothing has come through W yet.
+    if not settled or (layer.max_iter == 1 and W64[live][:, constant].any()):
+        live, constant = live | constant, torch.zeros_like(constant)
+        values = values[:0]
+    if live.all():
+        return copy.deepcopy(layer)
+
+    new = copy.deepcopy(layer)
+    kept = live.nonzero().squeeze(1)
+    keep_tied = layer.W is None and _same_scale(layer, A, V, kept)
+    tensors = {
+        "A": A[kept],
+        "b": (b[kept] + W64[kept][:, constant] @ values).to(layer.b.dtype),
+        "V": V[:, kept],
+        "c": (c + V64[:, constant] @ values).to(layer.c.dtype),
+    }
+    if not keep_tied:
+        tensors["W"] = Wh[kept][:, kept]
+        new.recurrence = "free"
+    masks = {
+        name: {"A": mask[kept], "W": mask[kept][:, kept], "V": mask[:, kept]}[name]
+        for name, mask in layer.masks().items()
+    }
+    if not len(kept):
+        tensors = {name: _single(name, t) for name, t in tensors.items()}
+        masks = {}
+    for name in layer.matrices:
+        setattr(new, f"{name}_mask", None)
+    for name, tensor in tensors.items():
+        trained = (layer.A if name == "W" else getattr(layer, name)).requires_grad
+        setattr(new, name, nn.Parameter(tensor.clone(), requires_grad=trained))
+    for name, mask in masks.items():
+        if name in tensors and not mask.all():
+            new.set_mask(name, mask)
+    new.state_dim = new.A.shape[0]
+    new.compacted_from = layer.compacted_from or layer.state_dim
+    return new
+
+
+def _single(name: str, t: Tensor) -> Tensor:
+    """The tensor of a layer that has one unit, all zeros, in place of none."""
+    if name == "c":
+        return t
+    return t.new_zeros([max(size, 1) for size in t.shape])
+
+
+def _same_scale(layer: LionLayer, A: Tensor, V: Tensor, kept: Tensor) -> bool:
+    limit = layer.gamma / ACTIVATIONS[layer.activation].lipschitz
+    if not len(kept):
+        return True
+    whole, part = (contraction_scale(M, limit) for M in (A @ V, A[kept] @ V[:, kept]))
+    return bool((whole - part).abs() <= 4 * torch.finfo(whole.dtype).eps)
+
+
+def compact_model(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Compact every LionLayer inside a model, in place; (units before, units now) by the layer's name.
+
+    Raises OptionError where the model is itself a layer, which cannot be replaced.
+    """
+    if isinstance(model, LionLayer):
+        raise OptionError("a layer cannot be replaced inside itself: use layer = layer.compact()")
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LionLayer)}
+    changed = {}
+    for name, layer in found.items():
+        new = compact(layer)
+        changed[name] = (layer.state_dim, new.state_dim)
+        if new.state_dim != layer.state_dim:
+            model.set_submodule(name, new)
+    return changed
