@@ -135,6 +135,7 @@ def forward_constants(
     save: bool,
     first: bool,
     last: bool,
+    split: bool,
 ) -> dict[str, object]:
     """The compile-time arguments of the forward step kernel."""
     _check_activation(activation)
@@ -145,6 +146,7 @@ def forward_constants(
         "BLOCK_K": config.block_k,
         "ACT": activation,
         "DAMPED": damping != 1,
+        "SPLIT": split,
         "SAVE": save,
         "FIRST": first,
         "LAST": last,
@@ -229,9 +231,10 @@ def _kernels(
     tokens, kinds = _TRITON_TYPES[dtype], launch.numerics(dtype, tf32)
     planes = plane_dtypes(dtype, damping, 0.0)
     held, operand = _TRITON_TYPES[planes.state], _TRITON_TYPES[planes.operand]
+    split = planes.state != planes.operand
     loop = {"tol": "fp32", "damping": "fp32", "done_ptr": "*i32", **_SCALARS, **_RECORDS}
     forward = {"x_ptr": tokens, "b_ptr": "*fp32", "q_ptr": "*fp32", "z_ptr": held, **loop}
-    forward |= {"p_ptr": tokens, "h_ptr": tokens}
+    forward |= {"u_ptr": operand, "p_ptr": tokens, "h_ptr": tokens}
     backward = {"grad_ptr": tokens, "scale_ptr": "*fp32", "p_ptr": tokens, "g_ptr": "*fp32", **loop}
     backward |= {"y_ptr": held, "u_ptr": operand}
     finish = {"z_ptr": held, "p_ptr": tokens, "h_ptr": tokens, **_SCALARS, **_RECORDS}
@@ -240,7 +243,7 @@ def _kernels(
     read_out = {"h_ptr": tokens, "weight_ptr": tokens, "c_ptr": "*fp32", "x_ptr": tokens, "out_ptr": tokens}
     found = []
     for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
-        constants = forward_constants(config, width, state, kinds, "gelu", damping, True, first, last)
+        constants = forward_constants(config, width, state, kinds, "gelu", damping, True, first, last, split)
         weight = tokens if first else operand
         found.append((f"step{label}", "_step_fwd_kernel", {**forward, "weight_ptr": weight}, constants))
     for label, first in ((" first", True), ("", False)):

@@ -28,13 +28,14 @@ def _triton_missing() -> str | None:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, state_dim: int) -> str | None:
     """The reason why the Triton kernels cannot serve this call, or None."""
-    from lion_kernels import launch
+    from lion_kernels import launch, launch_step
 
     if reason := _triton_missing():
         return reason
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tokens are on {device.type}, and the kernels need a CUDA device"
-    return launch.why_not(dtype, state_dim)
+    # What does not stay on chip takes one launch per step.
+    return launch.why_not(dtype, state_dim) and launch_step.why_not(dtype, state_dim)
 
 
 @functools.cache
@@ -65,9 +66,11 @@ def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save,
     """`reference.solve` by `backend` ('torch' or 'triton'); p is [0, R] unless `save`."""
     args = (x, A, W, b, V, c, activation, max_iter, tol, damping, residual)
     if backend == "triton":
-        from lion_kernels import solve as kernel
+        from lion_kernels import launch, step
+        from lion_kernels import solve as whole
 
-        return kernel.solve(*args, save=save)
+        on_chip = launch.why_not(x.dtype, A.shape[0]) is None
+        return (whole.solve if on_chip else step.solve_wide)(*args, save=save)
     with torch.autocast(x.device.type, enabled=False):
         out, p, change, count = reference.solve(*args)
     return out, p if save else p.new_empty(0, p.shape[1]), change, count
@@ -87,9 +90,11 @@ def _adjoint(grad_out, x, p, A, W, V, activation, terms, tol, damping, residual,
     """`reference.adjoint` by `backend` ('torch' or 'triton')."""
     args = (grad_out, x, p, A, W, V, activation, terms, tol, damping, residual)
     if backend == "triton":
-        from lion_kernels import adjoint as kernel
+        from lion_kernels import adjoint as whole
+        from lion_kernels import launch, step
 
-        return kernel.adjoint(*args)
+        on_chip = launch.why_not(x.dtype, A.shape[0]) is None
+        return (whole.adjoint if on_chip else step.adjoint_wide)(*args)
     with torch.autocast(x.device.type, enabled=False):
         return reference.adjoint(*args)
 

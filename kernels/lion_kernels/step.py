@@ -97,6 +97,7 @@ def _step_fwd_kernel(
     b_ptr,
     q_ptr,
     z_ptr,
+    u_ptr,
     p_ptr,
     h_ptr,
     part_ptr,
@@ -120,15 +121,20 @@ def _step_fwd_kernel(
     LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
     DAMPED: tl.constexpr,
+    SPLIT: tl.constexpr,
     SAVE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Application k of z -> phi(z W^T + q); the FIRST one forms q = x A^T + b, the LAST one keeps p."""
+    """Application k of z -> phi(z W^T + q); the FIRST one forms q = x A^T + b, the LAST one keeps p.
+
+    u is z in the dtype of the products, in planes of its own where SPLIT; converting z on its way into a
+    product would pass it through registers, which a pipelined wgmma may still read when they are reloaded.
+    """
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     own = i[:, None] * R + n[None, :]
     inside = valid[:, None] & (n < R)[None, :]
-    next_ptr = z_ptr + ((k % 2).to(tl.int64) * T + start) * R
+    plane = ((k % 2).to(tl.int64) * T + start) * R
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if FIRST:
         active = valid
@@ -157,20 +163,20 @@ def _step_fwd_kernel(
             used = tl.where(active, k, tl.where(stopped, k - 1, used))
             # The state of the first application is zero and is in no plane.
             moving = valid & (used > 1)
-            state = ((used - 1) % 2).to(tl.int64) * T * R + i * R
+            read = 0
+            state = (((used - 1) % 2).to(tl.int64) * T + start + i) * R
         else:
             if tl.max(active.to(tl.int32), axis=0) == 0:
                 if block == 0:
                     tl.store(done_ptr + tile, 1)
                 return
             moving = valid
-            z_ptr += ((k - 1) % 2).to(tl.int64) * T * R
+            read = (((k - 1) % 2).to(tl.int64) * T + start) * R
             state = i * R
-        z_tile = z_ptr + start * R
-        acc = _product(acc, z_tile, state, moving, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
+        acc = _product(acc, u_ptr + read, state, moving, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
         p = acc + tl.load(q_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
         mask = moving[:, None] & (n < R)[None, :]
-        z = tl.load(z_tile + state[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + read + state[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
 
     new = activate(p, ACT, MATH)
     _store_parts(part_ptr, T, start + i, valid, active, block, k, new, z, BLOCKS)
@@ -181,7 +187,10 @@ def _step_fwd_kernel(
     else:
         if DAMPED:
             new = z + damping * (new - z)
-        tl.store(next_ptr + own, new, mask=inside & active[:, None])
+        keep = inside & active[:, None]
+        tl.store(z_ptr + plane + own, new, mask=keep)
+        if SPLIT:
+            tl.store(u_ptr + plane + own, new, mask=keep)
 
 
 @triton.jit(do_not_specialize=["T", "k"])
@@ -457,6 +466,7 @@ def solve_wide(
     records = _Rows(x, config, state)
     q = x.new_empty(rows, state, dtype=torch.float32)
     z = x.new_empty(2, rows, state, dtype=kinds.state)
+    u = z if kinds.operand == kinds.state else torch.empty_like(z, dtype=kinds.operand)
     h = x.new_empty(rows, state)
     grid = (records.tiles * records.blocks,)
     with launch.on_device(x):
@@ -468,6 +478,7 @@ def solve_wide(
                 b_ptr=b,
                 q_ptr=q,
                 z_ptr=z,
+                u_ptr=u,
                 p_ptr=p,
                 h_ptr=h,
                 **records.pointers(),
@@ -477,7 +488,7 @@ def solve_wide(
                 tol=tol,
                 damping=damping,
                 **launch_step.forward_constants(
-                    config, width, state, numerics, activation, damping, save, first, last
+                    config, width, state, numerics, activation, damping, save, first, last, u is not z
                 ),
                 **config.resources,
             )
