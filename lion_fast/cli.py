@@ -266,6 +266,11 @@ def _settings(args: argparse.Namespace) -> dict:
     return settings
 
 
+def _data_seed(settings: dict) -> int:
+    seed = settings.get("data_seed")
+    return settings.get("seed", 0) if seed is None else seed
+
+
 def _read_yaml(path: Path) -> dict:
     import yaml
 
@@ -317,7 +322,7 @@ def run_finetune(args: argparse.Namespace) -> dict:
     out = Path(settings["out"])
     prepare_output(out, resume=resume, overwrite=overwrite)
     split_options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None}
-    splits = load_data(settings["data"], seed=settings.get("data_seed") or config.seed, **split_options)
+    splits = load_data(settings["data"], seed=_data_seed(settings), **split_options)
     backbone_options = {
         k: settings[k] for k in ("weights", "pretrained", "img_size") if settings.get(k) is not None
     }
@@ -455,8 +460,7 @@ def run_evaluate(args: argparse.Namespace) -> dict:
         where = f"{args.data}{f' ({split})' if split else ''}"
     elif "data" in settings:
         options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None} | own
-        seed = settings.get("data_seed") or settings.get("seed", 0)
-        splits = load_data(settings["data"], seed=seed, **options)
+        splits = load_data(settings["data"], seed=_data_seed(settings), **options)
         split = split or ("test" if splits.test else "val")
         images, where = getattr(splits, split), f"{settings['data']} ({split})"
         if not images:

@@ -1,6 +1,7 @@
 """The demonstration: a frozen backbone with real weights learns a new task from real images, three ways."""
 
 import csv
+import gc
 import json
 import platform
 import statistics
@@ -145,6 +146,7 @@ def _run_one(recipe: Recipe, backbone, splits: Splits, out: Path, seed: int, pro
 
 def _warm_up(model: TunedModel) -> None:
     """One step outside the measurement: what a process allocates once would count for the first method."""
+    gc.collect()
     images = _images(model, 2)
     model.train()
     model(images).sum().backward()

@@ -100,6 +100,19 @@ def test_a_config_file_gives_the_same_run_and_flags_win(trained, images, tmp_pat
     assert told["options"]["state_dim"] == 4 and told["fit"]["epochs"] == 1
 
 
+def test_one_split_for_several_seeds(images, model_flags, tmp_path):
+    for name, flags in (
+        ("a", ["--seed", "3", "--data-seed", "0"]),
+        ("b", ["--seed", "0"]),
+        ("c", ["--seed", "3"]),
+    ):
+        command = ["finetune", str(images), "--out", str(tmp_path / name), "--epochs", "1", *model_flags]
+        assert main([*command, "--method", "probe", *flags]) == 0
+    splits = [json.loads((tmp_path / name / "splits.json").read_text())["fingerprint"] for name in "abc"]
+    heads = [load_file(tmp_path / name / "adapter/adapter.safetensors")["head.weight"] for name in "ab"]
+    assert splits[0] == splits[1] != splits[2] and not torch.equal(*heads)
+
+
 def test_numbers_as_people_write_them_in_yaml(images, model_flags, tmp_path):
     """YAML 1.1 takes 1e-2 for text."""
     (tmp_path / "c.yaml").write_text(

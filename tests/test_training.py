@@ -702,7 +702,7 @@ def test_wrong_options_say_what_is_valid(options, told):
 # -- several processes
 
 
-@pytest.mark.parametrize("method", ["lion", "vpt", "probe"])
+@pytest.mark.parametrize("method", ["lion", "probe"])
 def test_two_processes_give_the_adapter_of_one(images, tmp_path, method):
     """Gradients are summed in another order, so float32 rounding; Adam divides by their size, hence the
     tolerance of 1e-3 where an update can be as large as the rate, 1e-2, at each of 20 steps."""

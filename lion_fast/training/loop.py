@@ -466,7 +466,6 @@ class _Run:
             self.board.close()
         if self.accelerator.num_processes > 1:
             self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
 
     # -- checkpoints
 

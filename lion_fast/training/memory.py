@@ -1,7 +1,6 @@
 """Peak memory of a stretch of work, with the way it was measured."""
 
 import ctypes
-import gc
 import sys
 import threading
 from pathlib import Path
@@ -37,7 +36,6 @@ class PeakMemory:
         self.how = ""
 
     def __enter__(self) -> "PeakMemory":
-        gc.collect()
         if self.device.type == "cuda":
             self.how = "peak of torch's CUDA allocator, weights included"
             torch.cuda.reset_peak_memory_stats(self.device)
