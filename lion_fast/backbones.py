@@ -16,6 +16,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -32,6 +33,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from lion_fast import frozen
 from lion_fast.errors import BackboneError, OptionError, WeightsError
 from lion_fast.weights import load_into, load_state, resolve
 
@@ -93,7 +95,8 @@ class Backbone(nn.Module):
     `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
     square), `mean`, `std`, `interpolation`, `crop_pct` (what the images need), `weights_source` (where the
     weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
-    `load_backbone` was asked for: what it takes to build it again).
+    `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
+    it computes; see `load_backbone`).
 
     >>> vit = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1))
     >>> vit.body(vit.enter(torch.zeros(2, 3, 32, 32))).shape
@@ -133,6 +136,7 @@ class Backbone(nn.Module):
         self.caveat = caveat
         self.request = dict(request) if request is not None else None
         self._sha256: str | None = None
+        self.memory, self.folded, self.precision = "plain", False, "fp32"
         model.requires_grad_(False)
         super().train(False)
 
@@ -171,6 +175,8 @@ class Backbone(nn.Module):
         cnn: the images themselves.
         """
         model = self.model
+        if self.precision != "fp32":
+            images = images.to(next(model.parameters()).dtype)
         if self.family == "vit":
             return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return model.patch_embed(images) if self.family == "swin" else images
@@ -224,6 +230,12 @@ class Backbone(nn.Module):
         if how == "backbone":
             return self.num_features
         return self.width_out * (2 if how == "cls+mean" else 1)
+
+    def autocast(self, device: torch.device):
+        """What a method computes in around this backbone: bfloat16 autocast unless its precision is fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, num_features): timm's `forward_head(forward_features(images), pre_logits=True)`."""
@@ -288,26 +300,10 @@ def prefix_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     return attn.k_norm(k), v
 
 
-def _prefix_attention(attn: Attention, x: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
-    batch, tokens, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    k = torch.cat([k_prefix.to(k.dtype).expand(batch, -1, -1, -1), k], 2)
-    v = torch.cat([v_prefix.to(v.dtype).expand(batch, -1, -1, -1), v], 2)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
-    out = attn.norm(out)
-    gate = getattr(attn, "gate", None)
-    return attn.proj(out if gate is None else out * gate(x).sigmoid())
-
-
 def prefix_block(block: nn.Module, x: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
     """One frozen ViT block on rows (B, N, D) that also attend to P rows of keys and values (h, P, D/h)."""
-    if isinstance(block, ResPostBlock):
-        x = x + block.norm1(_prefix_attention(block.attn, x, k_prefix, v_prefix))
-        return x + block.norm2(block.mlp(x))
-    x = x + block.ls1(_prefix_attention(block.attn, block.norm1(x), k_prefix, v_prefix))
-    return x + block.ls2(block.mlp(block.norm2(x)))
+    rows = x if isinstance(block, ResPostBlock) else block.norm1(x)
+    return frozen.tail(block, x, frozen.heads(block.attn, rows, k_prefix, v_prefix))
 
 
 # building
@@ -320,6 +316,9 @@ def load_backbone(
     weights: str | os.PathLike | None = None,
     img_size: int | tuple[int, int] | None = None,
     pool: str | None = None,
+    memory: str = "plain",
+    fold: bool = False,
+    precision: str = "fp32",
     **timm_kwargs,
 ) -> Backbone:
     """A frozen backbone by name.
@@ -332,6 +331,11 @@ def load_backbone(
     img_size: side or (height, width); by default the size the weights were trained at.
     pool: another pooling, by timm's names ("token", "avg", ...); the norm stays where it is, where timm's own
         `global_pool` may move it behind the pooling.
+    memory: "save" keeps about half as much for the backward of a ViT and computes it again (exact).
+    fold: put norms and layer scales of a ViT into the linears beside them (exact to rounding; only for
+        methods that do not read or train them).
+    precision: "bf16" holds the frozen weights in bfloat16, "fp8" also computes in 8 bits on GPUs that can;
+        neither is exact. A method's own parameters stay float32.
     timm_kwargs: handed to timm (`depth`, `embed_dim`, `dynamic_img_size`, `global_pool`, ...).
 
     Raises `BackboneError` (unknown or unsupported model), `WeightsError` (weights that cannot be found, read
@@ -358,9 +362,14 @@ def load_backbone(
         "pool": pool,
         "timm_kwargs": dict(timm_kwargs),
     }
+    backbone = _load(own, name, pretrained, weights, img_size, pool, timm_kwargs, request)
+    frozen.apply(backbone, memory=memory, fold=fold, precision=precision)
+    return backbone
+
+
+def _load(own, name: str, pretrained, weights, img_size, pool, timm_kwargs, request: Mapping) -> Backbone:
     if own is not None and (pretrained or weights is not None):
         return _load_own(own, name, img_size, pool, timm_kwargs, request)
-
     if own is not None:
         timm_name, size = OWN_WEIGHTS[own], img_size or OWN_IMG_SIZE
     else:

@@ -22,12 +22,15 @@ def create(
     weights: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     seed: int | None = None,
+    memory: str = "plain",
+    fold: bool = False,
+    precision: str = "fp32",
     **options,
 ) -> TunedModel:
     """A tuned model: `method` on `backbone`, ready to train.
 
-    backbone: a name, loaded with `pretrained`, `weights` and `img_size` as `load_backbone` says, or a
-        `Backbone` made before (which the three then cannot change).
+    backbone: a name, loaded with `pretrained`, `weights`, `img_size`, `memory`, `fold` and `precision` as
+        `load_backbone` says, or a `Backbone` made before (which these then cannot change).
     method: a name of `available()`.
     num_classes: outputs of the head; required.
     seed: draws the method's and the head's first values (and a random backbone) from this seed, and leaves
@@ -51,9 +54,18 @@ def create(
         if seed is not None:
             torch.manual_seed(seed)
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, pretrained=pretrained, weights=weights, img_size=img_size)
-        elif weights is not None or img_size is not None:
+            backbone = load_backbone(
+                backbone,
+                pretrained=pretrained,
+                weights=weights,
+                img_size=img_size,
+                memory=memory,
+                fold=fold,
+                precision=precision,
+            )
+        elif (weights, img_size, memory, fold, precision) != (None, None, "plain", False, "fp32"):
             raise OptionError(
-                "weights and img_size belong to load_backbone when the backbone is not given by name"
+                "weights, img_size, memory, fold and precision belong to load_backbone when the backbone is "
+                "not given by name"
             )
         return cls(backbone, num_classes, **options)

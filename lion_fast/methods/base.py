@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lion_fast import frozen
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.errors import AdapterError, BackboneError, OptionError
 
@@ -98,6 +99,7 @@ class TunedModel(nn.Module):
                 f"method {self.method} works on {', '.join(self.families)} backbones; {backbone.name} is a "
                 f"{backbone.family} backbone. Methods that work on it: {able}"
             )
+        frozen.check_method(backbone, self.method)
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
@@ -119,7 +121,8 @@ class TunedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) in the head's dtype."""
-        features = self.features(images)
+        with self.backbone.autocast(images.device):
+            features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 
