@@ -78,8 +78,8 @@ def check_target(
         raise OptionError(f"keep must be the share of entries to keep, in (0, 1]; got {keep!r}")
     if granularity == "2:4" and keep != 0.5:
         raise OptionError(f"granularity 2:4 keeps half of the entries: keep must be 0.5; got {keep!r}")
-    if granularity == "block":
-        check_choice("block", block, BLOCKS)
+    if granularity == "block" and block not in BLOCKS:
+        raise OptionError(f"block must be one of {', '.join(map(str, BLOCKS))}; got {block!r}")
     for matrix in matrices:
         shape = tuple(matrix.parameter.shape)
         if getattr(matrix.module, "compacted_from", None) is not None:
@@ -138,12 +138,12 @@ def _top(score: Tensor, ties: Tensor, count: int) -> Tensor:
 
 
 def count_kept(keep: float, total: int) -> int:
-    """ceil(keep * total), where keep * total is not a whole number but for rounding.
+    """ceil(keep * total) for keep in (0, 1], whole numbers being met in spite of rounding.
 
     >>> count_kept(0.5, 5), count_kept(0.1, 30)
     (3, 3)
     """
-    return min(total, math.ceil(keep * total - 1e-9 * total))
+    return max(1, math.ceil(keep * total * (1 - 1e-12)))
 
 
 def select(
