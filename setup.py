@@ -13,7 +13,7 @@ VERSION = next(
 LION_FAST = find_packages(str(HERE), include=["lion_fast", "lion_fast.*"])
 
 TRAIN = [
-    "timm>=1.0",
+    "timm>=1.0.10",
     "torchvision>=0.21",
     "accelerate>=1.2",
     "safetensors>=0.4",

@@ -618,6 +618,8 @@ def test_no_host_synchronisation():
 
     from lion_kernels import reference as ops
 
+    if torch.__version__ < "2.8" and not torch.cuda.is_available():
+        pytest.skip("fake CUDA tensors need a GPU in this torch")
     with FakeTensorMode(), torch.no_grad():
         layer = LionLayer(D, R, device="cuda", backend="torch")
         x = torch.randn(70, D, device="cuda")

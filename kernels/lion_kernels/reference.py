@@ -70,6 +70,8 @@ def _pad(t: Tensor, *multiples: int) -> Tensor:
     missing = [-size % m for size, m in zip(t.shape, multiples, strict=True)]
     if t.device.type != "cpu" or not any(missing):
         return t
+    if t.numel() == 0:  # older torch refuses to pad to an empty result
+        return t.new_zeros([size + more for size, more in zip(t.shape, missing, strict=True)])
     return F.pad(t, [n for m in reversed(missing) for n in (0, m)])
 
 
