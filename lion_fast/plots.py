@@ -1,5 +1,6 @@
 """Plots of training runs, from the rows that the runs wrote. Needs matplotlib; draws to files, no display."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,10 @@ def accuracy_over_epochs(
                     color=colour,
                     marker=marker,
                     markersize=4,
-                    label=(labels or {}).get(name, name),
+                    label=f"{(labels or {}).get(name, name)}, validation",
                 )
-        axes.plot([], [], ":", color="0.4", linewidth=1.2, label="on the training images")
-        axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy on the validation images")
+        axes.plot([], [], ":", color="0.4", linewidth=1.2, label="the same, on training images")
+        axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy over epochs")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(top=1.02)
         axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
@@ -90,7 +91,10 @@ def accuracy_against_parameters(
 def solver_over_training(
     rows: Sequence[Mapping], path: str | os.PathLike, *, tol: float | None = None
 ) -> None:
-    """Iterations and worst residual of the equilibrium solves at both ends over the optimiser steps.
+    """Iterations and worst residuals of the equilibrium solves at both ends over the optimiser steps.
+
+    The forward solve stops a token as soon as it is below the tolerance, so its worst residual lies just
+    there; the backward one shows what a fixed number of Neumann terms leaves.
 
     Args:
         rows: Rows of steps.csv (text or numbers) of a LION run.
@@ -101,25 +105,29 @@ def solver_over_training(
     present = [end for end in ("input", "output") if f"{end}_iterations" in rows[0]]
     with _figure(path, (7.0, 5.4)) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
+        residuals: list[float] = []
+        highest = 1.0
         for end, colour in zip(present, ("#0072b2", "#d55e00"), strict=False):
             mean = [float(row[f"{end}_iterations"]) for row in rows]
             most = [float(row[f"{end}_max_iterations"]) for row in rows]
             upper.plot(steps, mean, color=colour, label=f"{end} end, mean over tokens")
             upper.plot(steps, most, "--", color=colour, linewidth=1.0, label=f"{end} end, slowest token")
-            lower.plot(
-                steps, [float(row[f"{end}_residual"]) for row in rows], color=colour, label=f"{end} end"
-            )
+            for key, line, what in (("residual", "-", ""), ("backward_residual", "--", ", backward")):
+                values = [float(row.get(f"{end}_{key}") or "nan") for row in rows]
+                if not all(map(math.isnan, values)):
+                    lower.plot(steps, values, line, color=colour, linewidth=1.4, label=f"{end} end{what}")
+                    residuals += [value for value in values if value > 0]
+            highest = max(highest, *most)
         upper.set(ylabel="iterations", title="Equilibrium solves during training")
-        upper.set_ylim(bottom=0)
-        # above the axes' content: the lines may be anywhere
+        upper.set_ylim(0, 1.12 * highest)
         upper.legend(ncols=2, fontsize=8, frameon=False, loc="lower left")
         lower.set(xlabel="optimiser step", ylabel="worst relative residual", yscale="log")
         if tol is not None:
             lower.axhline(tol, color="0.4", linestyle=":", label=f"tolerance {tol:g}")
-        residuals = [float(row[f"{end}_residual"]) for row in rows for end in present]
-        if residuals and min(residuals) > 0:
-            ceiling = max(max(residuals), tol or 0)
-            lower.set_ylim(min(min(residuals), ceiling / 10) / 1.5, ceiling * 2)
+        if residuals:
+            # a decade below for the legend
+            low, high = min(residuals), max(*residuals, tol or 0.0)
+            lower.set_ylim(low / 10, high * 2)
         lower.legend(ncols=3, fontsize=8, frameon=False, loc="lower left")
 
 
