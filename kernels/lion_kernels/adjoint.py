@@ -232,7 +232,7 @@ def _sum_splits_kernel(
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left^T right in float32."""
-    if left.is_cuda and left.dtype != torch.float32 and launch.MM_OUT_DTYPE:
+    if left.is_cuda and left.numel() and left.dtype != torch.float32 and launch.MM_OUT_DTYPE:
         return torch.mm(left.T, right, out_dtype=torch.float32)
     return (left.T @ right).float()
 
@@ -350,8 +350,8 @@ def adjoint(
                 count_ptr=count,
                 T=rows,
                 terms=terms,
-                tol=tol,
-                damping=damping,
+                tol=float(tol),
+                damping=float(damping),
                 **constants,
                 **config.resources,
             )

@@ -203,8 +203,8 @@ def solve(
                 count_ptr=count,
                 T=rows,
                 max_iter=max_iter,
-                tol=tol,
-                damping=damping,
+                tol=float(tol),
+                damping=float(damping),
                 **launch.solve_constants(config, width, state, kinds, activation, damping, residual, save),
                 **config.resources,
             )

@@ -49,12 +49,16 @@ def read(file: Path) -> dict[str, launch.Config]:
         ) from error
 
 
+@functools.cache
+def _of_device(index: int | None) -> dict[str, launch.Config]:
+    return read(path(torch.cuda.get_device_name(index)))
+
+
 def lookup(op: str, width: int, state: int, dtype: torch.dtype, device: torch.device) -> launch.Config | None:
     """The tuned configuration for this call on a CUDA device, or None."""
     if device.type != "cuda":
         return None
-    found = read(path(torch.cuda.get_device_name(device)))
-    return found.get(key(op, width, state, dtype, launch.tf32_allowed()))
+    return _of_device(device.index).get(key(op, width, state, dtype, launch.tf32_allowed()))
 
 
 def write(file: Path, entries: dict[str, launch.Config], device_name: str) -> None:
@@ -66,6 +70,7 @@ def write(file: Path, entries: dict[str, launch.Config], device_name: str) -> No
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(file)
     read.cache_clear()
+    _of_device.cache_clear()
 
 
 def candidates(
