@@ -2,6 +2,8 @@
 
 A folder holds `adapter.safetensors` (the tensors) and `adapter.json` (method, options, classes, backbone,
 normalisation, versions, the tensors' SHA-256). Nothing in it is ever executed: no pickle is written or read.
+
+A pruned matrix X is three tensors: X#bits (its mask, a bit per entry), X#kept (the values on it), X#shape.
 """
 
 import hashlib
@@ -21,9 +23,12 @@ import lion_fast
 from lion_fast.backbones import OWN_WEIGHTS, Backbone, load_backbone
 from lion_fast.errors import AdapterError, LionError
 from lion_fast.methods import TunedModel, available, create
+from lion_fast.pruning.compaction import describe_compacted, restore_compacted
+from lion_fast.pruning.packing import MASK, is_packed, pack_state, unpack_state
 
 FORMAT = "lion_fast.adapter"
-FORMAT_VERSION = 1
+# Version 2 has packed matrices or compacted layers; what has neither is written as version 1.
+FORMAT_VERSION = 2
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
@@ -36,14 +41,19 @@ def describe(model: TunedModel) -> dict[str, Any]:
     """
     backbone = model.backbone
     images = describe_images(backbone)
+    compacted = describe_compacted(model)
+    pruned = any(key.endswith(MASK) for key in model.adapter_state_dict())
+    kept = {"kept": model.num_trainable(kept=True), "kept_with_head": model.num_trainable(True, kept=True)}
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if compacted or pruned else 1,
         "method": model.method,
         "options": model.options,
         "num_classes": model.num_classes,
         "classes": model.classes,
-        "parameters": {"method": model.num_trainable(), "with_head": model.num_trainable(head=True)},
+        "parameters": {"method": model.num_trainable(), "with_head": model.num_trainable(head=True)}
+        | (kept if pruned else {}),
+        **({"compacted": compacted} if compacted else {}),
         "backbone": {
             "name": backbone.name,
             "family": backbone.family,
@@ -91,6 +101,7 @@ def save_adapter(model: TunedModel, directory: str | os.PathLike) -> None:
         raise AdapterError(
             f"not saved: {', '.join(bad)} hold NaN or Inf; lower the learning rate and train again"
         )
+    state = pack_state(state)
     tensors = safetensors.torch.save(state, {"format": FORMAT, "format_version": str(FORMAT_VERSION)})
     description = describe(model) | {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
     try:
@@ -168,6 +179,10 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise AdapterError(
             f"{path} is not the one {DESCRIPTION} describes: damaged, or from another save; {again}"
         )
+    try:
+        state = unpack_state(state) if is_packed(state) else state
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: {name} holds NaN or Inf; train the adapter again")
@@ -261,6 +276,7 @@ def load_adapter(
         model = create(
             backbone, description["method"], description["num_classes"], seed=0, **description["options"]
         )
+        restore_compacted(model, description.get("compacted") or {})
     except (LionError, TypeError, ValueError) as error:
         raise AdapterError(
             f"{directory / DESCRIPTION} describes a model that cannot be built: {error}"

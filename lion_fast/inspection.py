@@ -21,7 +21,7 @@ _RATE_ROWS = 4096
 
 def parameter_counts(model: TunedModel) -> dict[str, int]:
     """Trained numbers of the method: "dense" (all), "kept" (those not exactly zero in A, W, U and V, the
-    pruned ones being zero), "with_head" (dense and the head).
+    pruned ones being zero), "with_head" (kept and the head).
 
     >>> small = lion_fast.load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
     >>> parameter_counts(lion_fast.create(small, "lion", num_classes=10, state_dim=16))
@@ -33,7 +33,7 @@ def parameter_counts(model: TunedModel) -> dict[str, int]:
         for name in ("A", "W", "U", "V"):
             matrix = getattr(end, name, None)
             zeros += int((matrix == 0).sum()) if matrix is not None else 0
-    return {"dense": dense, "kept": dense - zeros, "with_head": model.num_trainable(head=True)}
+    return {"dense": dense, "kept": dense - zeros, "with_head": model.num_trainable(head=True) - zeros}
 
 
 def ends(model: nn.Module) -> dict[str, nn.Module]:

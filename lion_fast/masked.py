@@ -1,5 +1,6 @@
 """Modules whose matrices can carry a pruning mask."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -53,10 +54,33 @@ class Masked(nn.Module):
         setattr(self, f"{name}_mask", mask)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        for name in self.matrices:
-            if f"{prefix}{name}_mask" in state_dict and getattr(self, f"{name}_mask") is None:
-                matrix = getattr(self, name)
-                if matrix is not None:
-                    mask = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
-                    setattr(self, f"{name}_mask", mask)
+        self._make_masks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _make_masks(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """A mask that keeps all for each one that the state has and this module has not yet."""
+        for name in self.matrices:
+            matrix = getattr(self, name)
+            if f"{prefix}{name}_mask" in state and matrix is not None and name not in self.masks():
+                mask = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
+                setattr(self, f"{name}_mask", mask)
+
+
+def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the `Masked` modules of a model the masks that a state_dict for it has, and no others.
+
+    New ones keep everything until they are loaded.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, Masked):
+            prefix = f"{prefix}." if prefix else ""
+            module._make_masks(state, prefix)
+            for name in module.masks():
+                if f"{prefix}{name}_mask" not in state:
+                    setattr(module, f"{name}_mask", None)
+
+
+def count_dropped(model: nn.Module) -> int:
+    """How many entries the masks inside a model drop."""
+    layers = [m for m in model.modules() if isinstance(m, Masked)]
+    return sum(int((~mask).sum()) for layer in layers for mask in layer.masks().values())

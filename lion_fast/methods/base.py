@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lion_fast import frozen
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.errors import AdapterError, BackboneError, OptionError
+from lion_fast.masked import count_dropped, match_masks
 
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 
@@ -142,9 +143,9 @@ class TunedModel(nn.Module):
         """What the optimiser gets: the method's parameters and the head."""
         return (p for p in self.parameters() if p.requires_grad)
 
-    def num_trainable(self, head: bool = False) -> int:
-        """Number of trained parameters, with or without the head."""
-        total = sum(p.numel() for p in self.trainable_parameters())
+    def num_trainable(self, head: bool = False, kept: bool = False) -> int:
+        """Number of trained parameters, with or without the head; `kept` leaves out what is pruned."""
+        total = sum(p.numel() for p in self.trainable_parameters()) - (count_dropped(self) if kept else 0)
         return total if head else total - sum(p.numel() for p in self.head.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "TunedModel":
@@ -158,6 +159,7 @@ class TunedModel(nn.Module):
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy an adapter's tensors in; `AdapterError` unless names and shapes agree and all is finite."""
+        match_masks(self, state)
         own = self.adapter_state_dict()
         missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or foreign:

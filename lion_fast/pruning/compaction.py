@@ -1,6 +1,7 @@
 """Dead hidden units taken out: a smaller dense layer with the same outputs."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,38 @@ def _same_scale(layer: LionLayer, A: Tensor, V: Tensor, kept: Tensor) -> bool:
         return True
     whole, part = (contraction_scale(M, limit) for M in (A @ V, A[kept] @ V[:, kept]))
     return bool((whole - part).abs() <= 4 * torch.finfo(whole.dtype).eps)
+
+
+def describe_compacted(model: nn.Module) -> dict[str, dict]:
+    """The form of each compacted layer of a model by name, for `restore_compacted`; JSON-able."""
+    return {
+        name: {"state_dim": m.state_dim, "recurrence": m.recurrence, "compacted_from": m.compacted_from}
+        for name, m in model.named_modules()
+        if isinstance(m, LionLayer) and m.compacted_from is not None
+    }
+
+
+def restore_compacted(model: nn.Module, described: Mapping[str, Mapping]) -> None:
+    """Replace layers by ones of the described form, with weights of zero, ready for a state_dict.
+
+    Raises OptionError where the description does not fit the model.
+    """
+    if not isinstance(described, Mapping) or not all(isinstance(f, Mapping) for f in described.values()):
+        raise OptionError(f"compacted layers must be described by name; got {described!r}")
+    for name, form in described.items():
+        layer = dict(model.named_modules()).get(name)
+        state, recurrence, whole = (form.get(k) for k in ("state_dim", "recurrence", "compacted_from"))
+        fits = isinstance(layer, LionLayer) and all(type(n) is int for n in (state, whole))
+        if not (fits and 1 <= state < whole == layer.state_dim and recurrence in ("free", layer.recurrence)):
+            raise OptionError(f"{name} cannot be given the compacted form {dict(form)}")
+        new = copy.deepcopy(layer)
+        shapes = {"A": (state, layer.dim), "b": (state,), "V": (layer.dim, state)}
+        if recurrence == "free":
+            shapes["W"] = (state, state)
+        for key, shape in shapes.items():
+            setattr(new, key, nn.Parameter(layer.A.new_zeros(shape)))
+        new.state_dim, new.recurrence, new.compacted_from = state, recurrence, whole
+        model.set_submodule(name, new)
 
 
 def compact_model(model: nn.Module) -> dict[str, tuple[int, int]]:

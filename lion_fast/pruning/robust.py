@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.errors import CheckpointError, OptionError, check_choice
-from lion_fast.masked import Masked
+from lion_fast.masked import Masked, count_dropped
 from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
@@ -386,7 +386,7 @@ def count_parameters(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]
     layers = find_layers(target)
     own = {id(p): p.numel() for layer in layers.values() for p in layer.parameters()}
     dense = sum(own.values())
-    dropped = sum(int((~mask).sum()) for layer in layers.values() for mask in layer.masks().values())
+    dropped = sum(count_dropped(layer) for layer in layers.values())
     others = target.parameters() if isinstance(target, nn.Module) else ()
     head = sum(p.numel() for p in others if p.requires_grad and id(p) not in own)
     return {"dense": dense, "kept": dense - dropped, "kept_with_head": dense - dropped + head}
