@@ -61,7 +61,7 @@ def train_command(
 
 
 def run(command: list[str], **kwargs) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, **kwargs)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **kwargs)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -266,6 +266,21 @@ def test_bf16_trains(tmp_path):
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
+def test_deterministic_mode_is_only_for_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    plain = loop._Run._step
+
+    def step(self, batches):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        plain(self, batches)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    for asked in (True, False):
+        fit(tiny_model(), random_splits(), TrainConfig(**QUICK, deterministic=asked), tmp_path / str(asked))
+    assert seen == [True] * 6 + [False] * 6 and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_fp16_on_a_cpu_is_refused_and_the_next_run_works(tmp_path):
     with pytest.raises(OptionError, match="mixed_precision='fp16' cannot run here"):
         fit(tiny_model(), random_splits(), TrainConfig(**QUICK, mixed_precision="fp16"), tmp_path)
@@ -362,13 +377,13 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again():
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    run(train_command(images, out, augment="crop", checkpoint_every=3))
+    run(train_command(images, out, augment="crop", checkpoint_every=3, log_every=1))
     return out
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
     """Until the log says that a step is done."""
-    deadline = time.time() + 90
+    deadline = time.time() + 240
     while time.time() < deadline and process.poll() is None:
         try:
             rows = (out / "steps.csv").read_text().splitlines()
@@ -396,10 +411,7 @@ def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bits(images, 
     assert same_bits(*results), f"killed after step {step}"
     rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (tmp_path, uninterrupted)]
     for ours, theirs in zip(*rows, strict=True):
-        solver = {"seconds"} | {name for name in ours if name.startswith(("input_", "output_"))}
-        assert {k: v for k, v in ours.items() if k not in solver} == {
-            k: v for k, v in theirs.items() if k not in solver
-        }
+        assert ours | {"seconds": ""} == theirs | {"seconds": ""}
     logged = [int(row["step"]) for row in csv.DictReader(open(tmp_path / "steps.csv"))]
     assert logged == list(range(1, logged[-1] + 1))
 
@@ -412,7 +424,7 @@ def test_ctrl_c_writes_a_checkpoint_at_that_step(images, uninterrupted, tmp_path
     ) as process:
         wait_for_step(process, tmp_path, 7)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
+        told = process.communicate(timeout=180)[1]
     assert process.returncode != 0 and "Interrupted" in told and "resume to continue" in told
     newest = checkpoints.list_checkpoints(tmp_path / "checkpoints")[-1]
     assert newest.name in told
@@ -624,7 +636,7 @@ def test_a_disk_that_takes_less_than_it_says_is_found_before_training(images, tm
         "import training_helpers; training_helpers.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode != 0 and "CheckpointError: cannot write to the output folder" in done.stderr
     assert not (tmp_path / "out" / "steps.csv").exists()

@@ -191,8 +191,8 @@ def predict(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
-        >>> predict(model, torch.rand(5, 3, 2, 2)).sum(1)
-        tensor([1., 1., 1., 1., 1.])
+        >>> predict(model, torch.rand(5, 3, 2, 2)).shape
+        torch.Size([5, 2])
     """
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size, num_workers=num_workers)
