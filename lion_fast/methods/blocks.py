@@ -1,0 +1,83 @@
+"""The parts of a frozen ViT block that methods put their own terms beside.
+
+A timm block is x + attention branch, then x + MLP branch. `Block` norms what enters a branch and scales
+what leaves it (LayerScale); `ResPostBlock` norms what leaves it. A method writes its own block from the two
+branches; no module of the backbone is changed for it.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
+
+from lion_fast.backbones import Backbone, takes_prefix
+from lion_fast.errors import BackboneError, OptionError
+
+
+def check_blocks(method: str, backbone: Backbone) -> None:
+    """Raise `BackboneError` unless every block of the ViT is one of timm's plain ones."""
+    for block in backbone.blocks:
+        if not takes_prefix(block):
+            inside = type(getattr(block, "attn", None)).__name__
+            raise BackboneError(
+                f"method {method} knows timm's plain ViT blocks (Block, ResPostBlock with Attention); "
+                f"{backbone.name} has {type(block).__name__} with {inside}"
+            )
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise `OptionError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise OptionError(f"{name} must be {wanted}; got {value!r}")
+
+
+def check_dropout(value: object) -> None:
+    """Raise `OptionError` unless `value` is a rate in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise OptionError(f"dropout must be in [0, 1); got {value!r}")
+
+
+def attention_branch(
+    block: nn.Module, x: Tensor, attention: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """What the first half of a block adds to rows (B, N, D); `attention` stands in for the block's own."""
+    attention = block.attn if attention is None else attention
+    if isinstance(block, ResPostBlock):
+        return block.norm1(attention(x))
+    return block.ls1(attention(block.norm1(x)))
+
+
+def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
+    """What the second half of a block adds to rows (..., D)."""
+    if isinstance(block, ResPostBlock):
+        return block.norm2(block.mlp(x))
+    return block.ls2(block.mlp(block.norm2(x)))
+
+
+def after_attention(block: nn.Module, out: Tensor) -> Tensor:
+    """What a block does to an attention's output before adding it: LayerScale, or the norm behind."""
+    return block.norm1(out) if isinstance(block, ResPostBlock) else block.ls1(out)
+
+
+def heads(attn: nn.Module, rows: Tensor) -> Tensor:
+    """Rows (..., N, h d) to heads (..., h, N, d)."""
+    return rows.unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2)
+
+
+def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, h, N, d) on k and v, then the frozen output projection: rows (B, N, D).
+
+    x (B, N, D): the rows that q was made of, which the gate of a gated attention reads.
+    """
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out = getattr(attn, "norm", nn.Identity())(out)  # not in older timm
+    gate = getattr(attn, "gate", None)
+    return attn.proj(out if gate is None else out * gate(x).sigmoid())
+
+
+def self_attention(attn: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
+    """The frozen self-attention on rows (B, N, D), `extra` (B, N, 3 h d) added to its q, k, v."""
+    q, k, v = (heads(attn, part) for part in (attn.qkv(x) + extra).chunk(3, -1))
+    return attend(attn, x, attn.q_norm(q), attn.k_norm(k), v)

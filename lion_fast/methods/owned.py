@@ -1,0 +1,75 @@
+"""A backbone of one's own: shares what stays frozen with the one given, copies what is trained."""
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lion_fast.backbones import Backbone
+from lion_fast.errors import AdapterError
+from lion_fast.methods.base import TunedModel
+
+# modules that only the backbone's own pooling runs, by family
+_POOLING = {"vit": ("attn_pool",), "swin": (), "cnn": ("head",)}
+
+
+class BackboneHook:
+    """A forward hook that a method put on its own copy of a backbone; further copies leave it behind."""
+
+    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        raise TypeError("a BackboneHook says what it does to its module's output")
+
+
+def own_copy(backbone: Backbone, trained: Callable[[str], bool] = lambda name: False) -> Backbone:
+    """A copy whose frozen tensors share the memory of the given backbone's; `trained` names are its own.
+
+    `trained` gets names as in `backbone.model.named_parameters()`; those parameters ask for gradients. The
+    copy keeps the hash of the weights as they were given, so an adapter names the backbone it started from.
+    """
+    memo: dict[int, object] = {}
+    some = False
+    for name, parameter in backbone.model.named_parameters():
+        tuned, data = trained(name), parameter.detach()
+        some |= tuned
+        memo[id(parameter)] = nn.Parameter(data.clone() if tuned else data, requires_grad=tuned)
+    for buffer in backbone.model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    if some:
+        _ = backbone.weights_sha256  # the hash of what is given: the copy's weights will move
+    copied = copy.deepcopy(backbone, memo)
+    for module in copied.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, BackboneHook):
+                del module._forward_hooks[key]
+    return copied
+
+
+def runs(backbone: Backbone, pool: str) -> Callable[[str], bool]:
+    """Whether a module or parameter of `backbone.model`, by name, has a part in the features under `pool`."""
+    unused = () if pool == "backbone" else _POOLING[backbone.family]
+    if unused and hasattr(backbone.model, "conv_stem") and hasattr(backbone.model, "norm_head"):
+        unused = (*unused, "conv_head", "norm_head")  # MobileNetV3 has them behind its pooling
+    return lambda name: name.split(".")[0] not in unused
+
+
+class Merged(TunedModel):
+    """A model whose method is folded into its backbone: the bare backbone's cost, nothing left to train."""
+
+    def __init__(self, model: TunedModel, backbone: Backbone):
+        super().__init__(backbone, model.num_classes, pool=model.pool, head_bias=model.head.bias is not None)
+        self.method = f"{model.method} (merged)"
+        self.classes = model.classes
+        self.head = copy.deepcopy(model.head)
+        self.requires_grad_(False)
+        backbone.weights_source += f", {model.method} merged"
+        backbone.request = None
+        backbone._sha256 = None  # other weights now
+        self.train(model.training)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Raises `AdapterError`: what was trained is spread over the backbone's weights."""
+        raise AdapterError(
+            f"{self.method} has no adapter any more: it lies in the weights of the backbone. Save the model "
+            "that was merged and merge again after load_adapter, or keep this one whole by "
+            "torch.save(model.state_dict(), file)"
+        )
