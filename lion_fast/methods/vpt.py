@@ -4,19 +4,23 @@ Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; written
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.backbones import prefix_block, prefix_kv, takes_prefix
+from lion_fast.backbones import Backbone, prefix_block, prefix_kv, takes_prefix
 from lion_fast.errors import OptionError, check_choice
+from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.blocks import check_count, check_dropout
+from lion_fast.methods.prefix import KV, PrefixCache
+from lion_fast.methods.vpt_border import PixelBorder
 
 
 @register("vpt")
-class VPT(TunedModel):
+class VPT(PrefixCache, TunedModel):
     """`length` prompts of width D, in front of block 1 ("shallow") or anew in front of every block ("deep").
 
     Prompts stand behind the prefix tokens and in front of the patches, carry no position embedding, and are
@@ -27,18 +31,24 @@ class VPT(TunedModel):
     form="exact" computes those (once per step, not per image; kept between calls while evaluating without
     gradients), form="naive" carries the prompts through every block as the paper writes it.
 
+    On a Swin the prompts stand in front of the rows of every window and are dropped where patches are merged
+    (`vpt_swin`): deep trains P times the sum of the blocks' widths; shallow prompts live through the first
+    stage. On a CNN `length` is the width p of a learnable border of pixels around the image (`PixelBorder`),
+    12 p (S + p) numbers; there is no deep form and no dropout.
+
     Dropout of prompts is 0 by default, where both forms agree to rounding; the paper's deep runs use 0.1,
     its shallow ones 0. The naive form drops per image, as published; in the exact form the images of a batch
     share one mask, since they share the keys and values.
 
     Args:
-        depth: "deep" or "shallow".
-        length: prompts per layer.
+        depth: "deep", "shallow", or None: deep where it exists.
+        length: prompts per layer; pixels of border on a CNN.
         dropout: of prompts, while training.
         form: "exact" (deep only), "naive", or None: exact where it exists.
         pool, head_bias: see `TunedModel`.
 
-    Initial values are uniform on (-v, v), v = sqrt(6 / (3 h w + D)) for patches of h x w pixels.
+    Initial values are uniform on (-v, v), v = sqrt(6 / (3 h w + D)) for patches of h x w pixels and D the
+    width of the first block.
 
     >>> from lion_fast import load_backbone
     >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
@@ -46,14 +56,12 @@ class VPT(TunedModel):
     1920
     """
 
-    families = ("vit",)
-
     def __init__(
         self,
         backbone,
         num_classes: int,
         *,
-        depth: str = "deep",
+        depth: str | None = None,
         length: int = 10,
         dropout: float = 0.0,
         form: str | None = None,
@@ -61,15 +69,22 @@ class VPT(TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         backbone = self.backbone
+        cnn = backbone.family == "cnn"
+        depth = depth or ("shallow" if cnn else "deep")
         check_choice("depth", depth, ("deep", "shallow"))
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise OptionError(f"length must be a positive integer; got {length!r}")
-        if not 0 <= dropout < 1:
-            raise OptionError(f"dropout must be in [0, 1); got {dropout!r}")
-        known = all(takes_prefix(block) for block in backbone.blocks)
+        check_count("length", length)
+        check_dropout(dropout)
+        known = backbone.family == "swin" or (
+            not cnn and all(takes_prefix(block) for block in backbone.blocks)
+        )
         if form is None:
             form = "exact" if depth == "deep" and known else "naive"
         check_choice("form", form, ("exact", "naive"))
+        if cnn and (depth == "deep" or form == "exact" or dropout):
+            raise OptionError(
+                'vpt on a cnn is a border of pixels: depth="shallow", form="naive", dropout=0; '
+                f"got depth={depth!r}, form={form!r}, dropout={dropout!r}"
+            )
         if form == "exact" and depth == "shallow":
             raise OptionError(
                 'form="exact" exists for depth="deep" only: shallow prompts change from block to block '
@@ -82,13 +97,34 @@ class VPT(TunedModel):
             )
         self.record(depth=depth, length=length, dropout=dropout, form=form)
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
-        rows = len(backbone.blocks) if depth == "deep" else 1
-        bound = math.sqrt(6 / (3 * math.prod(backbone.patch_size) + backbone.width_in))
-        self.prompts = nn.Parameter(torch.empty(rows, length, backbone.width_in).uniform_(-bound, bound))
-        self._cache: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        if cnn:
+            size = backbone.img_size
+            size = (size, size) if isinstance(size, int) else size
+            self.border = PixelBorder(length, size, backbone.mean, backbone.std)
+            return
+        bound = prompt_bound(backbone)
+
+        def drawn(blocks: int, width: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(blocks, length, width).uniform_(-bound, bound))
+
+        if backbone.family == "vit":
+            self.prompts = drawn(len(backbone.blocks) if depth == "deep" else 1, backbone.width_in)
+        else:  # one tensor per stage, of its width
+            stages = backbone.model.layers
+            widths = [stage.blocks[0].norm1.weight.shape[0] for stage in stages]
+            if depth == "deep":
+                rows = [drawn(len(s.blocks), width) for s, width in zip(stages, widths, strict=True)]
+            else:
+                rows = [drawn(1, widths[0])]
+            self.prompts = nn.ParameterList(rows)
 
     def features(self, images: Tensor) -> Tensor:
+        if self.backbone.family == "cnn":
+            return super().features(self.border(images))
         x = self.backbone.enter(images)
+        if self.backbone.family == "swin":
+            x = self._swin_exact(x) if self.form == "exact" else self._swin_naive(x)
+            return self.backbone.pool(self.backbone.model.norm(x), self.pool)
         x = self._exact(x) if self.form == "exact" else self._naive(x)
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
@@ -98,46 +134,71 @@ class VPT(TunedModel):
         return x
 
     def _naive(self, x: Tensor) -> Tensor:
-        head, p = self.backbone.num_prefix_tokens, self.length
-        x = torch.cat([x[:, :head], self._dropped(self.prompts[0], x), x[:, head:]], 1)
-        for i, block in enumerate(self.backbone.blocks):
-            if i and self.depth == "deep":
-                x = torch.cat([x[:, :head], self._dropped(self.prompts[i], x), x[:, head + p :]], 1)
-            x = block(x)
-        return torch.cat([x[:, :head], x[:, head + p :]], 1)
+        return carry_prompts(
+            self.backbone,
+            x,
+            lambda i, x: self._dropped(self.prompts[i], x) if i == 0 or self.depth == "deep" else None,
+        )
+
+    def _swin_exact(self, x: Tensor) -> Tensor:
+        prefix = iter(self.prefix())
+        for stage in self.backbone.model.layers:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = vpt_swin.prefix_block(block, x, *next(prefix))
+        return x
+
+    def _swin_naive(self, x: Tensor) -> Tensor:
+        for s, stage in enumerate(self.backbone.model.layers):
+            if s == len(self.prompts):  # shallow prompts went with the first merging
+                return self.backbone.model.layers[s:](x)
+            x = stage.downsample(x)
+            for i, block in enumerate(stage.blocks):
+                if i == 0 or self.depth == "deep":
+                    prompts = self._dropped(self.prompts[s][i], x)
+                x, prompts = vpt_swin.carry_block(block, x, prompts)
+        return x
 
     def _dropped(self, prompts: Tensor, x: Tensor) -> Tensor:
         prompts = prompts.to(x.dtype).expand(x.shape[0], -1, -1)
         return F.dropout(prompts, self.dropout, self.training)
 
-    def prefix(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (h, P, D/h) of every block's prompts; the exact form's whole use of them."""
-        if self.training or torch.is_grad_enabled():
-            return self._prefix()
-        # an in-place update, a cast and an autocast region each make another key
-        device = self.prompts.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (self.prompts, self.prompts._version, self.prompts.device, cast)
-        if self._cache is None or not _same(self._cache[0], key):
-            self._cache = (key, self._prefix())
-        return self._cache[1]
-
-    def _prefix(self) -> list[tuple[Tensor, Tensor]]:
+    def _prefix(self) -> KV:
+        if self.backbone.family == "swin":
+            blocks = [block for stage in self.backbone.model.layers for block in stage.blocks]
+            rows = [row for stage in self.prompts for row in stage]
+            return [
+                vpt_swin.prompt_kv(block, F.dropout(row, self.dropout, self.training))
+                for block, row in zip(blocks, rows, strict=True)
+            ]
         prompts = F.dropout(self.prompts, self.dropout, self.training)
         return [prefix_kv(block, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
 
-    def clear_cache(self) -> None:
-        """Forget kept keys and values; needed by hand only after writing to `prompts.data` in evaluation."""
-        self._cache = None
-
-    def train(self, mode: bool = True) -> "VPT":
-        self.clear_cache()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self.clear_cache()
-        return super()._apply(fn, recurse)
+    def _prefix_sources(self) -> tuple[Tensor, ...]:
+        return tuple(self.prompts) if self.backbone.family == "swin" else (self.prompts,)
 
 
-def _same(old: tuple, new: tuple) -> bool:
-    return old[0] is new[0] and old[1:] == new[1:]
+def prompt_bound(backbone: Backbone) -> float:
+    """v of the uniform draw of prompts on (-v, v): sqrt(6 / (3 h w + D)) for patches of h x w pixels."""
+    return math.sqrt(6 / (3 * math.prod(backbone.patch_size) + backbone.width_in))
+
+
+def carry_prompts(
+    backbone: Backbone,
+    x: Tensor,
+    prompts: Callable[[int, Tensor], Tensor | None],
+    run: Callable[[int, nn.Module, Tensor], Tensor] = lambda i, block, x: block(x),
+) -> Tensor:
+    """Rows (B, N, D) of a ViT through its blocks with prompts carried along behind the prefix tokens.
+
+    prompts(i, x): those (B, P, D) that take the place of the former ones in front of block i, or None: the
+    former ones go on. run(i, block, x) is the block itself. Gives the rows without prompts.
+    """
+    head, count = backbone.num_prefix_tokens, 0
+    for i, block in enumerate(backbone.blocks):
+        new = prompts(i, x)
+        if new is not None:
+            x = torch.cat([x[:, :head], new, x[:, head + count :]], 1)
+            count = new.shape[1]
+        x = run(i, block, x)
+    return torch.cat([x[:, :head], x[:, head + count :]], 1)
