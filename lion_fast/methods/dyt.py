@@ -1,0 +1,183 @@
+"""DyT: a dispatcher lets only some tokens through each frozen MLP; an adapter beside it serves them all.
+
+Source: Zhao et al., "Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation", NeurIPS
+2024, arXiv 2403.11808; written from its mathematics (the "MLP dispatch" variant).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lion_fast.errors import OptionError, check_choice
+from lion_fast.methods.adapter import Bottleneck
+from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.blocks import attention_branch, check_blocks, check_count, check_dropout, mlp_branch
+
+RATE_WEIGHT = 2.0
+
+
+@register("dyt")
+class DyT(TunedModel):
+    """x <- x + Attn(LN1 x);  x <- x + M MLP(LN2 x) + W_up relu(W_down x), M in {0, 1} per token.
+
+    M = 1 where s = sigmoid(w_g x + b_g) exceeds `threshold`, on the un-normed x; prefix tokens always pass.
+    While training s is sigmoid((logit + g1 - g2) / temperature) with Gumbel noise and M passes its gradient
+    straight through to s. L (2 D r + r + 2 D + 1) numbers.
+
+    Training adds to the cross-entropy of the dispatched model (`loss_terms`): "complete", the cross-entropy
+    with every token let through; "distillation", KL(complete || dispatched), the complete one held fixed;
+    "rate", 2 (mean of M - rate)^2 over images, blocks and patch tokens at once. Two forwards per step.
+
+    In evaluation form="exact" runs the MLP on the tokens that pass and no others; form="naive" runs it on
+    all and masks. The outputs agree to rounding. While training both mask: the gradient of M needs the MLP
+    at dropped tokens too.
+
+    The dispatcher starts from a normal of deviation 0.02, truncated, with zero bias, so about half of the
+    tokens are dropped at first; a new model is not its backbone, but with a negative threshold it is.
+
+    Args:
+        rank: width r of the adapters.
+        rate: the share of patch tokens to let through, r in the paper.
+        temperature: of the relaxed sample.
+        threshold: of s; below 0 every token passes.
+        scale, dropout: of the adapters; the paper's code has dropout 0.1 while training.
+        form: "exact" or "naive".
+        pool, head_bias: see `TunedModel`.
+
+    >>> from lion_fast import load_backbone
+    >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
+    >>> DyT(vit, num_classes=10, rank=8).num_trainable()
+    6930
+    """
+
+    families = ("vit",)
+
+    def __init__(
+        self,
+        backbone,
+        num_classes: int,
+        *,
+        rank: int = 8,
+        rate: float = 0.5,
+        temperature: float = 5.0,
+        threshold: float = 0.5,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        form: str = "exact",
+        **options,
+    ):
+        super().__init__(backbone, num_classes, **options)
+        check_blocks(self.method, self.backbone)
+        check_count("rank", rank)
+        check_dropout(dropout)
+        check_choice("form", form, ("exact", "naive"))
+        if not 0 < rate <= 1:
+            raise OptionError(f"rate must be in (0, 1], the share of tokens to let through; got {rate!r}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise OptionError(f"temperature must be positive; got {temperature!r}")
+        if not threshold < 1:
+            raise OptionError(f"threshold must be below 1, else no token passes; got {threshold!r}")
+        self.record(rank=rank, rate=rate, temperature=temperature, threshold=threshold)
+        self.record(scale=scale, dropout=dropout, form=form)
+        self.rate, self.temperature, self.threshold = rate, temperature, threshold
+        self.scale, self.form = scale, form
+        width, blocks = self.backbone.width_in, self.backbone.blocks
+        self.adapters = nn.ModuleList(Bottleneck(width, rank, dropout=dropout) for _ in blocks)
+        self.dispatchers = nn.ModuleList(nn.Linear(width, 1) for _ in blocks)
+        for dispatcher in self.dispatchers:
+            nn.init.trunc_normal_(dispatcher.weight, std=0.02)
+            nn.init.zeros_(dispatcher.bias)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._passed: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, masks = self._run(images, complete=False)
+        logits = self._logits(features)
+        self._passed = masks.detach().mean()
+        # for loss_terms, which comes next on the same images
+        self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        return self._run(images, complete=False)[0]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
+
+    def _run(self, images: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
+        """Features (B, F), and M of the patch tokens (L, B, N)."""
+        x = self.backbone.enter(images)
+        masks = []
+        for block, adapter, dispatcher in zip(
+            self.backbone.blocks, self.adapters, self.dispatchers, strict=True
+        ):
+            x = x + attention_branch(block, x)
+            beside = self.scale * adapter(x)
+            if complete:
+                x = x + mlp_branch(block, x) + beside
+                continue
+            mask = self.mask(dispatcher, x)
+            masks.append(mask[:, self.backbone.num_prefix_tokens :])
+            if self.form == "exact" and not self.training:
+                x = _gathered(block, x, mask > 0) + beside
+            else:
+                x = x + mask.unsqueeze(-1).to(x.dtype) * mlp_branch(block, x) + beside
+        features = self.backbone.pool(self.backbone.norm(x), self.pool)
+        return features, torch.stack(masks) if masks else features.new_ones(())
+
+    def mask(self, dispatcher: nn.Linear, x: Tensor) -> Tensor:
+        """M (B, N) of rows (B, N, D), 1 at prefix tokens."""
+        prefix = self.backbone.num_prefix_tokens
+        logit = dispatcher(x[:, prefix:]).squeeze(-1).float()
+        if self.training:
+            # logistic noise: the difference of two Gumbel variables
+            noise = torch.rand_like(logit).logit(eps=1e-7)
+            soft = ((logit + noise) / self.temperature).sigmoid()
+            hard = (soft > self.threshold).to(soft.dtype)
+            mask = hard + soft - soft.detach()
+        else:
+            mask = (logit.sigmoid() > self.threshold).to(logit.dtype)
+        return F.pad(mask, (prefix, 0), value=1.0)
+
+    def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms "complete", "distillation" and "rate"; after `forward` on the same images its logits are
+        used, else the dispatched model is run again."""
+        last, self._last = self._last, None
+        if last is None or last[0] is not images:
+            features, masks = self._run(images, complete=False)
+            logits = self._logits(features)
+        else:
+            _, logits, masks = last
+        complete = self._logits(self._run(images, complete=True)[0]).float()
+        return {
+            "complete": F.cross_entropy(complete, labels),
+            "distillation": F.kl_div(
+                logits.float().log_softmax(-1),
+                complete.detach().log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            ),
+            "rate": RATE_WEIGHT * (masks.mean() - self.rate).square(),
+        }
+
+    def diagnostics(self) -> dict[str, float]:
+        """The share of patch tokens let through in the last forward, over all blocks."""
+        return {} if self._passed is None else {"passed": float(self._passed)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a graph can be neither copied nor pickled
+        return {**self.__dict__, "_last": None}
+
+
+def _gathered(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """x + M MLP(x) with the MLP run on the kept rows only."""
+    rows = x.flatten(0, 1)
+    at = keep.flatten().nonzero().squeeze(-1)
+    if at.numel() == 0:
+        return x
+    added = mlp_branch(block, rows[at])
+    return rows.index_add(0, at, added.to(rows.dtype)).view_as(x)
