@@ -1,0 +1,133 @@
+"""CVPT: tokens read prompts by cross-attention, with the frozen self-attention's own projections.
+
+Source: Huang et al., "CVPT: Cross-Attention help Visual Prompt Tuning adapt visual task", 2024, arXiv
+2408.14961; written from its mathematics (insertion between attention and MLP).
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lion_fast.errors import check_choice
+from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.blocks import (
+    after_attention,
+    attend,
+    attention_branch,
+    check_blocks,
+    check_count,
+    check_dropout,
+    heads,
+    mlp_branch,
+)
+from lion_fast.methods.prefix import KV, PrefixCache
+
+
+@register("cvpt")
+class CVPT(PrefixCache, TunedModel):
+    """x <- x + Attn(LN1 x);  x <- x + CA(x, P);  x <- x + MLP(LN2 x).
+
+    CA: queries from the raw rows x and keys and values from the raw prompts P (length, D), none of them
+    normed, by the block's own frozen query, key, value and output projections (with its query and key norms,
+    and what it does behind its attention: a LayerScale, where it has them). L P D numbers.
+
+    form="exact" uses the self-attention's projections in place and computes keys and values once per step
+    (kept between calls while evaluating without gradients); form="naive" holds copies of the projections
+    and projects the prompts of every image anew, as the published code does. One function.
+
+    Not the identity at first: even P = 0 adds W_o b_v + b_o to every token. It costs L 2 N D^2 more
+    multiplications per image however few prompts there are.
+
+    Args:
+        length: prompts per block.
+        dropout: of prompts, while training; per image in the naive form, one mask for the batch in the
+            exact one. The paper's code has 0.1.
+        form: "exact" or "naive".
+        pool, head_bias: see `TunedModel`.
+
+    Prompts are drawn as Xavier draws the (L, P, D) tensor: uniform within sqrt(6 / (D (P + L))).
+
+    >>> from lion_fast import load_backbone
+    >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
+    >>> CVPT(vit, num_classes=10, length=10).num_trainable()
+    3840
+    """
+
+    families = ("vit",)
+
+    def __init__(
+        self,
+        backbone,
+        num_classes: int,
+        *,
+        length: int = 10,
+        dropout: float = 0.0,
+        form: str = "exact",
+        **options,
+    ):
+        super().__init__(backbone, num_classes, **options)
+        check_blocks(self.method, self.backbone)
+        check_count("length", length)
+        check_dropout(dropout)
+        check_choice("form", form, ("exact", "naive"))
+        self.record(length=length, dropout=dropout, form=form)
+        self.length, self.dropout, self.form = length, dropout, form
+        L, D = len(self.backbone.blocks), self.backbone.width_in
+        bound = math.sqrt(6 / (D * (length + L)))
+        self.prompts = nn.Parameter(torch.empty(L, length, D).uniform_(-bound, bound))
+        self.copies: nn.ModuleList | None = None
+        if form == "naive":
+            self.copies = nn.ModuleList(copy.deepcopy(block.attn) for block in self.backbone.blocks)
+            self.copies.requires_grad_(False)
+
+    def features(self, images: Tensor) -> Tensor:
+        x = self.backbone.enter(images)
+        kv = self.prefix() if self.form == "exact" else None
+        for i, block in enumerate(self.backbone.blocks):
+            x = x + attention_branch(block, x)
+            if kv is None:
+                attn = self.copies[i]
+                prompts = self.prompts[i].to(x.dtype).expand(len(x), -1, -1)
+                k, v = project(attn, F.dropout(prompts, self.dropout, self.training))
+            else:
+                attn = block.attn
+                k, v = (part.expand(len(x), -1, -1, -1) for part in kv[i])
+            x = x + after_attention(block, cross_attention(attn, x, k, v))
+            x = x + mlp_branch(block, x)
+        return self.backbone.pool(self.backbone.norm(x), self.pool)
+
+    def _prefix(self) -> KV:
+        prompts = F.dropout(self.prompts, self.dropout, self.training)
+        return [project(block.attn, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
+
+    def _prefix_sources(self) -> tuple[Tensor, ...]:
+        return (self.prompts,)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """As every method's; the naive form's copies of frozen projections are left out."""
+        return {k: v for k, v in super().adapter_state_dict().items() if not k.startswith("copies.")}
+
+    def train(self, mode: bool = True) -> "CVPT":
+        super().train(mode)
+        if self.copies is not None:
+            self.copies.eval()
+        return self
+
+
+def project(attn: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (..., h, P, d) of raw rows (..., P, D) by a frozen attention's projections."""
+    inner = attn.proj.in_features
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[inner:]
+    k, v = (heads(attn, part) for part in F.linear(rows, attn.qkv.weight[inner:], bias).chunk(2, -1))
+    return attn.k_norm(k), v
+
+
+def cross_attention(attn: nn.Module, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows (B, N, D) reading keys and values (B, h, P, d) by a frozen attention's projections."""
+    inner = attn.proj.in_features
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[:inner]
+    q = attn.q_norm(heads(attn, F.linear(x, attn.qkv.weight[:inner], bias)))
+    return attend(attn, x, q, k.to(q.dtype), v.to(q.dtype))
