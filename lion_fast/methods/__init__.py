@@ -6,12 +6,25 @@ import torch
 
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.errors import OptionError
+from lion_fast.methods.adapter import AdaptFormer, Houlsby
+from lion_fast.methods.apt import APT
 from lion_fast.methods.base import TunedModel, available, method_options, register
+from lion_fast.methods.cvpt import CVPT
+from lion_fast.methods.dyt import DyT
+from lion_fast.methods.e2vpt import E2VPT
 from lion_fast.methods.lion import LionModel
+from lion_fast.methods.lora import LoRA
+from lion_fast.methods.partial import BitFit, Full, NormTune, Partial
 from lion_fast.methods.probe import Probe
+from lion_fast.methods.ssf import SSF
+from lion_fast.methods.vfpt import VFPT
 from lion_fast.methods.vpt import VPT
 
-__all__ = ["VPT", "LionModel", "Probe", "TunedModel", "available", "create", "method_options", "register"]
+__all__ = [
+    "APT", "CVPT", "E2VPT", "SSF", "VFPT", "VPT", "AdaptFormer", "BitFit", "DyT", "Full", "Houlsby",
+    "LionModel", "LoRA", "NormTune", "Partial", "Probe", "TunedModel", "available", "create",
+    "method_options", "register",
+]  # fmt: skip
 
 
 def create(
