@@ -138,7 +138,11 @@ def test_shipped_covers_the_tables():
             ]
             assert {s.constexprs["ACT"] for s in ours} >= {"relu", "gelu"}
             assert {(s.constexprs["BLOCK_T"], s.num_warps) for s in ours} == {(tile.block_t, tile.num_warps)}
-    assert sum(not s.spill_free for s in shipped) <= 2
+    # What may spill are solves in plain float32, which no tensor core serves either.
+    spilling = [s for s in shipped if not s.spill_free]
+    assert len(spilling) <= 6 and all(
+        s.constexprs["PRECISION"] == "ieee" and s.constexprs["INPUT"] == "fp32" for s in spilling
+    )
 
 
 def test_shipped_names_every_argument_of_its_kernel():
