@@ -13,6 +13,19 @@ from torch import Tensor, nn
 
 from lion_fast.backbones import Backbone, takes_prefix
 from lion_fast.errors import BackboneError, OptionError
+from lion_fast.frozen import mlp_branch
+
+__all__ = [
+    "after_attention",
+    "attend",
+    "attention_branch",
+    "check_blocks",
+    "check_count",
+    "check_dropout",
+    "heads",
+    "mlp_branch",
+    "self_attention",
+]
 
 
 def check_blocks(method: str, backbone: Backbone) -> None:
@@ -47,13 +60,6 @@ def attention_branch(
     if isinstance(block, ResPostBlock):
         return block.norm1(attention(x))
     return block.ls1(attention(block.norm1(x)))
-
-
-def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
-    """What the second half of a block adds to rows (..., D)."""
-    if isinstance(block, ResPostBlock):
-        return block.norm2(block.mlp(x))
-    return block.ls2(block.mlp(block.norm2(x)))
 
 
 def after_attention(block: nn.Module, out: Tensor) -> Tensor:

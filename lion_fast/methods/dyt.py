@@ -90,26 +90,21 @@ class DyT(TunedModel):
         for dispatcher in self.dispatchers:
             nn.init.trunc_normal_(dispatcher.weight, std=0.02)
             nn.init.zeros_(dispatcher.bias)
+        self._complete = False
+        self._masks: Tensor | None = None  # M of the patch tokens (L, B, N) in the last forward
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._passed: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        features, masks = self._run(images, complete=False)
-        logits = self._logits(features)
-        self._passed = masks.detach().mean()
-        # for loss_terms, which comes next on the same images
-        self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
+        logits = super().forward(images)
+        masks, self._masks = self._masks, None
+        if masks is not None:
+            self._passed = masks.detach().mean()
+            # for loss_terms, which comes next on the same images
+            self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        return self._run(images, complete=False)[0]
-
-    def _logits(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
-
-    def _run(self, images: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
-        """Features (B, F), and M of the patch tokens (L, B, N)."""
         x = self.backbone.enter(images)
         masks = []
         for block, adapter, dispatcher in zip(
@@ -117,7 +112,7 @@ class DyT(TunedModel):
         ):
             x = x + attention_branch(block, x)
             beside = self.scale * adapter(x)
-            if complete:
+            if self._complete:
                 x = x + mlp_branch(block, x) + beside
                 continue
             mask = self.mask(dispatcher, x)
@@ -126,13 +121,14 @@ class DyT(TunedModel):
                 x = _gathered(block, x, mask > 0) + beside
             else:
                 x = x + mask.unsqueeze(-1).to(x.dtype) * mlp_branch(block, x) + beside
-        features = self.backbone.pool(self.backbone.norm(x), self.pool)
-        return features, torch.stack(masks) if masks else features.new_ones(())
+        self._masks = torch.stack(masks) if masks else None
+        return self.backbone.pool(self.backbone.norm(x), self.pool)
 
     def mask(self, dispatcher: nn.Linear, x: Tensor) -> Tensor:
         """M (B, N) of rows (B, N, D), 1 at prefix tokens."""
         prefix = self.backbone.num_prefix_tokens
-        logit = dispatcher(x[:, prefix:]).squeeze(-1).float()
+        logit = dispatcher(x[:, prefix:]).squeeze(-1)
+        logit = logit if logit.dtype == torch.float64 else logit.float()
         if self.training:
             # logistic noise: the difference of two Gumbel variables
             noise = torch.rand_like(logit).logit(eps=1e-7)
@@ -146,13 +142,13 @@ class DyT(TunedModel):
     def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms "complete", "distillation" and "rate"; after `forward` on the same images its logits are
         used, else the dispatched model is run again."""
-        last, self._last = self._last, None
-        if last is None or last[0] is not images:
-            features, masks = self._run(images, complete=False)
-            logits = self._logits(features)
-        else:
-            _, logits, masks = last
-        complete = self._logits(self._run(images, complete=True)[0]).float()
+        if self._last is None or self._last[0] is not images:
+            with torch.enable_grad():
+                self(images)
+        if self._last is None:
+            raise OptionError("loss_terms belong to training; call train() first")
+        (_, logits, masks), self._last = self._last, None
+        complete = self.complete(images).float()
         return {
             "complete": F.cross_entropy(complete, labels),
             "distillation": F.kl_div(
@@ -164,13 +160,21 @@ class DyT(TunedModel):
             "rate": RATE_WEIGHT * (masks.mean() - self.rate).square(),
         }
 
+    def complete(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) with every token let through every MLP."""
+        self._complete = True
+        try:
+            return super().forward(images)
+        finally:
+            self._complete = False
+
     def diagnostics(self) -> dict[str, float]:
         """The share of patch tokens let through in the last forward, over all blocks."""
         return {} if self._passed is None else {"passed": float(self._passed)}
 
     def __getstate__(self) -> dict[str, Any]:
         # a graph can be neither copied nor pickled
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_masks": None}
 
 
 def _gathered(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:

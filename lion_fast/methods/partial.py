@@ -85,10 +85,9 @@ class Partial(TrainsBackbone):
             raise OptionError(f"blocks must be at most {len(names)} on {backbone.name}; got {blocks}")
         tops = tuple(f"{name}." for name in names[-blocks:])
         if last_norm:
-            # whatever of the model comes behind its blocks
-            tops += ("norm.", "fc_norm.", "norm_pre.", "head.", "conv_head.", "bn2.", "norm_head.")
-            if backbone.family == "vit":
-                tops = tuple(top for top in tops if top not in ("norm_pre.",))  # in front of a ViT's blocks
+            tops += ("norm.", "fc_norm.", "head.", "conv_head.", "bn2.", "norm_head.")
+            # a ViT has a norm of this name in front of its blocks
+            tops += ("norm_pre.",) if backbone.family == "cnn" else ()
         return lambda name: name.startswith(tops)
 
 

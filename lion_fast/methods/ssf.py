@@ -66,7 +66,8 @@ class SSF(TunedModel):
     In a ViT: patch embedding and, per block, norm1, qkv, the attention's projection, norm2, fc1 (in front of
     the activation), fc2; the last norm; query and key norms where there are any: 2 D (2 + 11 L) numbers in
     a plain one. In a Swin also patch merging, in a CNN every convolution and norm. Norms that cannot have a
-    shift (RMS norms) get the scale alone. An attention that pools (SigLIP) stays as it is.
+    shift (RMS norms) get the scale alone. An attention that pools (SigLIP) and the
+    maps that make Swin V2's position biases stay as they are.
 
     gamma is drawn from a normal of mean 1, beta of mean 0, both of deviation 0.02: a new model is near its
     backbone. `merge()` folds all of it into the weights: y = W x + b becomes (gamma W) x + (gamma b + beta).
@@ -88,7 +89,7 @@ class SSF(TunedModel):
         self.changes = nn.ModuleDict()
         model = self.backbone.model
         for name, module in model.named_modules():
-            if used(name) and not name.startswith("attn_pool") and is_operation(module):
+            if used(name) and is_feature(name) and is_operation(module):
                 self.changes[name.replace(".", "-")] = change = change_for(module)
                 if _is_v2_qkv(model, name):
                     attn = model.get_submodule(name.rpartition(".")[0])
@@ -113,6 +114,11 @@ class SSF(TunedModel):
             else:
                 _merge(module, change)
         return Merged(self, backbone)
+
+
+def is_feature(name: str) -> bool:
+    """Not so: an attention that pools, and the maps that make Swin V2's position biases."""
+    return not name.startswith("attn_pool") and ".cpb_mlp." not in name
 
 
 def is_operation(module: nn.Module) -> bool:
