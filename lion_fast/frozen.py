@@ -36,6 +36,8 @@ FOLDABLE = ("e2vpt", "lion", "probe", "vfpt", "vpt")
 OWNERS = ("bitfit", "full", "lntune", "partial")
 # Rows recomputed at once in a backward: what is alive then is 12 D wide, beside 5 D per block for all rows.
 CHUNK_ROWS = 4096
+# Called with every tensor that a recomputation keeps outside of autograd's sight; for those who count memory.
+KEEPS: list[Callable[[Tensor], None]] = []
 
 
 def apply(backbone, *, memory: str = "plain", fold: bool = False, precision: str = "fp32") -> None:
@@ -71,8 +73,8 @@ def check_method(backbone, method: str) -> None:
     """Raise `OptionError` if `method` reads or trains what is folded, or trains what is held in bfloat16."""
     if backbone.precision != "fp32" and method in OWNERS:
         raise OptionError(
-            f"method {method} trains weights of {backbone.name}, which precision={backbone.precision!r} holds "
-            "in half precision, where small steps are lost. Load the backbone in fp32 and train under autocast "
+            f"method {method} trains weights of {backbone.name}; precision={backbone.precision!r} holds them "
+            "in bfloat16, where small steps are lost. Load the backbone in fp32 and train under autocast "
             "(mixed_precision)"
         )
     if backbone.folded and method not in FOLDABLE:
@@ -155,6 +157,9 @@ def again(module: nn.Module, function: Callable, *tensors: Tensor) -> Tensor:
     tracked = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters())
     if not (torch.is_grad_enabled() and tracked):
         return function(*tensors)
+    for keep in KEEPS:
+        for t in tensors:
+            keep(t)
     return checkpoint(function, *tensors, use_reentrant=False)
 
 

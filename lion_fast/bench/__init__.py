@@ -1,0 +1,1 @@
+"""What methods cost: time, products, memory, parameters; `lion-fast bench`, docs/benchmarks.md."""

@@ -1,0 +1,166 @@
+"""`lion-fast bench`: run a plan, write rows, report and plots, compare with earlier rows."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from lion_fast.bench import plan as plans
+from lion_fast.bench import plots, report
+from lion_fast.bench.rows import Store, read
+from lion_fast.errors import OptionError
+
+EXAMPLES = """examples:
+  lion-fast bench                                        every method on a ViT-Ti, minutes on a CPU
+  lion-fast bench --full --minutes 25 --out bench/results/h200     as much as fits; again to go on
+  lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
+  lion-fast bench --compare old/rows.json                exit code 1 if something got slower or larger
+
+Rows that --out holds already (same versions, device and revision) are not measured again."""
+
+DEFAULT_OUT = "runs/bench"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--out", default=DEFAULT_OUT, help=f"folder of rows, report and plots [{DEFAULT_OUT}]"
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        default=False,
+        help="the plan for a GPU: ViT-Ti/S/B/L, Swin-B, ResNet-50",
+    )
+    parser.add_argument("--backbones", nargs="+", metavar="NAME", help="a plan of one's own: timm names")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"{', '.join(plans.MODES)} [both]")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="[8]")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help=f"{', '.join(plans.DTYPES)} [fp32]")
+    parser.add_argument("--engines", nargs="+", metavar="ENGINE", help=f"{', '.join(plans.ENGINES)} [eager]")
+    parser.add_argument("--memory", nargs="+", metavar="HOW", help="plain, save [plain]")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="P", help="prompts per layer [10]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [cuda where there is one]")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
+    parser.add_argument(
+        "--again", action="store_true", default=False, help="measure also what --out holds already"
+    )
+    parser.add_argument(
+        "--list", action="store_true", default=False, help="say what would be measured, and stop"
+    )
+    parser.add_argument("--compare", metavar="OLD", help="rows.json to compare with")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=report.THRESHOLD,
+        metavar="X",
+        help=f"rise of a time that is a regression [{report.THRESHOLD}]",
+    )
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="[on a terminal]")
+
+
+_OWN_PLAN = {
+    "backbones": "backbones",
+    "modes": "modes",
+    "batch_sizes": "batch_sizes",
+    "dtypes": "dtypes",
+    "engines": "engines",
+    "memory": "memory",
+    "lengths": "lengths",
+    "methods": "methods",
+}
+
+
+def make_plan(args: argparse.Namespace) -> plans.Plan:
+    """The plan that the options ask for."""
+    own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name, None) is not None}
+    if args.full and own:
+        raise OptionError(
+            f"--full is a plan of its own; leave out {', '.join('--' + n.replace('_', '-') for n in own)}"
+        )
+    if args.full:
+        return plans.full()
+    if not own:
+        return plans.small()
+    return plans.custom(own.pop("backbones", ["vit_tiny_patch16_224"]), **own)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measure, write, compare. The dict has "regressions": a list that should be empty."""
+    if args.rounds < 1:
+        raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
+    name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    plan = plans.check_device(make_plan(args), device)
+    if args.list:
+        for line in plans.describe(plan):
+            print(line)
+        return {"plan": plans.describe(plan)}
+    old = read(args.compare) if getattr(args, "compare", None) else None  # before an hour is spent
+    store = Store(args.out)
+    shown = getattr(args, "progress", None)
+    shown = sys.stderr.isatty() if shown is None else shown
+    try:
+        told = plans.run(
+            plan,
+            store,
+            device=device,
+            rounds=args.rounds,
+            minutes=getattr(args, "minutes", None),
+            again=args.again,
+            say=_say if shown else lambda text: None,
+        )
+    except KeyboardInterrupt as error:
+        if store.rows:
+            write_report(store)
+        error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
+        raise
+    write_report(store)
+    failed = [row["key"] for row in store.rows if row["status"] == "failed"]
+    result = told | {"out": str(store.folder), "failed": failed, "regressions": []}
+    if not args.json:
+        left = f", {told['left']} settings left for another time" if told["left"] else ""
+        print(f"{told['measured']} rows measured, {told['held']} held{left}: {store.folder / 'report.md'}")
+        for row in store.rows:
+            if row["status"] == "failed":
+                print(f"failed: {row['key']}: {row['reason']}")
+    if old is not None:
+        mine = {f"{s.key()}/{c.label()}" for s, wanted in plan for c in wanted} | {
+            f"{s.key()}/floor" for s, _ in plan
+        }
+        worse, remarks = report.compare(
+            [r for r in old if r["key"] in mine], [r for r in store.rows if r["key"] in mine], args.threshold
+        )
+        result |= {"regressions": worse, "remarks": remarks}
+        if not args.json:
+            for line in remarks:
+                print(line)
+            for line in worse:
+                print(f"regression: {line}")
+            if not worse:
+                print("no regressions")
+    return result
+
+
+def exit_code(result: dict) -> int:
+    """1 where something failed or got worse, else 0."""
+    return 1 if result.get("failed") or result.get("regressions") else 0
+
+
+def write_report(store: Store) -> Path:
+    """report.md and the plots beside the rows."""
+    drawn = plots.draw_all(store.rows, store.folder)
+    path = store.folder / "report.md"
+    path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")
+    return path
+
+
+def _say(text: str) -> None:
+    end = "\r" if sys.stderr.isatty() else "\n"
+    print(f"{text[:118]:<118}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,222 @@
+"""What is measured: the small plan for any machine, the full one for a GPU, and running either."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import timm
+import torch
+
+from lion_fast.backbones import OWN_WEIGHTS, family_of, load_backbone
+from lion_fast.bench.measure import forms_of, keys, measure
+from lion_fast.bench.rows import Contender, Setting, Store, context
+from lion_fast.errors import OptionError, check_choice
+from lion_fast.methods import available, method_options
+
+LENGTHS = (10, 50, 100, 200)
+VIT_B, VIT_L = "vit_base_patch16_224", "vit_large_patch16_224"
+MODES, DTYPES, ENGINES = ("infer", "train"), ("fp32", "bf16", "fp8"), ("eager", "compile", "graphs")
+# Models of one compiled run: their graphs' memory stays taken
+AT_ONCE = 6
+
+Plan = list[tuple[Setting, list[Contender]]]
+
+
+@functools.cache
+def family(backbone: str) -> str:
+    """Family of a backbone by name; built without memory for its weights."""
+    if not timm.is_model(OWN_WEIGHTS.get(backbone, backbone)):
+        return load_backbone(backbone, pretrained=False).family  # an error in our own words
+    with torch.device("meta"):
+        return family_of(timm.create_model(OWN_WEIGHTS.get(backbone, backbone), num_classes=0))
+
+
+def contenders(
+    backbone: str, mode: str, *, lengths: Sequence[int] = (10,), methods: Iterable[str] | None = None
+) -> list[Contender]:
+    """Every method on a backbone, at its defaults, in every form; prompt methods at every length given."""
+    known = available()
+    chosen = list(known) if methods is None else list(methods)
+    for method in chosen:
+        check_choice("method", method, known)
+    found = []
+    for method in chosen:
+        kind = family(backbone)
+        if kind not in known[method].families:
+            continue
+        forms = [form for form in forms_of(method) if form != "merged" or mode == "infer"]
+        options: list[tuple] = [()]
+        if "length" in method_options(known[method]) and kind == "vit":
+            options = [(("length", length),) for length in lengths]
+        if method == "vpt" and kind == "cnn":  # a border of pixels: one form
+            forms = [""]
+        for chosen_options in options:
+            found += [Contender(method, chosen_options, form) for form in forms]
+        if method == "vpt" and kind == "vit":
+            found.append(Contender("vpt", (("depth", "shallow"), *options[0]), ""))
+    # methods beside their rivals, LION first
+    return sorted(found, key=lambda c: (c.method != "lion", chosen.index(c.method)))
+
+
+def small() -> Plan:
+    """Minutes on two cores: every method on a ViT-Ti, prompt lengths, saved memory; a Swin-T, a ResNet-18."""
+    vit = "vit_tiny_patch16_224"
+    plan: Plan = []
+    for mode in ("train", "infer"):
+        more = contenders(vit, mode, lengths=LENGTHS[1:], methods=("vpt",))
+        more = [c for c in more if dict(c.options).get("depth") is None]
+        plan.append((Setting(vit, mode, 4), contenders(vit, mode) + more))
+    lean = [c for c in contenders(vit, "train", methods=_present("lion", "vpt", "lora", "full")) if _plain(c)]
+    plan.append((Setting(vit, "train", 4, memory="save"), lean))
+    for other in ("swin_tiny_patch4_window7_224", "resnet18"):
+        some = _present("lion", "probe", "vpt", "ssf", "full")
+        plan += [
+            (Setting(other, mode, 2), contenders(other, mode, methods=some)) for mode in ("train", "infer")
+        ]
+    return plan
+
+
+def full() -> Plan:
+    """For a GPU, what matters most first: it goes on where it stopped when time ran out."""
+    rivals = _present("lion", "vpt", "probe", "lora", "full")
+    plan: Plan = []
+
+    def add(backbone: str, mode: str, batch: int, lengths=(10,), methods=None, **setting) -> None:
+        found = contenders(backbone, mode, lengths=lengths, methods=methods)
+        if setting.get("engine", "eager") != "eager" or methods is not None:
+            found = [c for c in found if dict(c.options).get("depth") is None]
+        one = Setting(backbone, mode, batch, **{"dtype": "bf16", **setting})
+        size = len(found) if one.engine == "eager" else AT_ONCE
+        plan.extend((one, found[i : i + size]) for i in range(0, len(found), size))
+
+    for mode in MODES:
+        add(VIT_B, mode, 64, LENGTHS)
+    add(VIT_B, "train", 64, methods=_present("lion", "vpt", "probe", "lora", "ssf", "full"), memory="save")
+    for mode in MODES:
+        add(VIT_B, mode, 64, methods=_present("lion", "vpt"), fold=True)
+        add(VIT_B, mode, 64, methods=_present("lion", "vpt"), engine="compile", dtype="fp8")
+        add(VIT_B, mode, 64, engine="compile")
+    for batch in (1, 16, 256):
+        add(VIT_B, "infer", batch, methods=rivals)
+    for mode in MODES:
+        add(VIT_B, mode, 64, engine="graphs")
+        add(VIT_B, mode, 64, methods=rivals, dtype="fp32")
+    for backbone in (VIT_L, "vit_small_patch16_224", "vit_tiny_patch16_224"):
+        for mode in MODES:
+            add(backbone, mode, 64, LENGTHS if "tiny" in backbone else (10,))
+    for mode in MODES:
+        add(VIT_L, mode, 64, methods=_present("lion", "vpt"), engine="compile")
+        add(VIT_L, mode, 64, methods=_present("lion", "vpt"), engine="compile", dtype="fp8")
+    for backbone in ("swin_base_patch4_window7_224", "resnet50"):
+        for mode in MODES:
+            add(backbone, mode, 64)
+    return plan
+
+
+def custom(
+    backbones: Sequence[str],
+    *,
+    modes: Sequence[str] = MODES,
+    batch_sizes: Sequence[int] = (8,),
+    dtypes: Sequence[str] = ("fp32",),
+    engines: Sequence[str] = ("eager",),
+    memory: Sequence[str] = ("plain",),
+    lengths: Sequence[int] = (10,),
+    methods: Sequence[str] | None = None,
+) -> Plan:
+    """Every combination of what is given; `OptionError` on a value that does not exist."""
+    from lion_fast.frozen import MEMORY
+
+    for name, given, valid in (
+        ("mode", modes, MODES),
+        ("dtype", dtypes, DTYPES),
+        ("engine", engines, ENGINES),
+        ("memory", memory, MEMORY),
+    ):
+        for value in given:
+            check_choice(name, value, valid)
+    for name, given in (("batch size", batch_sizes), ("prompt length", lengths)):
+        if not given or any(value < 1 for value in given):
+            raise OptionError(f"every {name} must be at least 1; got {list(given)}")
+    plan: Plan = []
+    for backbone in backbones:
+        for mode in modes:
+            found = contenders(backbone, mode, lengths=lengths, methods=methods)
+            for batch in batch_sizes:
+                for dtype in dtypes:
+                    for engine in engines:
+                        plan += [(Setting(backbone, mode, batch, dtype, engine, m), found) for m in memory]
+    return plan
+
+
+def _present(*methods: str) -> tuple[str, ...]:
+    return tuple(m for m in methods if m in available())
+
+
+def _plain(contender: Contender) -> bool:
+    return contender.form in ("", "exact") and dict(contender.options).get("depth") is None
+
+
+def run(
+    plan: Plan,
+    store: Store,
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int = 7,
+    minutes: float | None = None,
+    again: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, int]:
+    """Measure what the store does not hold yet, writing after every setting.
+
+    A row counts as held if it was taken with the same versions, device, threads and git revision and did not
+    fail; `again` measures all. Where a row is missing, the setting's other missing contenders are timed
+    beside it with a floor of the same minutes. `minutes`: begin no setting after that. Returns counts:
+    "settings", "measured", "held", "left" (settings not begun).
+    """
+    device = torch.device(device)
+    where = context(device)
+    ends = time.monotonic() + 60 * minutes if minutes is not None else None
+    told = {"settings": len(plan), "measured": 0, "held": 0, "left": 0}
+    for i, (setting, wanted) in enumerate(plan):
+        missing = [
+            c
+            for c, key in zip(wanted, list(keys(setting, wanted))[1:], strict=True)
+            if again or not store.has(key, where)
+        ]
+        told["held"] += len(wanted) - len(missing)
+        if not missing:
+            continue
+        if ends is not None and time.monotonic() >= ends:
+            told["left"] += 1
+            continue
+        rows = measure(
+            setting,
+            missing,
+            device=device,
+            rounds=rounds,
+            say=lambda text, i=i: say(f"[{i + 1}/{len(plan)}] {text}"),
+        )
+        # an earlier floor stays beside the rows that were divided by it: each row has its own floor's time
+        store.add(rows)
+        told["measured"] += len(rows)
+    return told
+
+
+def describe(plan: Plan) -> list[str]:
+    """One line per setting.
+
+    >>> describe([(Setting("resnet18", "infer", 2), [Contender("lion")])])
+    ['resnet18/infer/b2/fp32/eager: lion']
+    """
+    return [f"{setting.key()}: {', '.join(c.label() for c in wanted)}" for setting, wanted in plan]
+
+
+def check_device(plan: Plan, device: torch.device) -> Plan:
+    """The plan; `OptionError` if it needs what the device cannot do: CUDA graphs and fp8 need a GPU."""
+    if device.type == "cuda":
+        return plan
+    for setting, _ in plan:
+        if setting.engine == "graphs" or setting.dtype == "fp8":
+            raise OptionError(f"{setting.key()} needs a CUDA device; this is {device.type}")
+    return plan

@@ -1,0 +1,203 @@
+"""Measurement rows: what identifies one, where it was taken, and their files."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lion_fast
+from lion_fast.errors import DataError
+
+FORMAT = 1
+JSON_NAME, CSV_NAME = "rows.json", "rows.csv"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of one interleaved run share.
+
+    mode: "train" (forward, backward, optimiser) or "infer". dtype: "fp32", "bf16" or "fp8", how the frozen
+    backbone computes. engine: "eager", "compile" or "graphs" (compiled, CUDA graphs). memory: "plain" or
+    "save". fold: norms folded into linears. img_size: None is the backbone's own.
+    """
+
+    backbone: str
+    mode: str
+    batch_size: int
+    dtype: str = "fp32"
+    engine: str = "eager"
+    memory: str = "plain"
+    fold: bool = False
+    img_size: int | None = None
+
+    def key(self) -> str:
+        """One line that names it.
+
+        >>> Setting("vit_tiny_patch16_224", "train", 8).key()
+        'vit_tiny_patch16_224/train/b8/fp32/eager'
+        """
+        size = f"@{self.img_size}" if self.img_size else ""
+        more = [word for word, yes in (("save", self.memory == "save"), ("fold", self.fold)) if yes]
+        parts = [self.backbone + size, self.mode, f"b{self.batch_size}", self.dtype, self.engine, *more]
+        return "/".join(parts)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method with options in one form: "exact" or "naive" where it has both, "merged", or "" where it
+    has only one. `floor` is the name of the bare backbone."""
+
+    method: str
+    options: tuple[tuple[str, Any], ...] = ()
+    form: str = ""
+
+    def label(self) -> str:
+        """One word that names it.
+
+        >>> Contender("vpt", (("length", 50),), "naive").label()
+        'vpt(length=50):naive'
+        """
+        inside = ",".join(f"{k}={v}" for k, v in self.options)
+        return self.method + (f"({inside})" if inside else "") + (f":{self.form}" if self.form else "")
+
+
+FLOOR = Contender("floor")
+
+
+def context(device: torch.device) -> dict[str, Any]:
+    """Where and with what rows are taken: versions, device, threads, git revision."""
+    import timm
+
+    versions = {"lion_fast": lion_fast.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions["python"] = platform.python_version()
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    versions["cuda"] = torch.version.cuda
+    return {
+        "versions": versions,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        **git_revision(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_revision() -> dict[str, Any]:
+    """The revision of the running sources and whether they differ from it; None outside a checkout."""
+    folder = Path(lion_fast.__file__).resolve().parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if not (folder.parent / ".git").exists():  # installed, perhaps inside somebody else's checkout
+        return {"git": None, "git_changed": None}
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lion_fast", "kernels")
+    return {"git": git("rev-parse", "HEAD"), "git_changed": None if changed is None else bool(changed)}
+
+
+class Store:
+    """The rows of one folder: `rows.json` (everything) and `rows.csv` (flat), rewritten atomically.
+
+    Raises `DataError` for a file that holds something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.rows: list[dict] = read(self.folder / JSON_NAME) if (self.folder / JSON_NAME).exists() else []
+
+    def has(self, key: str, where: Mapping[str, Any]) -> bool:
+        """Whether this row was taken: same versions, device, threads and revision, and not failed."""
+        same = ("versions", "device_name", "threads", "git")
+        return any(
+            row["key"] == key and row["status"] != "failed" and all(row[k] == where[k] for k in same)
+            for row in self.rows
+        )
+
+    def add(self, rows: Iterable[dict]) -> None:
+        """Put rows in, in the place of those with the same key, and write."""
+        rows = list(rows)
+        new = {row["key"] for row in rows}
+        self.rows = [row for row in self.rows if row["key"] not in new] + rows
+        self.write()
+
+    def write(self) -> None:
+        """Write both files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        body = {
+            "format": FORMAT,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "rows": self.rows,
+        }
+        _replace(self.folder / JSON_NAME, json.dumps(body, indent=1) + "\n")
+        flat = [flatten(row) for row in self.rows]
+        names = list(dict.fromkeys(name for row in flat for name in row))
+        at = self.folder / (CSV_NAME + ".new")
+        with open(at, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+        os.replace(at, self.folder / CSV_NAME)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """The rows of a rows.json, or of the one in a folder; `DataError` if there are none."""
+    path = Path(path)
+    path = path / JSON_NAME if path.is_dir() else path
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as measurement rows: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise DataError(
+            f"{path} holds no measurement rows of format {FORMAT}; measure again with lion-fast bench"
+        )
+    return body["rows"]
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted names, lists as JSON.
+
+    >>> flatten({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': '[2]'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, (list, tuple)) else value
+    return flat
