@@ -1,0 +1,99 @@
+"""Writes the measured rows into docs/kernels.md, from committed files only.
+
+python bench/gpu/table.py [--docs docs/kernels.md]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT / "kernels"))
+
+from aot import write_between  # noqa: E402
+
+MARKERS = ("<!-- gpu-table:start -->", "<!-- gpu-table:end -->")
+# The second stands beside the compiled contenders, and in for the first where time ran out.
+OURS = ("lion-fast", "lion-fast, again")
+NOTHING = "No time has been measured yet."
+
+
+def committed_rows(root: Path, folder: str = "bench/results") -> list[dict]:
+    """The rows of every JSON-lines file under `folder` as the last commit holds them, dry runs left out."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout
+
+    rows = []
+    for name in git("ls-tree", "-r", "--name-only", "HEAD", "--", folder).splitlines():
+        if name.endswith(".jsonl"):
+            rows += [json.loads(line) for line in git("show", f"HEAD:{name}").splitlines() if line]
+    return [row for row in rows if not row.get("dry_run") and row.get("device") != "cpu"]
+
+
+def _amount(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"
+
+
+def _shape(row: dict) -> tuple:
+    return tuple(
+        row[k] for k in ("device", "dtype", "revision", "width", "state", "batch", "problem", "mode")
+    )
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table per device and revision: one line per contender and shape, beside it ours as a multiple."""
+    timed = [row for row in rows if row.get("kind") == "time" and "us" in row]
+    if not timed:
+        return NOTHING
+    ours: dict[tuple, float] = {}
+    for name in OURS:
+        for row in timed:
+            if row["contender"] == name:
+                ours.setdefault(_shape(row), row["us"])
+    groups: dict[tuple, list[dict]] = {}
+    for row in timed:
+        groups.setdefault(tuple(row[k] for k in ("device", "dtype", "revision")), []).append(row)
+    parts = []
+    for (device, dtype, revision), group in groups.items():
+        ceilings = [r for r in rows if r.get("kind") == "ceilings" and r["revision"] == revision]
+        ceilings = [r for r in ceilings if r["device"] == device]
+        text = (
+            f"{device}, {dtype}, revision {revision}, torch {group[0]['torch']}, Triton {group[0]['triton']}."
+        )
+        if ceilings:
+            roof = ceilings[0]
+            text += f" Measured: copy {roof['copy'] / 1e12:.2f} TB/s, bf16 {roof['bf16'] / 1e12:.0f} TFLOP/s,"
+            text += f" tf32 {roof['tf32'] / 1e12:.0f} TFLOP/s."
+        head = ("D", "R", "B", "problem", "mode", "contender", "applications", "us (20 %, 80 %)", "% copy")
+        head += ("% matrix", "peak MB", "saved MB", "times ours")
+        lines = [text, "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+        for row in sorted(group, key=lambda r: (_shape(r), r["us"])):
+            mine = ours.get(_shape(row))
+            cells = [row["width"], row["state"], row["batch"], row["problem"], row["mode"], row["contender"]]
+            cells += [
+                f"{row['applications']:.1f}",
+                f"{row['us']:.1f} ({row['us_20']:.1f}, {row['us_80']:.1f})",
+            ]
+            cells += [f"{row['copy_percent']:.0f}", f"{row['matrix_percent']:.0f}"]
+            cells += [_amount(row.get("peak_bytes")), _amount(row.get("saved_bytes"))]
+            cells += [f"{row['us'] / mine:.1f}" if mine else ""]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="table.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "kernels.md")
+    options = parser.parse_args(argv)
+    write_between(options.docs, MARKERS, markdown(committed_rows(ROOT)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
