@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider"]
     result = subprocess.run(
