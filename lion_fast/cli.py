@@ -1,4 +1,4 @@
-"""The command line: lion-fast finetune | evaluate | predict | info | demo."""
+"""The command line: lion-fast finetune | evaluate | predict | info | demo | bench."""
 
 import argparse
 import csv
@@ -64,6 +64,13 @@ Settings: flags win over --config, which wins over the defaults. Ctrl-C writes a
     "demo": """examples:
   lion-fast demo                                  real weights, real images, three methods, a few minutes
   LION_FAST_OFFLINE=1 lion-fast demo              a second time, from the cache""",
+    "bench": """examples:
+  lion-fast bench                                 every method on a ViT-Ti, minutes on a CPU
+  lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
+  lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
+  lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
+
+Rows that --out holds already (same versions, device and revision) are not measured again.""",
 }
 
 
@@ -98,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     if args.json and result is not None and _is_main_process():
         print(json.dumps(result, indent=1))
-    return EXIT_OK
+    return args.exit_code(result) if hasattr(args, "exit_code") else EXIT_OK
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -201,6 +208,12 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="progress bars [on a terminal]"
     )
+
+    from lion_fast.bench import command as bench_command
+
+    bench = add("bench", run_bench, "measure what methods cost: time, memory, products, parameters")
+    bench_command.add_arguments(bench)
+    bench.set_defaults(exit_code=bench_command.exit_code)
     return parser
 
 
@@ -659,6 +672,13 @@ def run_demo(args: argparse.Namespace) -> dict:
     from lion_fast.demo import run
 
     return run(Path(args.out), seed=args.seed, progress=_progress(args), quiet=args.json)
+
+
+def run_bench(args: argparse.Namespace) -> dict:
+    """The measurements."""
+    from lion_fast.bench import command
+
+    return command.run(args)
 
 
 # -- small things

@@ -4,20 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from lion_fast.bench import plan as plans
-from lion_fast.bench import plots, report
-from lion_fast.bench.rows import Store, read
 from lion_fast.errors import OptionError
-
-EXAMPLES = """examples:
-  lion-fast bench                                        every method on a ViT-Ti, minutes on a CPU
-  lion-fast bench --full --minutes 25 --out bench/results/h200     as much as fits; again to go on
-  lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
-  lion-fast bench --compare old/rows.json                exit code 1 if something got slower or larger
-
-Rows that --out holds already (same versions, device and revision) are not measured again."""
 
 DEFAULT_OUT = "runs/bench"
 
@@ -35,11 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbones", nargs="+", metavar="NAME", help="a plan of one's own: timm names")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
-    parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"{', '.join(plans.MODES)} [both]")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="infer, train [both]")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="[8]")
-    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help=f"{', '.join(plans.DTYPES)} [fp32]")
-    parser.add_argument("--engines", nargs="+", metavar="ENGINE", help=f"{', '.join(plans.ENGINES)} [eager]")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="fp32, bf16, fp8 [fp32]")
+    parser.add_argument("--engines", nargs="+", metavar="ENGINE", help="eager, compile, graphs [eager]")
     parser.add_argument("--memory", nargs="+", metavar="HOW", help="plain, save [plain]")
+    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="[what the backbone is made for]")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="P", help="prompts per layer [10]")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [cuda where there is one]")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
@@ -54,27 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=report.THRESHOLD,
+        default=0.1,
         metavar="X",
-        help=f"rise of a time that is a regression [{report.THRESHOLD}]",
+        help="rise of a time that is a regression [0.1]",
     )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="[on a terminal]")
 
 
-_OWN_PLAN = {
-    "backbones": "backbones",
-    "modes": "modes",
-    "batch_sizes": "batch_sizes",
-    "dtypes": "dtypes",
-    "engines": "engines",
-    "memory": "memory",
-    "lengths": "lengths",
-    "methods": "methods",
-}
+_OWN_PLAN = (
+    "backbones",
+    "modes",
+    "batch_sizes",
+    "dtypes",
+    "engines",
+    "memory",
+    "lengths",
+    "methods",
+    "img_size",
+)
 
 
-def make_plan(args: argparse.Namespace) -> plans.Plan:
+def make_plan(args: argparse.Namespace):
     """The plan that the options ask for."""
+    from lion_fast.bench import plan as plans
+
     own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name, None) is not None}
     if args.full and own:
         raise OptionError(
@@ -88,7 +79,13 @@ def make_plan(args: argparse.Namespace) -> plans.Plan:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure, write, compare. The dict has "regressions": a list that should be empty."""
+    """Measure, write, compare. The dict has "failed" and "regressions", lists that should be empty."""
+    import torch
+
+    from lion_fast.bench import plan as plans
+    from lion_fast.bench import report
+    from lion_fast.bench.rows import Store, read
+
     if args.rounds < 1:
         raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
     name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,11 +94,12 @@ def run(args: argparse.Namespace) -> dict:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    plan = plans.check_device(make_plan(args), device)
+    plan = make_plan(args)
     if args.list:
         for line in plans.describe(plan):
             print(line)
         return {"plan": plans.describe(plan)}
+    plans.check_device(plan, device)
     old = read(args.compare) if getattr(args, "compare", None) else None  # before an hour is spent
     store = Store(args.out)
     shown = getattr(args, "progress", None)
@@ -153,8 +151,10 @@ def exit_code(result: dict) -> int:
     return 1 if result.get("failed") or result.get("regressions") else 0
 
 
-def write_report(store: Store) -> Path:
-    """report.md and the plots beside the rows."""
+def write_report(store) -> Path:
+    """report.md and the plots beside the rows of a `Store`."""
+    from lion_fast.bench import plots, report
+
     drawn = plots.draw_all(store.rows, store.folder)
     path = store.folder / "report.md"
     path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")

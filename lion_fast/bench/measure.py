@@ -89,6 +89,7 @@ class _Backbones:
     def __init__(self, setting: Setting, device: torch.device):
         self.setting, self.device = setting, device
         self._made: dict[tuple, Backbone] = {}
+        self.checked: dict[tuple, str] = {}
 
     def get(self, method: str) -> Backbone:
         setting = self.setting
@@ -153,7 +154,10 @@ class _Step:
             self.model: nn.Module = self.backbone
         else:
             self.model = build(self.backbone, contender).to(self.device).train(self.train)
-            self.checked = check(contender, backbones)
+            pair = contender.method, contender.options, contender.form == "merged"
+            if pair not in backbones.checked:
+                backbones.checked[pair] = check(contender, backbones)
+            self.checked = backbones.checked[pair]
         self.build_seconds = time.perf_counter() - started
         self.optimizer = None
         if self.train and contender != FLOOR:

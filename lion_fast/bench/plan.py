@@ -123,6 +123,7 @@ def custom(
     memory: Sequence[str] = ("plain",),
     lengths: Sequence[int] = (10,),
     methods: Sequence[str] | None = None,
+    img_size: int | None = None,
 ) -> Plan:
     """Every combination of what is given; `OptionError` on a value that does not exist."""
     from lion_fast.frozen import MEMORY
@@ -145,7 +146,9 @@ def custom(
             for batch in batch_sizes:
                 for dtype in dtypes:
                     for engine in engines:
-                        plan += [(Setting(backbone, mode, batch, dtype, engine, m), found) for m in memory]
+                        for how in memory:
+                            setting = Setting(backbone, mode, batch, dtype, engine, how, img_size=img_size)
+                            plan.append((setting, found))
     return plan
 
 
@@ -212,11 +215,8 @@ def describe(plan: Plan) -> list[str]:
     return [f"{setting.key()}: {', '.join(c.label() for c in wanted)}" for setting, wanted in plan]
 
 
-def check_device(plan: Plan, device: torch.device) -> Plan:
-    """The plan; `OptionError` if it needs what the device cannot do: CUDA graphs and fp8 need a GPU."""
-    if device.type == "cuda":
-        return plan
-    for setting, _ in plan:
+def check_device(plan: Plan, device: torch.device) -> None:
+    """`OptionError` if the plan needs what the device cannot do: CUDA graphs and fp8 need a GPU."""
+    for setting, _ in plan if device.type != "cuda" else ():
         if setting.engine == "graphs" or setting.dtype == "fp8":
             raise OptionError(f"{setting.key()} needs a CUDA device; this is {device.type}")
-    return plan
