@@ -221,6 +221,14 @@ def fingerprint(spec: launch.Shipped) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def measure_keyed(task: tuple[str, launch.Shipped]) -> Row:
+    """`measure`, if this process still has the source that the key was made from; else RuntimeError."""
+    key, spec = task
+    if fingerprint(spec) != key:
+        raise RuntimeError("a kernel's source changed during the run; start it again")
+    return measure(spec)
+
+
 def _load_cache() -> dict[str, dict]:
     try:
         return json.loads(CACHE.read_text())
@@ -261,10 +269,10 @@ def run(specs: list[launch.Shipped], jobs: int = 2, use_cache: bool = True, repo
     if todo and jobs > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context) as pool:
-            results = pool.map(measure, [spec for _, spec in todo])
+            results = pool.map(measure_keyed, todo)
             _collect(todo, results, cache, use_cache, report)
     else:
-        _collect(todo, map(measure, [spec for _, spec in todo]), cache, use_cache, report)
+        _collect(todo, map(measure_keyed, todo), cache, use_cache, report)
     return [Row(**cache[key]) for key in keys]
 
 
@@ -274,7 +282,8 @@ def _collect(todo, results, cache, use_cache, report) -> None:
         if report:
             report(row)
     if use_cache and todo:
-        _save_cache({**_load_cache(), **cache})
+        # A failure to compile may be this machine's; it is tried again.
+        _save_cache({k: row for k, row in {**_load_cache(), **cache}.items() if row["registers"]})
 
 
 def describe(row: Row) -> str:
