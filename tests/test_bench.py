@@ -1,0 +1,641 @@
+"""The bench suite: what it counts against counts by hand, what it times against known delays, its files."""
+
+import csv
+import json
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lion_fast import create, load_backbone
+from lion_fast.bench import command, flops, measure, memory, plan, plots, report, rows
+from lion_fast.bench.measure import FLOOR, Wrong, distance, quantiles
+from lion_fast.bench.rows import Contender, Setting, Store
+from lion_fast.cli import main
+from lion_fast.errors import DataError, OptionError
+from lion_fast.methods import available
+
+TINY = "vit_tiny_patch16_224"
+SETTING = Setting(TINY, "train", 2, img_size=32)
+
+
+def vit(depth=1, size=32, **options):
+    return load_backbone(TINY, pretrained=False, img_size=size, depth=depth, **options)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """One small training and one inference run, shared by the tests that look at rows."""
+    torch.manual_seed(0)
+    some = [Contender("lion"), *(Contender("vpt", (("length", 3),), form) for form in ("exact", "naive"))]
+    train = measure.measure(SETTING, [*some, Contender("probe")], rounds=3)
+    return train + measure.measure(Setting(TINY, "infer", 2, img_size=32), some, rounds=3)
+
+
+def row_of(found, label, mode="train"):
+    return next(row for row in found if row["label"] == label and row["mode"] == mode)
+
+
+# -- memory, counted
+
+
+def kept_by(module, x, head=None):
+    with memory.SavedTensors(module, [x]) as kept:
+        module(x).sum().backward()
+    return kept
+
+
+def test_kept_tensors_by_hand():
+    """A frozen linear keeps nothing, a trained one its input, GELU its input, a norm input and statistics."""
+    x = torch.randn(6, 8, requires_grad=True)
+    frozen = nn.Linear(8, 4).requires_grad_(False)
+    assert kept_by(frozen, x).total == 0
+    trained = nn.Linear(8, 4)
+    with memory.SavedTensors(trained) as kept:  # the input counts when it is not said to be there anyway
+        trained(x * 1.0).sum()
+    assert kept.total == 4 * 6 * 8
+    stack = nn.Sequential(frozen, nn.GELU())
+    assert kept_by(stack, x).total == 4 * 6 * 4
+    norm = nn.Sequential(frozen, nn.LayerNorm(4).requires_grad_(False))
+    assert kept_by(norm, x).total == 4 * (6 * 4 + 2 * 6)
+
+
+def test_a_storage_kept_twice_counts_once_and_a_view_counts_whole():
+    x = torch.randn(5, 10, requires_grad=True)
+    with memory.SavedTensors(nn.Identity()) as kept:
+        y = x + 1
+        out = y.sin() + y.cos() + y[:, :2].exp().sum()
+    # y (whole, kept by sin and cos), exp's output (5 x 2)
+    assert kept.total == 4 * (50 + 10)
+    out.sum().backward()
+    with memory.SavedTensors(nn.Identity()) as kept:
+        out = (x + 1)[:, :2].sin()
+    assert kept.total == 4 * 50
+    out.sum().backward()
+
+
+def test_what_is_not_kept_any_more_does_not_count_again():
+    x = torch.randn(3, 4, requires_grad=True)
+    with memory.SavedTensors(nn.Identity()) as kept:
+        for _ in range(4):
+            with torch.no_grad():
+                x.exp()
+    assert kept.total == 0 and kept.tensors == []
+
+
+@pytest.mark.parametrize("terms", [1, 8])
+def test_owners_of_a_lion_step_by_hand(terms):
+    """Backbone: 10 rows of D per block and token, the last norm's; method: what the equilibria keep in R."""
+    B, N, D, R, h = 3, 5, 192, 8, 3
+    model = create(vit(), "lion", num_classes=4, state_dim=R, neumann_terms=terms)
+    x = torch.randn(B, 3, 32, 32)
+    with memory.SavedTensors(model, [x]) as kept:
+        logits = model(x)
+    found = kept.bytes
+    # a block's 10 D, its norms' mean and deviation, logsumexp; the last norm's input and statistics.
+    # The block's input is what the input end gave, the last norm's output what the output end keeps.
+    assert found["backbone"] == 4 * B * N * (10 * D + 4 + h + D + 2)
+    # both ends: pre-activation (R) and input rows (D); W's bounding keeps R x R things beside, many times
+    rows_kept = 4 * B * N * 2 * (D + R)
+    assert rows_kept < found["method"] <= rows_kept + 2 * 4 * 40 * R * R
+    # the head keeps a view, its class tokens, of all rows
+    assert found["head"] == 4 * B * N * D
+    assert found["loss"] == 0 and kept.total == sum(found.values())
+    logits.sum().backward()
+
+
+def test_recomputed_stretches_count_what_they_keep():
+    """torch's checkpoint keeps its inputs out of autograd's sight."""
+    from lion_fast import frozen
+
+    linear = nn.Linear(4, 4)
+    x = torch.randn(7, 4, requires_grad=True)
+    with memory.SavedTensors(linear) as kept:
+        out = frozen.again(linear, lambda t: linear(t).exp().sin(), x * 2)
+    assert kept.total == 4 * 7 * 4
+    out.sum().backward()
+    assert frozen.KEEPS == []
+
+
+def test_owners_by_file():
+    timm_file = ("/env/timm/models/vision_transformer.py", "forward", False)
+    ours = ("/src/lion_fast/methods/ssf.py", "forward", False)
+    torch_file = ("/env/torch/nn/functional.py", "linear", False)
+    assert memory.owner_of([torch_file, timm_file, ours]) == "backbone"
+    assert memory.owner_of([torch_file, ours, timm_file]) == "method"
+    assert (
+        memory.owner_of([torch_file, ("C:\\lion_fast\\methods\\blocks.py", "attend", False), ours])
+        == "backbone"
+    )
+    assert memory.owner_of([("/env/torch/nn/modules/linear.py", "forward", True), timm_file]) == "head"
+    assert memory.owner_of([("/src/lion_fast/bench/measure.py", "loss", False), ours]) == "loss"
+    assert memory.owner_of([]) == "loss"
+
+
+def test_resident_bytes_by_hand():
+    model = create(vit(), "probe", num_classes=10)
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    head = 4 * (192 * 10 + 10)
+    assert memory.resident_bytes(model, optimizer)["optimiser"] == 0
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    told = memory.resident_bytes(model, optimizer)
+    assert told["method_weights"] == told["gradients"] == head
+    assert told["optimiser"] == 2 * head + 2 * 4  # two moments, a step count for each of two tensors
+    assert told["backbone_weights"] == 4 * sum(p.numel() for p in model.backbone.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save", ["plain", "save"])
+@pytest.mark.parametrize("method", ["lion", "vpt", "full"])
+def test_the_count_agrees_with_the_cuda_allocator(method, save):
+    backbone = load_backbone("vit_small_patch16_224", pretrained=False, depth=4, memory=save)
+    model = create(backbone, method, num_classes=10).cuda().train()
+    x = torch.randn(16, 3, 224, 224, device="cuda")
+    model(x).sum().backward()  # workspaces and caches are there from now on
+    before = torch.cuda.memory_allocated()
+    with memory.SavedTensors(model, [x]) as kept:
+        out = model(x)
+    by_allocator = torch.cuda.memory_allocated() - before
+    assert abs(kept.total - by_allocator) <= 0.05 * by_allocator
+    del out
+    assert abs(sum(memory.cuda_activations(lambda: model(x)).values()) - by_allocator) <= 0.05 * by_allocator
+
+
+# -- products, counted
+
+# peers' table of GMACs per image, ViT-B/16 and ViT-Ti/16 at 224
+TABLE = {
+    (768, "naive"): {0: 17.56, 10: 18.49, 50: 22.22, 100: 26.97, 200: 36.74},
+    (768, "exact"): {10: 17.60, 50: 17.75, 100: 17.93, 200: 18.29},
+    (768, "cvpt"): {1: 20.35, 10: 20.39, 50: 20.53, 100: 20.72, 200: 21.08},
+    (192, "naive"): {0: 1.253, 10: 1.325, 50: 1.621, 100: 2.012, 200: 2.863},
+    (192, "exact"): {10: 1.263, 50: 1.299, 100: 1.344, 200: 1.435},
+    (192, "cvpt"): {1: 1.429, 10: 1.437, 50: 1.473, 100: 1.519, 200: 1.609},
+}
+
+
+@pytest.mark.parametrize("width, form", TABLE)
+def test_the_formula_gives_the_table(width, form):
+    for prompts, expected in TABLE[width, form].items():
+        found = flops.vit_macs(12, width, prompts=prompts, form=form) / 1e9
+        # half a unit of the last digit; two entries of the table are 0.54 off
+        assert abs(found - expected) <= 0.55 * (1e-2 if width == 768 else 1e-3), prompts
+
+
+@pytest.mark.parametrize(
+    "method, form, kind", [("vpt", "naive", "naive"), ("vpt", "exact", "exact"), ("cvpt", "exact", "cvpt")]
+)
+def test_counted_products_are_the_formula(method, form, kind):
+    """What runs, counted op by op, at full size and in every prompt length; the head counts beside."""
+    if method not in available():
+        pytest.skip(f"{method} is not there")
+    depth, x = 2, torch.randn(1, 3, 224, 224)
+    backbone = vit(depth, 224)
+    for prompts in (10, 50):
+        model = create(backbone, method, num_classes=10, length=prompts, form=form).eval()
+        with torch.no_grad():
+            model(x)  # fills the cache
+            found = flops.counted_macs(lambda: model(x))  # noqa: B023
+        assert found == flops.vit_macs(depth, 192, prompts=prompts, form=kind) + 192 * 10
+
+
+@pytest.mark.parametrize("size", ["s", "b"])
+def test_counted_products_of_the_table_backbones(size):
+    name, width = {"s": ("vit_small_patch16_224", 384), "b": ("vit_base_patch16_224", 768)}[size]
+    backbone = load_backbone(name, pretrained=False, depth=1)
+    with torch.no_grad():
+        found = flops.counted_macs(lambda: backbone(torch.randn(1, 3, 224, 224)))
+    assert found == flops.vit_macs(1, width)
+
+
+def test_counted_products_of_an_equilibrium_and_of_a_backward():
+    D, R, T = 12, 4, 6
+    from lion_fast import LionLayer
+
+    layer = LionLayer(D, R, tol=0.0, max_iter=5, neumann_terms=3)
+    x = torch.randn(T, D, requires_grad=True)
+    bound = flops.counted_macs(layer.recurrence_matrix)
+    with torch.no_grad():
+        found = flops.counted_macs(lambda: layer(x)) - bound
+    # five applications from zero: four products with W
+    assert found == T * (2 * D * R + 4 * R * R)
+    weight = torch.randn(7, D)
+    forward = flops.counted_macs(lambda: F.linear(x, weight))
+    assert forward == T * D * 7
+    assert flops.counted_macs(lambda: F.linear(x, weight).sum().backward()) == 2 * T * D * 7
+    weight.requires_grad_()
+    assert flops.counted_macs(lambda: F.linear(x, weight).sum().backward()) == 3 * T * D * 7
+
+
+# -- times
+
+
+def test_turns_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
+    """A machine that slows down by and by must not show in ratios: twice the floor, all drifting."""
+    order, clock = [], [0.0]
+
+    class Fake:
+        def __init__(self, name, cost):
+            self.name, self.cost = name, cost
+
+        def run(self):
+            order.append(self.name)
+            clock[0] += self.cost * (1 + 0.5 * ((len(order) - 1) // 3))
+
+        def _wait(self):
+            pass
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    a, b = Contender("a"), Contender("b")
+    steps = {FLOOR: Fake("floor", 1.0), a: Fake("a", 2.0), b: Fake("b", 3.0)}
+    times = measure._take_turns(steps, 6, torch.device("cpu"), lambda i: None)
+    timed = order[6:]
+    assert timed[:9] == ["floor", "a", "b", "a", "b", "floor", "b", "floor", "a"]
+    assert all(sorted(timed[i : i + 3]) == ["a", "b", "floor"] for i in range(0, 18, 3))
+    told = measure._summary(times[a], times[FLOOR], 4)
+    assert told["ratio"] == told["ratio_q20"] == told["ratio_q80"] == 2.0
+    assert told["seconds_q80"] > 1.5 * told["seconds_q20"]  # the drift shows in the times
+    assert told["images_per_second"] == 4 / told["seconds"] and told["rounds"] == 6
+
+
+def test_quantiles():
+    assert quantiles([5.0]) == (5.0, 5.0, 5.0)
+    values = [float(v) for v in range(11)]
+    assert quantiles(values[::-1]) == (5.0, 2.0, 8.0)
+
+
+def test_a_longer_step_is_timed_longer(monkeypatch):
+    """The whole way from a model to a row: a known delay in one contender shows in its time and ratio."""
+    build = measure.build
+
+    def slow(backbone, contender):
+        model = build(backbone, contender)
+        if contender.form == "naive":
+            features = model.features
+            model.features = lambda x: (time.sleep(0.25), features(x))[1]
+        return model
+
+    monkeypatch.setattr(measure, "build", slow)
+    found = measure.measure(
+        Setting(TINY, "infer", 1, img_size=32),
+        [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")],
+        rounds=3,
+    )
+    exact, naive = found[1:]
+    assert naive["status"] == exact["status"] == "ok"
+    assert naive["seconds_q20"] > 0.25 and exact["seconds"] < 0.25
+    assert naive["images_per_second"] < 4
+    # each ratio is of its own round's floor
+    assert naive["ratio"] > 0.25 / max(r["seconds_q80"] for r in found[:1]) * 0.5
+
+
+# -- rows
+
+
+def test_a_row_says_everything(measured):
+    row = row_of(measured, "lion")
+    assert row["status"] == "ok" and row["held_in"] == "fp32" and row["seed"] == 0
+    assert row["weights_source"] == "random" and len(row["weights_sha256"]) == 64
+    assert {"torch", "timm", "lion_fast", "python"} <= row["versions"].keys() and row["device_name"]
+    assert "git" in row and "git_changed" in row and row["threads"] == torch.get_num_threads()
+    assert row["img_size"] == 32 and row["interpolation"] and len(row["mean"]) == 3
+    for name in ("seconds", "seconds_q20", "seconds_q80", "ratio", "images_per_second", "floor_seconds"):
+        assert row[name] > 0
+    assert row["seconds_q20"] <= row["seconds"] <= row["seconds_q80"] and row["rounds"] == 3
+    assert row["build_seconds"] > 0 and row["first_step_seconds"] > 0 and row["peak_bytes"] >= 0
+    assert row["diagnostics"]["input_iterations"] >= 1
+    D, R, K = 192, 32, measure.NUM_CLASSES
+    assert row["parameters"] == 2 * (2 * D * R + R * R + R + D)
+    assert row["parameters_with_head"] == row["parameters"] + K * (D + 1)
+    assert row["adapter_bytes"] > 4 * row["parameters_with_head"]
+    json.dumps(row)
+
+
+def test_floors_and_training(measured):
+    floor = row_of(measured, "floor")
+    assert measured[0] is floor and floor["ratio"] == floor["ratio_q80"] == 1.0
+    assert "parameters" not in floor and floor["resident_bytes"]["optimiser"] == 0
+    # rows in, a backward to them: as much kept as by LION inside the backbone, but for its first norm's input
+    lion = row_of(measured, "lion")
+    block_input = 4 * 2 * 5 * 192
+    assert lion["activation_bytes"]["backbone"] - floor["activation_bytes"]["backbone"] == block_input
+    assert row_of(measured, "probe")["activation_bytes"]["backbone"] == 0
+    # training: forward, and the gradient to the input beside; the probe has no such backward
+    infer = row_of(measured, "floor", "infer")["macs_per_image"]
+    assert row_of(measured, "probe")["macs_per_image"] == infer + 2 * 192 * measure.NUM_CLASSES
+    patches = 4 * 3 * 16**2 * 192
+    assert 2 * (infer - patches) <= floor["macs_per_image"] <= 2.2 * (infer - patches)
+
+
+def test_forms_were_checked(measured):
+    for form in ("exact", "naive"):
+        assert row_of(measured, f"vpt(length=3):{form}")["checked"].startswith("exact = naive to ")
+
+
+def test_forms_that_differ_are_not_timed(monkeypatch):
+    build = measure.build
+
+    def wrong(backbone, contender):
+        model = build(backbone, contender)
+        if contender.form == "naive":
+            model.prompts.data[0, 0, 0] += 1.0  # one entry of one prompt
+        return model
+
+    monkeypatch.setattr(measure, "build", wrong)
+    pair = [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")]
+    found = measure.measure(Setting(TINY, "infer", 1, img_size=32), pair, rounds=1)
+    assert [row["status"] for row in found] == ["ok", "failed", "failed"]
+    for row in found[1:]:
+        assert row["reason"].startswith("Wrong:") and "exact and the naive form differ" in row["reason"]
+        assert "seconds" not in row and "ratio" not in row
+    assert not issubclass(Wrong, OptionError)
+
+
+def test_what_a_backbone_cannot_is_skipped_with_the_reason():
+    found = measure.measure(
+        Setting("resnet10t", "infer", 1, img_size=32), [Contender("vpt", (("depth", "deep"),))], rounds=1
+    )
+    assert found[1]["status"] == "skipped" and found[1]["reason"]
+
+
+@pytest.mark.parametrize("dtype, save", [("bf16", "plain"), ("bf16", "save"), ("fp32", "save")])
+def test_other_precisions_and_memory(dtype, save):
+    setting = Setting(TINY, "train", 2, dtype, memory=save, img_size=32)
+    methods = [Contender(m) for m in ("lion", "full") if m in available()]
+    found = measure.measure(setting, methods, rounds=1)
+    assert [row["status"] for row in found] == ["ok"] * len(found), [row["reason"] for row in found]
+    assert {row["memory"] for row in found} == {save}
+    assert found[1]["held_in"] == dtype
+    if len(found) > 2:
+        assert found[2]["held_in"] == "fp32"  # a method that trains the weights holds them whole
+
+
+def test_compiled_models_are_checked_against_eager(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: net)
+    setting = Setting(TINY, "infer", 1, engine="compile", img_size=32)
+    found = measure.measure(setting, [Contender("probe")], rounds=1)
+    assert [row["checked"] for row in found] == ["compiled = eager to 0.0e+00"] * 2
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: lambda x: net(x) * 1.01)
+    found = measure.measure(setting, [Contender("probe")], rounds=1)
+    assert (
+        found[0]["status"] == "failed"
+        and "compiled and eager outputs differ by 1.0e-02" in found[0]["reason"]
+    )
+    assert len(found) == 1  # no floor, no ratios
+
+
+# -- files, resuming, comparing
+
+
+def test_rows_come_back_from_their_files(tmp_path, measured):
+    store = Store(tmp_path)
+    store.add(measured)
+    assert Store(tmp_path).rows == json.loads(json.dumps(measured)) == rows.read(tmp_path)
+    with open(tmp_path / "rows.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(measured)
+    lion = next(line for line in table if line["label"] == "lion" and line["mode"] == "train")
+    assert int(lion["activation_bytes.backbone"]) == row_of(measured, "lion")["activation_bytes"]["backbone"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(DataError, match="holds no measurement rows"):
+        Store(tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        rows.read(tmp_path / "nothing.json")
+
+
+def test_a_run_skips_what_is_there_and_measures_what_is_not(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(setting, contenders, *, device, rounds, say):
+        asked.append((setting.mode, [c.label() for c in contenders]))
+        where = rows.context(torch.device(device))
+        bare = {"status": "ok", "reason": None}
+        return [{"key": key, **bare, **where} for key in plan.keys(setting, contenders)]
+
+    monkeypatch.setattr(plan, "measure", fake)
+    a, b = Contender("lion"), Contender("probe")
+    one, two = Setting(TINY, "train", 2), Setting(TINY, "infer", 2)
+    assert plan.run([(one, [a])], Store(tmp_path)) == {"settings": 1, "measured": 2, "held": 0, "left": 0}
+    told = plan.run([(one, [a, b]), (two, [a])], Store(tmp_path))
+    assert told == {"settings": 2, "measured": 4, "held": 1, "left": 0}
+    assert asked == [("train", ["lion"]), ("train", ["probe"]), ("infer", ["lion"])]
+    assert plan.run([(one, [a, b])], Store(tmp_path))["measured"] == 0
+    assert plan.run([(one, [a, b])], Store(tmp_path), again=True)["measured"] == 3
+    assert plan.run([(one, [a]), (two, [a, b])], Store(tmp_path), minutes=0)["left"] == 1
+    # another revision, or a failure: measured anew
+    store = Store(tmp_path)
+    for row in store.rows:
+        row["git"] = "another"
+    store.write()
+    assert plan.run([(two, [a])], Store(tmp_path))["measured"] == 2
+    store = Store(tmp_path)
+    store.add([{**store.rows[-1], "status": "failed"}])
+    assert plan.run([(two, [a])], Store(tmp_path))["measured"] == 2
+    assert len(Store(tmp_path).rows) == 5
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    real, calls = plan.measure, []
+
+    def stop_at_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(plan, "measure", stop_at_second)
+    options = [
+        "--backbones",
+        TINY,
+        "--img-size",
+        "32",
+        "--batch-sizes",
+        "1",
+        "--methods",
+        "probe",
+        "--rounds",
+        "1",
+    ]
+    argv = ["bench", *options, "--out", str(tmp_path), "--no-progress"]
+    assert main(argv) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert [row["mode"] for row in rows.read(tmp_path)] == ["infer"] * 2
+    assert (tmp_path / "report.md").exists()
+    assert main(argv) == 0
+    assert len(calls) == 3 and len(rows.read(tmp_path)) == 4
+
+
+def test_the_command(tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    options = ["--backbones", TINY, "--img-size", "32", "--batch-sizes", "1", "--methods", "probe", "lion"]
+    options += ["--rounds", "1", "--modes", "train"]
+    assert main(["bench", *options, "--out", str(old), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["measured"] == 3 and told["failed"] == [] and told["regressions"] == []
+    assert "x floor" in (old / "report.md").read_text()
+    # the same rows, but as if they had been half as slow: everything regressed
+    body = json.loads((old / "rows.json").read_text())
+    for row in body["rows"]:
+        for name in ("seconds", "seconds_q20", "seconds_q80"):
+            row[name] /= 10
+    (old / "rows.json").write_text(json.dumps(body))
+    again = ["bench", *options, "--out", str(new), "--compare", str(old / "rows.json")]
+    assert main(again) == 1
+    assert capsys.readouterr().out.count("regression: ") == 3
+    assert main([*again, "--threshold", "1e9"]) == 0
+    assert "no regressions" in capsys.readouterr().out
+
+
+def test_wrong_options_are_refused(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "never")]
+    for argv, words in (
+        (["--modes", "sleep"], "mode must be one of infer, train; got 'sleep'"),
+        (["--methods", "magic"], "method must be one of"),
+        (["--batch-sizes", "0"], "every batch size must be at least 1"),
+        (["--dtypes", "int4"], "dtype must be one of fp32, bf16, fp8"),
+        (["--engines", "magic"], "engine must be one of eager, compile, graphs"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--full", "--methods", "lion"], "--full is a plan of its own; leave out --methods"),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
+        (["--dtypes", "fp8", "--device", "cpu"], "needs a CUDA device"),
+    ):
+        assert main(["bench", *argv, *out]) == 2, argv
+        assert words in capsys.readouterr().err
+    assert main(["bench", "--compare", str(tmp_path / "missing.json"), *out]) == 1
+    assert main(["bench", "--backbones", "vit_of_nobody", *out]) == 1
+    assert "no backbone named 'vit_of_nobody'" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def timed(key, seconds, ratio=1.0, spread=0.02, **more):
+    row = {"key": key, "status": "ok", "method": "lion", "device_name": "a", "threads": 1}
+    for name, value in (("seconds", seconds), ("ratio", ratio)):
+        row |= {name: value, f"{name}_q20": value * (1 - spread), f"{name}_q80": value * (1 + spread)}
+    return row | more
+
+
+def test_comparing_rows():
+    old = [timed("k", 1.0, activation_bytes={"method": 1000}, macs_per_image=100)]
+
+    def worse(*new, threshold=0.1):
+        return report.compare(old, list(new), threshold)[0]
+
+    assert worse(timed("k", 1.05)) == []  # within the threshold
+    assert worse(timed("k", 1.2)) == ["k: seconds 1 -> 1.2 (+20.0%)"]
+    assert worse(timed("k", 1.2), threshold=0.3) == []
+    assert worse(timed("k", 1.2, spread=0.3)) == []  # within the spread
+    assert worse(timed("k", 0.5)) == []
+    assert report.compare(old, [timed("k", 0.5)])[1] == ["k: seconds 1 -> 0.5 (-50.0%), better"]
+    # elsewhere times say nothing, ratios do
+    assert worse(timed("k", 9.0, device_name="b")) == []
+    assert worse(timed("k", 0.1, ratio=1.5, device_name="b")) == ["k: ratio 1 -> 1.5 (+50.0%)"]
+    assert worse(timed("k", 1.0, activation_bytes={"method": 1009}), threshold=9) == []
+    assert worse(timed("k", 1.0, activation_bytes={"method": 1011})) == [
+        "k: activations of method 1,000 -> 1,011 (+1.1%)"
+    ]
+    assert worse(timed("k", 1.0, macs_per_image=102)) == ["k: macs_per_image 100 -> 102 (+2.0%)"]
+    assert worse({"key": "k", "status": "failed", "reason": "it broke"}) == [
+        "k: was measured, now failed: it broke"
+    ]
+    assert report.compare(old, [timed("n", 1.0)])[1] == ["n: new", "k: not in the new rows"]
+
+
+# -- report and plots
+
+
+def test_the_report(measured):
+    text = report.markdown(measured, ["throughput-x.png"])
+    assert (
+        "| `lion` |" in text and "vpt(length=3):naive" in text and "![throughput x](throughput-x.png)" in text
+    )
+    assert "weights random, sha256 " + row_of(measured, "lion")["weights_sha256"][:12] in text
+    assert (
+        "`vpt(length=3):exact` exact = naive to" in text and "Mean iterations per token: `lion` input" in text
+    )
+    cells = next(line for line in text.splitlines() if line.startswith("| `lion` |")).split(" | ")
+    assert cells[1] == f"{row_of(measured, 'lion')['ratio']:.3f}" and len(cells) == 11
+    bad = {**row_of(measured, "probe"), "status": "failed", "reason": "out of paper"}
+    assert "- failed: `probe`: out of paper" in report.markdown([*measured, bad])
+
+
+def test_the_report_says_what_an_option_of_the_backbone_changes(measured):
+    plain = row_of(measured, "lion")
+    save = {**plain, "setting": plain["setting"] + "/save", "seconds": 1.5 * plain["seconds"]}
+    save["activation_bytes"] = {k: v / 2 for k, v in plain["activation_bytes"].items()}
+    text = report.markdown([plain, save])
+    assert f'| memory="save" | {save["setting"]} | `lion` | 1.500 | 0.500 | 1.000 |' in text
+
+
+def test_plots_are_drawn(tmp_path, measured):
+    longer = [
+        {**row, "options": {"length": 9}, "label": row["label"].replace("3", "9"), "key": row["key"] + "9"}
+        for row in measured
+        if row["method"] == "vpt"
+    ]
+    drawn = plots.draw_all([*measured, *longer], tmp_path)
+    slug = SETTING.key().replace("/", "-").replace("@", "-")
+    assert {f"{kind}-{slug}.png" for kind in ("throughput", "lengths", "breakdown")} <= set(drawn)
+    for name in drawn:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert plots.draw_all(measured[:1], tmp_path) == []
+
+
+# -- plans
+
+
+def test_the_plans_name_what_exists():
+    small, full = plan.small(), plan.full()
+    for some in (small, full):
+        for setting, wanted in some:
+            kind = plan.family(setting.backbone)
+            assert wanted and all(kind in available()[c.method].families for c in wanted), setting.key()
+            assert len({c.label() for c in wanted}) == len(wanted)
+    measured_on = {setting.backbone for setting, _ in full}
+    assert {f"vit_{s}_patch16_224" for s in ("tiny", "small", "base", "large")} <= measured_on
+    assert {"swin_base_patch4_window7_224", "resnet50"} <= measured_on
+    everything = {c for setting, wanted in full for c in wanted}
+    assert {c.method for c in everything} == set(available())
+    assert {dict(c.options).get("length") for c in everything if c.method == "vpt"} >= set(plan.LENGTHS)
+    assert {s.engine for s, _ in full} == set(plan.ENGINES) and {s.dtype for s, _ in full} == set(plan.DTYPES)
+    assert {s.mode for s, _ in full} == set(plan.MODES) and {s.memory for s, _ in full} == {"plain", "save"}
+    assert {c.method for _, wanted in small for c in wanted} == set(available())
+
+
+def test_every_form_is_a_contender():
+    found = {c.label() for c in plan.contenders(TINY, "infer", lengths=(10, 50))}
+    assert {
+        "lion",
+        "probe",
+        "vpt(length=10):exact",
+        "vpt(length=50):naive",
+        "vpt(depth=shallow,length=10)",
+    } <= found
+    if "lora" in available():
+        assert {"lora", "lora:merged"} <= found
+        assert "lora:merged" not in {c.label() for c in plan.contenders(TINY, "train")}
+
+
+def test_a_model_is_moved_off_its_zeros():
+    model = measure.build(vit(), Contender("lion"))
+    assert all(p.any() for p in model.trainable_parameters())
+    again = measure.build(vit(), Contender("lion"))
+    for p, q in zip(model.trainable_parameters(), again.trainable_parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_distance_of_what_is_not_finite():
+    assert distance(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+    assert not distance(torch.tensor([float("nan")]), torch.ones(1)) <= measure.FORMS_AGREE
+
+
+def test_the_help_names_every_choice(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = capsys.readouterr().out
+    for words in (plan.MODES, plan.DTYPES, plan.ENGINES):
+        assert ", ".join(words) in text
+    assert command.DEFAULT_OUT in text and f"[{report.THRESHOLD}]" in text
