@@ -45,9 +45,9 @@ RECIPES = (
 )
 COMMON = {"epochs": 8, "batch_size": 32, "lr_head": 1e-2, "weight_decay": 0.01, "log_every": 2}
 TUNING = """
-Learning rates were chosen on the validation images of seed 0. The probe's: among 0.003, 0.01 and 0.03. LION's:
-between 0.0003 and 0.001, a tie, after 0.001, 0.003 and 0.01 with the same rate for the head had been worse on
-30 images of each class. VPT-deep's 0.01 is the only one tried, so its figure owes nothing to tuning.
+Learning rates were chosen on the validation images of seed 0. The probe's: among 0.003, 0.01 and 0.03.
+LION's: between 0.0003 and 0.001, a tie, after 0.001, 0.003 and 0.01 with the same rate for the head had been
+worse on 30 images of each class. VPT-deep's 0.01 is the only one tried: its figure owes nothing to tuning.
 """
 
 

@@ -132,7 +132,7 @@ def test_numbers_as_people_write_them_in_yaml(images, model_flags, tmp_path):
         (["--set", "stat_dim=8"], "method lion has no option stat_dim; its options are pool"),
         (["--set", "gamma=1.5"], "gamma must be"),
         (["--set", "oops"], "--set takes KEY=VALUE; got 'oops'"),
-        (["--method", "lionn"], "no method named 'lionn'; the methods are lion"),
+        (["--method", "lionn"], "no method named 'lionn'; the methods are "),
         (["--lr", "-1"], "lr must be a number above 0"),
         (["--config", "missing.yaml"], "the config file missing.yaml cannot be read"),
         (["--set", "backend=triton"], "backend=triton cannot run: "),
@@ -205,16 +205,16 @@ def test_every_training_option_has_a_flag_with_help(capsys):
 
 def test_finetune_refuses_to_overwrite_and_resumes_a_finished_run(trained, capsys):
     config = ["finetune", "--config", str(trained / "config.yaml")]
-    before = (trained / "config.yaml").read_bytes(), (trained / "adapter/adapter.safetensors").read_bytes()
+    weights = trained / "adapter/adapter.safetensors"
+    before = (trained / "config.yaml").read_bytes(), load_file(weights)
     assert main(config) == 1
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
     assert main([*config, "--resume"]) == 0
     assert main([*config, "--resume", "--lr", "0.5"]) == 1
     assert "config.lr was 0.01, now 0.5" in capsys.readouterr().err
-    assert before == (
-        (trained / "config.yaml").read_bytes(),
-        (trained / "adapter/adapter.safetensors").read_bytes(),
-    )
+    assert (trained / "config.yaml").read_bytes() == before[0]
+    after = load_file(weights)
+    assert after.keys() == before[1].keys() and all(torch.equal(after[k], before[1][k]) for k in after)
 
 
 def test_ctrl_c_exits_130_with_a_hint_that_works(images, model_flags, tmp_path):
