@@ -128,7 +128,7 @@ class DyT(TunedModel):
         """M (B, N) of rows (B, N, D), 1 at prefix tokens."""
         prefix = self.backbone.num_prefix_tokens
         logit = dispatcher(x[:, prefix:]).squeeze(-1)
-        logit = logit if logit.dtype == torch.float64 else logit.float()
+        logit = _wide(logit)
         if self.training:
             # logistic noise: the difference of two Gumbel variables
             noise = torch.rand_like(logit).logit(eps=1e-7)
@@ -148,11 +148,11 @@ class DyT(TunedModel):
         if self._last is None:
             raise OptionError("loss_terms belong to training; call train() first")
         (_, logits, masks), self._last = self._last, None
-        complete = self.complete(images).float()
+        complete = _wide(self.complete(images))
         return {
             "complete": F.cross_entropy(complete, labels),
             "distillation": F.kl_div(
-                logits.float().log_softmax(-1),
+                _wide(logits).log_softmax(-1),
                 complete.detach().log_softmax(-1),
                 reduction="batchmean",
                 log_target=True,
@@ -175,6 +175,10 @@ class DyT(TunedModel):
     def __getstate__(self) -> dict[str, Any]:
         # a graph can be neither copied nor pickled
         return {**self.__dict__, "_last": None, "_masks": None}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gathered(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:

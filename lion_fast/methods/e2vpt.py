@@ -233,7 +233,7 @@ class E2VPT(PrefixCache, TunedModel):
         segments = min(math.floor(segment_ratio * SEGMENTS + 1e-9), SEGMENTS - LEAST_SEGMENTS)
         # stable sorts: ties go by position, whatever the device
         kept = token.argsort(stable=True)[tokens:].sort().values.to(self.prompts.device)
-        order = segment.to(kept.device)[kept].argsort(1, stable=True)
+        order = segment.to(kept.device)[kept].argsort(dim=1, stable=True)
         kept_segments = order[:, segments:].sort(1).values
         rows = self.prompts[:, kept].unflatten(-1, (-1, SEGMENTS))
         rows = rows.gather(-1, kept_segments[None, :, None].expand(*rows.shape[:-1], -1)).flatten(-2)
