@@ -41,7 +41,7 @@ WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
 TENSOR_COLUMNS_PER_SM = 512
 # The tile side that is the rows of a kernel's products, where it is not the token rows.
-PRODUCT_ROWS = {"_weight_grads_kernel": "BLOCK_R"}
+PRODUCT_ROWS = {"_weight_grads_kernel": "BLOCK_R", "_sampled_kernel": "BLOCK"}
 # Shared memory that the system keeps per block, and the granularity of its allocation.
 SHARED_RESERVED, SHARED_UNIT = 1024, 128
 

@@ -414,7 +414,7 @@ def shipped() -> list[Shipped]:
 
     All activations are listed at a state of 64, an odd state and width once; W, b and c are float32.
     """
-    from lion_kernels import launch_step
+    from lion_kernels import launch_sparse, launch_step
 
     loops = (("solve", "_solve_fwd_kernel"), ("adjoint", "_adjoint_kernel"))
     cheap = {"activation": "relu", "damping": 1.0}
@@ -440,4 +440,4 @@ def shipped() -> list[Shipped]:
                         _ship("weights", "_weight_grads_kernel", capability, state, dtype, tf32, rows=512)
                     )
         found.append(_ship_sum(capability))
-    return found + launch_step.shipped()
+    return found + launch_step.shipped() + launch_sparse.shipped()

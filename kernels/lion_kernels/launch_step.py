@@ -41,7 +41,7 @@ CONFIGS = {
         "ieee": _IEEE,
     },
     90: {"half": _HALF, "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
-    100: {"half": _HALF, "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
+    100: {"half": StepConfig(64, 64, 64, 4, 3), "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
 }
 
 
@@ -136,6 +136,7 @@ def forward_constants(
     first: bool,
     last: bool,
     split: bool,
+    sparse: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments of the forward step kernel."""
     _check_activation(activation)
@@ -150,6 +151,7 @@ def forward_constants(
         "SAVE": save,
         "FIRST": first,
         "LAST": last,
+        "SPARSE": sparse,
     }
 
 
@@ -166,7 +168,13 @@ def finish_constants(
 
 
 def read_out_constants(
-    config: StepConfig, width: int, state: int, numerics: dict[str, str], bias: bool, residual: bool
+    config: StepConfig,
+    width: int,
+    state: int,
+    numerics: dict[str, str],
+    bias: bool,
+    residual: bool,
+    sparse: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments of the read-out kernel."""
     return {
@@ -180,6 +188,7 @@ def read_out_constants(
         "PRECISION": numerics["PRECISION"],
         "BIAS": bias,
         "RESIDUAL": residual,
+        "SPARSE": sparse,
     }
 
 
@@ -192,6 +201,7 @@ def backward_constants(
     damping: float,
     first: bool,
     check: bool,
+    sparse: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments of the adjoint step kernel."""
     _check_activation(activation)
@@ -204,6 +214,7 @@ def backward_constants(
         "DAMPED": damping != 1,
         "FIRST": first,
         "CHECK": check,
+        "SPARSE": sparse,
     }
 
 
@@ -222,10 +233,17 @@ def backward_finish_constants(
 _TRITON_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _RECORDS = {"part_ptr": "*fp32", "change_ptr": "*fp32", "count_ptr": "*i32"}
 _SCALARS = {"T": "i32", "k": "i32"}
+_LISTS = {"starts_ptr": "*i32", "columns_ptr": "*i32"}
 
 
 def _kernels(
-    config: StepConfig, width: int, state: int, dtype: torch.dtype, tf32: bool, damping: float
+    config: StepConfig,
+    width: int,
+    state: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    damping: float,
+    sparse: bool = False,
 ) -> list[tuple[str, str, dict[str, str], dict[str, object]]]:
     """Label, kernel, pointer types and constants of every launch of a wide solve and its adjoint."""
     tokens, kinds = _TRITON_TYPES[dtype], launch.numerics(dtype, tf32)
@@ -233,6 +251,7 @@ def _kernels(
     held, operand = _TRITON_TYPES[planes.state], _TRITON_TYPES[planes.operand]
     split = planes.state != planes.operand
     loop = {"tol": "fp32", "damping": "fp32", "done_ptr": "*i32", **_SCALARS, **_RECORDS}
+    loop |= _LISTS
     forward = {"x_ptr": tokens, "b_ptr": "*fp32", "q_ptr": "*fp32", "z_ptr": held, **loop}
     forward |= {"u_ptr": operand, "p_ptr": tokens, "h_ptr": tokens}
     backward = {"grad_ptr": tokens, "scale_ptr": "*fp32", "p_ptr": tokens, "g_ptr": "*fp32", **loop}
@@ -241,13 +260,16 @@ def _kernels(
     end = {"p_ptr": tokens, "scale_ptr": "*fp32", "u_ptr": operand, "t_ptr": tokens, "h_ptr": tokens}
     end |= {"done_ptr": "*i32", **_SCALARS, **_RECORDS}
     read_out = {"h_ptr": tokens, "weight_ptr": tokens, "c_ptr": "*fp32", "x_ptr": tokens, "out_ptr": tokens}
+    read_out |= _LISTS
     found = []
     for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
-        constants = forward_constants(config, width, state, kinds, "gelu", damping, True, first, last, split)
+        constants = forward_constants(
+            config, width, state, kinds, "gelu", damping, True, first, last, split, sparse
+        )
         weight = tokens if first else operand
         found.append((f"step{label}", "_step_fwd_kernel", {**forward, "weight_ptr": weight}, constants))
     for label, first in ((" first", True), ("", False)):
-        constants = backward_constants(config, width, state, kinds, "gelu", damping, first, not first)
+        constants = backward_constants(config, width, state, kinds, "gelu", damping, first, not first, sparse)
         weight = tokens if first else operand
         found.append(
             (f"adjoint step{label}", "_step_bwd_kernel", {**backward, "weight_ptr": weight}, constants)
@@ -256,9 +278,17 @@ def _kernels(
     found.append(("step finish", "_step_finish_kernel", finish, constants))
     constants = backward_finish_constants(config, state, kinds, "gelu", 8)
     found.append(("adjoint finish", "_step_bwd_finish_kernel", end, constants))
-    constants = read_out_constants(config, width, state, kinds, True, True)
+    constants = read_out_constants(config, width, state, kinds, True, True, sparse)
     found.append(("read-out", "_read_out_kernel", {**read_out, "T": "i32"}, constants))
     return found
+
+
+def sparse_kernels(
+    config: StepConfig, width: int, state: int, dtype: torch.dtype, tf32: bool, damping: float
+) -> list[tuple[str, str, dict[str, str], dict[str, object]]]:
+    """As `_kernels`, for the launches that read a block-sparse matrix."""
+    found = _kernels(config, width, state, dtype, tf32, damping, sparse=True)
+    return [kernel for kernel in found if "SPARSE" in kernel[3]]
 
 
 # (kind, state, damping): the launches that are compiled. The activation is gelu, whose code is the longest;

@@ -10,18 +10,22 @@ atomic, so the loop can be captured in a CUDA graph and repeats bit by bit.
 State planes: application n of the map reads plane (n - 1) % 2 and writes plane n % 2. A row that stopped
 after application n is not written again, so both its last state and the state before it are still there.
 
-The product of `_product` is the one place that reads W: a block-sparse W replaces its loop over all
-column blocks by one over a list of them.
+`_product` is the one place that reads A, W and V. Where one is a `sparse.BlockSparse`, its loop over all
+column blocks becomes one over the kept blocks of a row of blocks; the rest of a step stays as it is.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import launch, launch_step
+from lion_kernels import launch, launch_sparse, launch_step
 from lion_kernels.activations import activate, slope
 from lion_kernels.solve import as_operand
+from lion_kernels.sparse import BlockSparse, sampled
+from lion_kernels.sparse_kernels import sparse_product
 
 INFINITY = tl.constexpr(float("inf"))
 # A sum of squares cannot be negative: this part marks a row that was done before the launch.
@@ -35,14 +39,27 @@ def _product(
     a_rows,
     a_mask,
     b_ptr,
+    starts_ptr,
+    columns_ptr,
+    block,
     n,
     N: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
-    """acc + a b^T for the rows of a at offsets `a_rows` and the rows n of b [N, K]."""
+    """acc + a b^T for the rows of a at offsets `a_rows` and the rows n of b [N, K], row block `block` of it.
+
+    A SPARSE b is its kept blocks of BLOCK_N x BLOCK_N with their lists.
+    """
+    if SPARSE:
+        return sparse_product(
+            acc, a_ptr, a_rows, a_mask, b_ptr, starts_ptr, columns_ptr, block,
+            K, BLOCK_N, BLOCK_K, KIND, PRECISION,
+        )  # fmt: skip
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(a_ptr + a_rows[:, None] + k[None, :], mask=a_mask[:, None] & (k < K)[None, :], other=0.0)
@@ -94,6 +111,8 @@ def _tile(T, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr)
 def _step_fwd_kernel(
     x_ptr,
     weight_ptr,
+    starts_ptr,
+    columns_ptr,
     b_ptr,
     q_ptr,
     z_ptr,
@@ -125,6 +144,7 @@ def _step_fwd_kernel(
     SAVE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
     """Application k of z -> phi(z W^T + q); the FIRST one forms q = x A^T + b, the LAST one keeps p.
 
@@ -138,7 +158,10 @@ def _step_fwd_kernel(
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if FIRST:
         active = valid
-        acc = _product(acc, x_ptr + start * D, i * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
+        acc = _product(
+            acc, x_ptr + start * D, i * D, valid, weight_ptr, starts_ptr, columns_ptr, block, n,
+            R, D, BLOCK_N, BLOCK_K, INPUT, PRECISION, SPARSE,
+        )  # fmt: skip
         p = acc + tl.load(b_ptr + n, mask=n < R, other=0.0).to(tl.float32)[None, :]
         if not LAST:
             tl.store(q_ptr + start * R + own, p, mask=inside)
@@ -173,7 +196,10 @@ def _step_fwd_kernel(
             moving = valid
             read = (((k - 1) % 2).to(tl.int64) * T + start) * R
             state = i * R
-        acc = _product(acc, u_ptr + read, state, moving, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
+        acc = _product(
+            acc, u_ptr + read, state, moving, weight_ptr, starts_ptr, columns_ptr, block, n,
+            R, R, BLOCK_N, BLOCK_K, LOOP, PRECISION, SPARSE,
+        )  # fmt: skip
         p = acc + tl.load(q_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
         mask = moving[:, None] & (n < R)[None, :]
         z = tl.load(z_ptr + read + state[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -237,6 +263,8 @@ def _step_finish_kernel(
 def _read_out_kernel(
     h_ptr,
     weight_ptr,
+    starts_ptr,
+    columns_ptr,
     c_ptr,
     x_ptr,
     out_ptr,
@@ -251,13 +279,17 @@ def _read_out_kernel(
     PRECISION: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
     """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]."""
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     own = i[:, None] * D + n[None, :]
     inside = valid[:, None] & (n < D)[None, :]
     out = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    out = _product(out, h_ptr + start * R, i * R, valid, weight_ptr, n, D, R, BLOCK_K, INPUT, PRECISION)
+    out = _product(
+        out, h_ptr + start * R, i * R, valid, weight_ptr, starts_ptr, columns_ptr, block, n,
+        D, R, BLOCK_N, BLOCK_K, INPUT, PRECISION, SPARSE,
+    )  # fmt: skip
     if BIAS:
         out += tl.load(c_ptr + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
@@ -269,6 +301,8 @@ def _read_out_kernel(
 def _step_bwd_kernel(
     grad_ptr,
     weight_ptr,
+    starts_ptr,
+    columns_ptr,
     scale_ptr,
     p_ptr,
     g_ptr,
@@ -297,6 +331,7 @@ def _step_bwd_kernel(
     DAMPED: tl.constexpr,
     FIRST: tl.constexpr,
     CHECK: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
     """Application k of y -> g + (phi'(p) y) W; the FIRST launch, k = 0, forms g = grad V and y = damping g.
 
@@ -310,7 +345,10 @@ def _step_bwd_kernel(
     active = valid
     if FIRST:
         tile_ptr = grad_ptr + start * D
-        acc = _product(acc, tile_ptr, i * D, valid, weight_ptr, n, R, D, BLOCK_K, INPUT, PRECISION)
+        acc = _product(
+            acc, tile_ptr, i * D, valid, weight_ptr, starts_ptr, columns_ptr, block, n,
+            R, D, BLOCK_N, BLOCK_K, INPUT, PRECISION, SPARSE,
+        )  # fmt: skip
         g = acc / tl.load(scale_ptr + start + i, mask=valid, other=1.0)[:, None]
         tl.store(g_ptr + start * R + own, g, mask=inside)
         y = g
@@ -332,7 +370,10 @@ def _step_bwd_kernel(
                     tl.store(done_ptr + tile, 1)
                 return
         plane = (((k - 1) % 2).to(tl.int64) * T + start) * R
-        acc = _product(acc, u_ptr + plane, i * R, valid, weight_ptr, n, R, R, BLOCK_K, LOOP, PRECISION)
+        acc = _product(
+            acc, u_ptr + plane, i * R, valid, weight_ptr, starts_ptr, columns_ptr, block, n,
+            R, R, BLOCK_N, BLOCK_K, LOOP, PRECISION, SPARSE,
+        )  # fmt: skip
         new = acc + tl.load(g_ptr + start * R + own, mask=inside, other=0.0).to(tl.float32)
         old = tl.load(y_ptr + plane + own, mask=inside, other=0.0).to(tl.float32)
         _store_parts(part_ptr, T, start + i, valid, active, block, k, new, old, BLOCKS)
@@ -410,17 +451,49 @@ class _Rows:
         return {"part_ptr": self.part, "change_ptr": self.change, "count_ptr": self.count}
 
 
+class _Weight(NamedTuple):
+    """A dense or block-sparse matrix as a launch takes it; a dense one's lists are not read."""
+
+    weight_ptr: Tensor
+    starts_ptr: Tensor
+    columns_ptr: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor | BlockSparse, dtype: torch.dtype, none: Tensor) -> "_Weight":
+        """`none` is any int32 tensor of the device."""
+        if isinstance(matrix, BlockSparse):
+            return cls(matrix.to(dtype).values, matrix.pattern.starts, matrix.pattern.columns)
+        return cls(matrix.to(dtype).contiguous(), none, none)
+
+
+def _is_sparse(matrix: Tensor | BlockSparse) -> bool:
+    return isinstance(matrix, BlockSparse)
+
+
+def _choose(x: Tensor, weights: tuple[Tensor | BlockSparse, ...], state: int, damping: float):
+    """The tile: where something is block-sparse its blocks are the columns of a tile."""
+    blocks = {w.pattern.block for w in weights if isinstance(w, BlockSparse)}
+    if not blocks:
+        return launch_step.choose(x.shape[0], x.shape[1], state, x.dtype, x.device, damping)
+    if len(blocks) > 1:
+        raise ValueError(f"A, W and V must have one block size; got {', '.join(map(str, sorted(blocks)))}")
+    if reason := launch_step.why_not(x.dtype, state):
+        raise ValueError(reason)
+    return launch_sparse.choose("step", blocks.pop(), x.dtype, x.device, damping)
+
+
 def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
     """(x +) h weight^T (+ c) in x's dtype."""
     out = torch.empty_like(x)
     rows, width = x.shape
     constants = launch_step.read_out_constants(
-        config, width, h.shape[1], launch_step.numerics(x.dtype), c is not None, residual
+        config, width, h.shape[1], launch_step.numerics(x.dtype), c is not None, residual, _is_sparse(weight)
     )
+    weight = _Weight.of(weight, x.dtype, x.new_empty(1, dtype=torch.int32))
     _read_out_kernel[(triton.cdiv(rows, config.block_t) * constants["BLOCKS"],)](
         h_ptr=h,
-        weight_ptr=weight,
-        c_ptr=weight if c is None else c,
+        **weight._asdict(),
+        c_ptr=weight.weight_ptr if c is None else c,
         x_ptr=x,
         out_ptr=out,
         T=rows,
@@ -432,10 +505,10 @@ def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
 
 def solve_wide(
     x: Tensor,
-    A: Tensor,
-    W: Tensor,
+    A: Tensor | BlockSparse,
+    W: Tensor | BlockSparse,
     b: Tensor,
-    V: Tensor,
+    V: Tensor | BlockSparse,
     c: Tensor,
     activation: str,
     max_iter: int,
@@ -448,16 +521,16 @@ def solve_wide(
     """`reference.solve` by max_iter step launches: out [T, D], p [T, R] ([0, R] unless `save`),
     residual [T] and steps [T].
 
-    No launch depends on what the host knows of an earlier one, so a call can be captured in a CUDA graph.
-    Raises ValueError for a dtype or state width that `launch_step.why_not` refuses.
+    Each of A, W and V may be block-sparse, with one block size, which is then the tile's width: a block
+    that is not kept is not loaded and not multiplied. No launch depends on what the host knows of an
+    earlier one, so a call can be captured in a CUDA graph.
+    Raises ValueError for a dtype or state width that `launch_step.why_not` refuses, or several block sizes.
     """
     launch.check_shapes(x, A=A, W=W, b=b, V=V, c=c)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch_step.choose(rows, width, state, x.dtype, x.device, damping)
+    config = config or _choose(x, (A, W, V), state, damping)
     kinds, numerics = launch_step.plane_dtypes(x.dtype, damping, tol), launch_step.numerics(x.dtype)
     x = x.contiguous()
-    A = A.to(x.dtype).contiguous()
-    V, W = (t.to(d).contiguous() for t, d in ((V, x.dtype), (W, kinds.operand)))
     b, c = b.contiguous(), c.contiguous()
     p = x.new_empty(rows if save else 0, state)
     if rows == 0:
@@ -468,13 +541,14 @@ def solve_wide(
     z = x.new_empty(2, rows, state, dtype=kinds.state)
     u = z if kinds.operand == kinds.state else torch.empty_like(z, dtype=kinds.operand)
     h = x.new_empty(rows, state)
+    inject, recur = (_Weight.of(t, d, records.done) for t, d in ((A, x.dtype), (W, kinds.operand)))
     grid = (records.tiles * records.blocks,)
     with launch.on_device(x):
         for k in range(1, max_iter + 1):
             first, last = k == 1, k == max_iter
             _step_fwd_kernel[grid](
                 x_ptr=x,
-                weight_ptr=A if first else W,
+                **(inject if first else recur)._asdict(),
                 b_ptr=b,
                 q_ptr=q,
                 z_ptr=z,
@@ -488,8 +562,18 @@ def solve_wide(
                 tol=tol,
                 damping=damping,
                 **launch_step.forward_constants(
-                    config, width, state, numerics, activation, damping, save, first, last, u is not z
-                ),
+                    config,
+                    width,
+                    state,
+                    numerics,
+                    activation,
+                    damping,
+                    save,
+                    first,
+                    last,
+                    u is not z,
+                    _is_sparse(A if first else W),
+                ),  # fmt: skip
                 **config.resources,
             )
         _step_finish_kernel[grid](
@@ -506,17 +590,21 @@ def solve_wide(
     return out, p, records.change, records.count
 
 
-def _row_scales(grad_out: Tensor, V: Tensor) -> Tensor:
+def _row_scales(grad_out: Tensor, V: Tensor | BlockSparse) -> Tensor:
     """A power of two per row, near the size of the entries of grad_out V; 1 for a row of zeros."""
     norms = torch.linalg.vector_norm(grad_out, dim=1, dtype=torch.float32)
-    size = norms * torch.linalg.vector_norm(V, dtype=torch.float32) / V.numel() ** 0.5
+    values = V.values if isinstance(V, BlockSparse) else V
+    root = (V.shape[0] * V.shape[1]) ** 0.5
+    size = norms * torch.linalg.vector_norm(values, dtype=torch.float32) / root
     size = torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
     # Below 2^-126 the reciprocal overflows float32.
     return torch.exp2(torch.log2(size).round().clamp(-120, 120))
 
 
-def _sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b in float32 for [T, m] and [T, n]."""
+def _sum_products(a: Tensor, b: Tensor, weight: Tensor | BlockSparse) -> Tensor:
+    """a^T b in float32 for [T, m] and [T, n]; of a block-sparse `weight` its kept blocks alone."""
+    if isinstance(weight, BlockSparse):
+        return sampled(a, b, weight.pattern)
     if a.dtype == torch.float32:
         return a.T @ b
     if a.is_cuda and launch.MM_OUT_DTYPE:
@@ -528,9 +616,9 @@ def adjoint_wide(
     grad_out: Tensor,
     x: Tensor,
     p: Tensor,
-    A: Tensor,
-    W: Tensor,
-    V: Tensor,
+    A: Tensor | BlockSparse,
+    W: Tensor | BlockSparse,
+    V: Tensor | BlockSparse,
     activation: str,
     terms: int,
     tol: float,
@@ -541,17 +629,17 @@ def adjoint_wide(
     """`reference.adjoint` by terms + 1 step launches: dx [T, D] in x's dtype, dA, dW, db, dV, dc in
     float32, residual [T] and steps [T].
 
-    Raises ValueError for a dtype or state width that `launch_step.why_not` refuses.
+    A, W and V may be block-sparse as in `solve_wide`; then dA, dW, dV are the gradients of their values.
+    Raises ValueError as `solve_wide`.
     """
     launch.check_shapes(x, A=A, W=W, V=V, p=p, grad_out=grad_out)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch_step.choose(rows, width, state, x.dtype, x.device, damping)
+    config = config or _choose(x, (A, W, V), state, damping)
     kinds, numerics = launch_step.plane_dtypes(x.dtype, damping, tol), launch_step.numerics(x.dtype)
     grad_out, x, p = (t.contiguous() for t in (grad_out.to(x.dtype), x, p))
-    # [N, K] with K contiguous, as the product wants its second operand.
-    V_t, A_t = (t.to(x.dtype).T.contiguous() for t in (V, A))
-    W_t = W.to(kinds.operand).T.contiguous()
     records = _Rows(x, config, state)
+    # [N, K] with K contiguous, as the product wants its second operand.
+    inject, recur = (_Weight.of(t.T, d, records.done) for t, d in ((V, x.dtype), (W, kinds.operand)))
     scale = _row_scales(grad_out, V) if x.dtype != torch.float32 else x.new_ones(rows)
     g = x.new_empty(rows, state, dtype=torch.float32)
     y = x.new_empty(2, rows, state, dtype=kinds.state)
@@ -563,7 +651,7 @@ def adjoint_wide(
             for k in range(terms + 1):
                 _step_bwd_kernel[grid](
                     grad_ptr=grad_out,
-                    weight_ptr=V_t if k == 0 else W_t,
+                    **(inject if k == 0 else recur)._asdict(),
                     scale_ptr=scale,
                     p_ptr=p,
                     g_ptr=g,
@@ -576,8 +664,16 @@ def adjoint_wide(
                     tol=tol,
                     damping=damping,
                     **launch_step.backward_constants(
-                        config, width, state, numerics, activation, damping, first=k == 0, check=k > 1
-                    ),
+                        config,
+                        width,
+                        state,
+                        numerics,
+                        activation,
+                        damping,
+                        k == 0,
+                        k > 1,
+                        _is_sparse(V if k == 0 else W),
+                    ),  # fmt: skip
                     **config.resources,
                 )
             _step_bwd_finish_kernel[grid](
@@ -593,15 +689,15 @@ def adjoint_wide(
                 **launch_step.backward_finish_constants(config, state, numerics, activation, terms),
                 num_warps=config.num_warps,
             )
-            dx = _read_out(t, A_t, None, grad_out, config, residual)
+            dx = _read_out(t, A.T, None, grad_out, config, residual)
     else:
         dx = torch.empty_like(x)
     return (
         dx,
-        _sum_products(t, x),
-        _sum_products(t, h),
+        _sum_products(t, x, A),
+        _sum_products(t, h, W),
         t.sum(0, dtype=torch.float32),
-        _sum_products(grad_out, h),
+        _sum_products(grad_out, h, V),
         grad_out.sum(0, dtype=torch.float32),
         records.change,
         records.count,
