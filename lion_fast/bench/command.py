@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> dict:
     except KeyboardInterrupt as error:
         if store.rows:
             write_report(store)
+        error.args = ("interrupted",)
         error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
         raise
     write_report(store)

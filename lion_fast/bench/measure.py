@@ -33,6 +33,8 @@ FORMS_AGREE = 1e-4
 COMPILED_AGREES = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 1e-1}
 # Timed at once in a round, at least; on a GPU a step may take a millisecond
 ROUND_SECONDS = {"cpu": 0.0, "cuda": 0.1}
+# Contenders between two runs of the floor
+FLOOR_EVERY = 2
 
 
 class Wrong(LionError, RuntimeError):
@@ -45,14 +47,16 @@ def measure(
     *,
     device: torch.device | str = "cpu",
     rounds: int = 7,
+    where: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
     """Rows of one setting, the floor's first.
 
     Everything is built and checked before anything is timed: the two forms of a method must agree in outputs
     and gradients, a merged model with the model it came from, a compiled model with the eager one. Then every
-    round runs every contender once (on a GPU: for a tenth of a second), in an order that rotates, and a
-    contender's ratio is its time over the floor's of the same round.
+    round runs every contender once (on a GPU: for a tenth of a second), in an order that rotates, and the
+    floor before and after every `FLOOR_EVERY` of them; a contender's ratio is its time over the floor's,
+    interpolated between the two runs of the floor around it. `where`: the rows' context, else taken now.
 
     A contender that does not work on this backbone gives a row with status "skipped", one that breaks or
     disagrees "failed", both with the reason.
@@ -60,7 +64,7 @@ def measure(
     device = torch.device(device)
     backbones = _Backbones(setting, device)
     images, labels = _batch(backbones.get("plain method"), setting.batch_size, device)
-    where = context(device)
+    where = context(device) if where is None else where
     rows: dict[Contender, dict] = {}
     steps: dict[Contender, _Step] = {}
     for contender in [FLOOR, *contenders]:
@@ -77,9 +81,11 @@ def measure(
         if rows[FLOOR]["status"] != "ok":
             break  # nothing to compare with
         _tidy(device)
-    times = _take_turns(steps, rounds, device, lambda i: say(f"{setting.key()}  round {i} of {rounds}"))
+    times, floors = _take_turns(
+        steps, rounds, device, lambda i: say(f"{setting.key()}  round {i} of {rounds}")
+    )
     for contender, seconds in times.items():
-        rows[contender] |= _summary(seconds, times[FLOOR], setting.batch_size)
+        rows[contender] |= _summary(seconds, floors[contender], setting.batch_size)
     return list(rows.values())
 
 
@@ -375,21 +381,37 @@ def distance(a: Tensor, b: Tensor) -> float:
     return apart if math.isfinite(apart) else math.inf
 
 
-def _take_turns(steps: dict[Contender, _Step], rounds: int, device, say) -> dict[Contender, list[float]]:
-    """Seconds per step of every contender, one number per round."""
-    order = list(steps)
+Times = dict[Contender, list[float]]
+
+
+def _take_turns(steps: dict[Contender, _Step], rounds: int, device, say) -> tuple[Times, Times]:
+    """Seconds per step of every contender, one number per round, and of the floor at the same moments."""
     repeats = {}
-    for contender in order:
+    for contender, step in steps.items():
         for _ in range(2):
-            seconds = _timed(steps[contender], 1, device)
+            seconds = _timed(step, 1, device)
         repeats[contender] = max(1, math.ceil(ROUND_SECONDS.get(device.type, 0.0) / max(seconds, 1e-6)))
-    times: dict[Contender, list[float]] = {c: [] for c in order}
-    for i in range(rounds):
+    rivals = [contender for contender in steps if contender != FLOOR]
+    times: Times = {contender: [] for contender in steps}
+    floors: Times = {contender: [] for contender in steps}
+    for i in range(rounds if FLOOR in steps else 0):
         say(i + 1)
-        turn = i % max(len(order), 1)
-        for contender in order[turn:] + order[:turn]:
-            times[contender].append(_timed(steps[contender], repeats[contender], device))
-    return times
+        turn = i % max(len(rivals), 1)
+        order = rivals[turn:] + rivals[:turn]
+        before = _timed(steps[FLOOR], repeats[FLOOR], device)
+        own = [before]
+        for start in range(0, len(order), FLOOR_EVERY):
+            some = order[start : start + FLOOR_EVERY]
+            for contender in some:
+                times[contender].append(_timed(steps[contender], repeats[contender], device))
+            after = _timed(steps[FLOOR], repeats[FLOOR], device)
+            for k, contender in enumerate(some, 1):
+                floors[contender].append(before + (after - before) * k / (len(some) + 1))
+            before = after
+            own.append(after)
+        times[FLOOR].append(statistics.fmean(own))
+        floors[FLOOR].append(times[FLOOR][-1])
+    return times, floors
 
 
 def _timed(step: _Step, repeats: int, device: torch.device) -> float:

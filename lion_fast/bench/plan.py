@@ -198,6 +198,7 @@ def run(
             missing,
             device=device,
             rounds=rounds,
+            where=where,
             say=lambda text, i=i: say(f"[{i + 1}/{len(plan)}] {text}"),
         )
         # an earlier floor stays beside the rows that were divided by it: each row has its own floor's time

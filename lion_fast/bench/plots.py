@@ -65,7 +65,7 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
         what = "kept for the backward" if train else "peak above the weights"
         axes.set(xlabel=f"MiB {what}", ylabel="images a second", title=_title(rows[0]))
         axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.03 * max(_memory(row) for row in rows))  # whole markers at zero
         axes.legend(
             loc="center left",
             bbox_to_anchor=(1.01, 0.5),
@@ -91,14 +91,25 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
     level = [row for row in rows if row["label"] in ("lion", "floor")]
     with _figure(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
-        for name, colour, marker in _styles(list(lines)):
-            xs = [length for length, _ in lines[name]]
-            ys = [row["ratio"] for _, row in lines[name]]
-            low = [row["ratio"] - row["ratio_q20"] for _, row in lines[name]]
-            high = [row["ratio_q80"] - row["ratio"] for _, row in lines[name]]
-            spread = [[max(0.0, v) for v in low], [max(0.0, v) for v in high]]
+        methods = list(dict.fromkeys(some[0][1]["method"] for some in lines.values()))
+        styles = {method: (colour, marker) for method, colour, marker in _styles(methods)}
+        for name, some in lines.items():
+            colour, marker = styles[some[0][1]["method"]]
+            naive = some[0][1]["form"] == "naive"
+            ys = [row["ratio"] for _, row in some]
+            low = [max(0.0, row["ratio"] - row["ratio_q20"]) for _, row in some]
+            high = [max(0.0, row["ratio_q80"] - row["ratio"]) for _, row in some]
             axes.errorbar(
-                xs, ys, yerr=spread, color=colour, marker=marker, markersize=5, capsize=2, label=name
+                [length for length, _ in some],
+                ys,
+                yerr=[low, high],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markerfacecolor="white" if naive else colour,
+                linestyle="--" if naive else "-",
+                capsize=2,
+                label=name,
             )
         for row in level:
             lion = row["label"] == "lion"
@@ -109,7 +120,7 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
                 label="lion (no prompts)" if lion else "floor",
             )
         axes.set(xlabel="prompts per layer", ylabel="time over the floor's", title=_title(rows[0]))
-        axes.set_ylim(bottom=min(0.9, *(r["ratio"] for r in level)) if level else 0)
+        axes.set_xticks(sorted({length for some in lines.values() for length, _ in some}))
         axes.legend(frameon=False, fontsize=8)
     return True
 
@@ -134,7 +145,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
             axes.barh(range(len(rows)), mib, left=left, color=colour, label=words, height=0.75)
             left = [a + b for a, b in zip(left, mib, strict=True)]
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set(xlabel="MiB", title="Memory of a training step beside the weights\n" + _title(rows[0]))
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -118,9 +118,14 @@ def git_revision() -> dict[str, Any]:
         return done.stdout.strip()
 
     if not (folder.parent / ".git").exists():  # installed, perhaps inside somebody else's checkout
-        return {"git": None, "git_changed": None}
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lion_fast", "kernels")
-    return {"git": git("rev-parse", "HEAD"), "git_changed": None if changed is None else bool(changed)}
+        return {"git": None, "git_code": None, "git_changed": None}
+    code = ("--", "lion_fast", "kernels")
+    changed = git("status", "--porcelain", "--untracked-files=no", *code)
+    return {
+        "git": git("rev-parse", "HEAD"),
+        "git_code": git("log", "-1", "--format=%H", *code),  # documents may change between two runs
+        "git_changed": None if changed is None else bool(changed),
+    }
 
 
 class Store:
@@ -135,7 +140,7 @@ class Store:
 
     def has(self, key: str, where: Mapping[str, Any]) -> bool:
         """Whether this row was taken: same versions, device, threads and revision, and not failed."""
-        same = ("versions", "device_name", "threads", "git")
+        same = ("versions", "device_name", "threads", "git_code")
         return any(
             row["key"] == key and row["status"] != "failed" and all(row[k] == where[k] for k in same)
             for row in self.rows
