@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import Tensors, random_splits, tiny_model, write_images
+from training_helpers import Tensors, random_splits, tiny_backbone, tiny_model, write_images
 
+import lion_fast
 from lion_fast.data import load_data, transforms
 from lion_fast.errors import CheckpointError, DataError, OptionError
 from lion_fast.training import (
@@ -556,9 +557,7 @@ def test_other_data_and_another_backbone_are_foreign_too(tmp_path):
     splits.train.labels = splits.train.labels.flip(0)
     with pytest.raises(CheckpointError, match="data.train.sha256 was"):
         fit(tiny_model(), splits, config, tmp_path, resume=True)
-    other = tiny_model()
-    with torch.no_grad():
-        other.backbone.model.norm.weight[0] += 1
+    other = lion_fast.create(tiny_backbone(seed=1), "lion", num_classes=3, seed=0, state_dim=8)
     with pytest.raises(CheckpointError, match="backbone.sha256 was"):
         fit(other, random_splits(), config, tmp_path, resume=True)
 
