@@ -28,8 +28,10 @@ lint: $(INSTALLED)  ## style and unused code
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: $(INSTALLED)  ## speed of the layer on this machine, as ratios
-	$(RUN) -m pytest bench/bench_layer.py --benchmark-columns=mean,min,median,max,rounds --benchmark-sort=mean
+bench: $(INSTALLED)  ## cost of the layer, of every method's hot pieces, and of every method on this machine
+	$(RUN) -m pytest bench/bench_layer.py bench/bench_methods.py \
+		--benchmark-columns=mean,min,median,max,rounds --benchmark-sort=mean
+	$(RUN) -m lion_fast bench --out bench/results/methods-cpu --device cpu
 
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(RUN) bench/aot.py
