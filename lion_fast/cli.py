@@ -708,8 +708,8 @@ def _say_skipped(description: dict) -> None:
     skipped = description.get("skipped") or {}
     if skipped.get("count"):
         _say(f"{skipped['count']} unreadable images are skipped:")
-        for name in skipped["files"]:
-            _say(f"  {name}")
+        for entry in skipped["files"]:
+            _say(f"  {entry['file']}: {entry['reason']}")
 
 
 if __name__ == "__main__":
