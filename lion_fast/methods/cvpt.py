@@ -1,7 +1,7 @@
 """CVPT: tokens read prompts by cross-attention, with the frozen self-attention's own projections.
 
-Source: Huang et al., "CVPT: Cross-Attention help Visual Prompt Tuning adapt visual task", 2024, arXiv
-2408.14961; written from its mathematics (insertion between attention and MLP).
+Source: Huang et al., "CVPT: Cross Visual Prompt Tuning", ICCV 2025, arXiv 2408.14961; written from its
+mathematics (insertion between attention and MLP).
 """
 
 import copy
