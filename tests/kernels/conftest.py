@@ -11,7 +11,13 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    collect_ignore_glob = ["test_solve.py", "test_adjoint.py", "test_step.py", "test_layer_on_kernels.py"]
+    collect_ignore_glob = [
+        "test_solve.py",
+        "test_adjoint.py",
+        "test_step.py",
+        "test_sparse.py",
+        "test_layer_on_kernels.py",
+    ]
 
 
 @pytest.fixture(autouse=True)
