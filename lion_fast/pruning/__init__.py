@@ -2,14 +2,19 @@
 
 from lion_fast.pruning.baselines import iterative_magnitude, prune_once
 from lion_fast.pruning.compaction import compact, compact_model, find_units
+from lion_fast.pruning.forms import Form, choose_form, describe_forms, measured_crossovers
 from lion_fast.pruning.robust import RobustPruner, count_parameters
 
 __all__ = [
+    "Form",
     "RobustPruner",
+    "choose_form",
     "compact",
     "compact_model",
     "count_parameters",
+    "describe_forms",
     "find_units",
     "iterative_magnitude",
+    "measured_crossovers",
     "prune_once",
 ]

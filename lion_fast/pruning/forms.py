@@ -1,0 +1,122 @@
+"""Which form of a pruned layer to run: dense, compact, block-sparse or 2:4, and why."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lion_fast.layer import LionLayer
+from lion_fast.pruning.compaction import find_units
+from lion_kernels.launch import padded_state
+from lion_kernels.sparse import BLOCKS, find_pattern
+
+# Up to this state width the tokens' way through memory is what a solve costs, and its weights stay on chip.
+TRAFFIC_BOUND = 128
+FORMS = ("dense", "compact", "block-sparse", "2:4")
+
+
+class Form(NamedTuple):
+    """A form by name, the reason for it in a sentence, and the block size where it is block-sparse."""
+
+    name: str
+    reason: str
+    block: int | None = None
+
+
+@cache
+def measured_crossovers() -> dict[str, dict[str, Any]]:
+    """What was measured, by device name: crossovers.json of this package.
+
+    Per device `block-sparse` is a list of {"state_dim", "block", "from_sparsity"}: from that share of dead
+    blocks of W on, the block-sparse solve was faster than the dense one. `2:4` is a list of {"state_dim"}
+    at which it was faster at inference. A state width is served by the widest entry that is not wider.
+    """
+    return json.loads(files("lion_fast.pruning").joinpath("crossovers.json").read_text("utf-8"))["devices"]
+
+
+def choose_form(
+    layer: LionLayer,
+    device: torch.device | str | None = None,
+    crossovers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Form:
+    """The form in which this layer is expected to run fastest on a device, from measurements alone.
+
+    layer: as it is; its zeros count, whether masks made them or not.
+    device: None is the layer's own.
+    crossovers: measurements in place of `measured_crossovers()`.
+
+    Compaction needs no measurement, being a smaller dense layer. Without a measurement of the device
+    everything else stays dense.
+
+    >>> choose_form(LionLayer(64, 32)).name
+    'dense'
+    """
+    live, _ = find_units(layer)
+    state, units = layer.state_dim, max(int(live.sum()), 1)
+    if units < state:
+        before, after = padded_state(state), padded_state(units)
+        tile = (
+            f"kernels work in {after} columns in place of {before}"
+            if after < before
+            else (
+                f"kernels still work in {before} columns, so it is smaller and not faster"
+                if before <= TRAFFIC_BOUND
+                else f"{after} columns"
+            )
+        )
+        return Form("compact", f"{state - units} of {state} hidden units are dead; {tile}")
+    if state <= TRAFFIC_BOUND:
+        return Form(
+            "dense",
+            f"a solve of state width {state} is bound by reading and writing the tokens: sparse weights "
+            f"save nothing up to {TRAFFIC_BOUND}",
+        )
+    W = layer.recurrence_matrix().detach()
+    if W.all():
+        return Form("dense", "the recurrence has no zeros")
+    name = _device_name(torch.device(device) if device is not None else W.device)
+    table = measured_crossovers() if crossovers is None else crossovers
+    if name not in table:
+        return Form("dense", f"no measurement for this device ({name})")
+    told = []
+    for block in sorted(BLOCKS, reverse=True):
+        found = find_pattern(W != 0, block).sparsity
+        entry = _entry(table[name].get("block-sparse", ()), state, block=block)
+        if entry is None:
+            told.append(f"blocks of {block} were not measured")
+            continue
+        least = entry["from_sparsity"]
+        if found >= least:
+            reason = f"{found:.0%} of the {block} x {block} blocks are dead; it pays from {least:.0%} on"
+            return Form("block-sparse", f"{reason} ({name}, state width {entry['state_dim']})", block)
+        told.append(f"{found:.0%} of the blocks of {block} are dead, it pays from {least:.0%} on")
+    if _is_two_of_four(W):
+        if _entry(table[name].get("2:4", ()), state) is not None:
+            return Form("2:4", f"every four neighbours hold two zeros, which is faster here ({name})")
+        told.append("2:4 was not measured to be faster")
+    return Form("dense", f"{'; '.join(told)} ({name})")
+
+
+def describe_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`choose_form` of every LionLayer inside a model, by name; JSON-able."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LionLayer)}
+    return {name: choose_form(layer)._asdict() for name, layer in layers.items()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _entry(entries, state: int, **wanted) -> Mapping[str, Any] | None:
+    fitting = [
+        e for e in entries if e["state_dim"] <= state and all(e.get(k) == v for k, v in wanted.items())
+    ]
+    return max(fitting, key=lambda e: e["state_dim"], default=None)
+
+
+def _is_two_of_four(W: Tensor) -> bool:
+    return W.shape[1] % 4 == 0 and bool(((W != 0).view(-1, 4).sum(1) <= 2).all())
