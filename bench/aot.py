@@ -211,13 +211,32 @@ def measure(spec: launch.Shipped) -> Row:
     return row
 
 
+def kernel_sources(module: str, seen: dict[str, str] | None = None) -> dict[str, str]:
+    """The text of a module of kernels and of those of this package that it imports.
+
+    Triton's own key of a kernel depends on which kernels were asked before (3.6), so it is not used.
+    """
+    seen = {} if seen is None else seen
+    path = ROOT / "kernels" / (module.replace(".", "/") + ".py")
+    if module in seen or not path.exists():
+        return seen
+    text = path.read_text()
+    # Launch configurations are in the specification; only what holds kernels counts here.
+    if not re.search(r"^import triton", text, re.MULTILINE):
+        return seen
+    seen[module] = text
+    for inner, names in re.findall(r"^from lion_kernels(?:\.(\w+))? import (.+)$", text, re.MULTILINE):
+        for name in [inner] if inner else re.findall(r"\w+", names):
+            kernel_sources(f"lion_kernels.{name}", seen)
+    return seen
+
+
 def fingerprint(spec: launch.Shipped) -> str:
-    """Changes with the kernel's source, the configuration, Triton's version and this tool."""
+    """Changes with the kernels' source, the configuration, Triton's version and this tool."""
     import triton
 
-    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
     tools = [Path(__file__).read_text(), Path(sass.__file__).read_text()]
-    parts = [kernel.cache_key, repr(spec), triton.__version__, *tools]
+    parts = [*kernel_sources(spec.module).values(), repr(spec), triton.__version__, *tools]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

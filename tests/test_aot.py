@@ -128,6 +128,20 @@ def test_a_configuration_that_does_not_compile_is_a_failure(monkeypatch):
     assert aot.main(["--jobs", "1", "--no-cache"]) == 1
 
 
+def test_a_result_is_known_by_the_source_of_its_kernel(monkeypatch):
+    product = spec("step bf16 R=512")
+    sources = aot.kernel_sources(product.module)
+    assert {"lion_kernels.step", "lion_kernels.activations", "lion_kernels.solve"} <= set(sources)
+    assert "lion_kernels.launch" not in sources
+    known = aot.fingerprint(product)
+    assert aot.fingerprint(product) == known
+    assert aot.fingerprint(dataclasses.replace(product, num_stages=7)) != known
+    monkeypatch.setattr(aot, "kernel_sources", lambda module: {**sources, "lion_kernels.step": "changed"})
+    assert aot.fingerprint(product) != known
+    with pytest.raises(RuntimeError, match="changed during the run"):
+        aot.measure_keyed((known, product))
+
+
 def test_the_markdown_table(tmp_path):
     rows = [
         aot.Row(
