@@ -106,7 +106,8 @@ def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
     message = (
         f"{failed} of {info.residual.numel()} rows did not reach their equilibrium ({reason}): "
         f"worst residual {info.residual.max().item():.3g} against tol {info.tol:.3g} after "
-        f"{int(info.iterations.max())} iterations. {hint or 'Raise max_iter or tol, or make the map contract more.'}"
+        f"{int(info.iterations.max())} iterations. "
+        f"{hint or 'Raise max_iter or tol, or make the map contract more.'}"
     )
     if on_failure == "raise":
         raise ConvergenceError(message)
