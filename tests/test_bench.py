@@ -376,6 +376,18 @@ def test_other_precisions_and_memory(dtype, save):
         assert found[2]["held_in"] == "fp32"  # a method that trains the weights holds them whole
 
 
+def test_rounded_outputs_are_compared_with_float32():
+    setting = Setting(TINY, "infer", 8, "bf16", img_size=32)
+    floor, lion = measure.measure(setting, [Contender("lion")], rounds=1)
+    for row in (floor, lion):
+        told = row["against_fp32"]
+        # bfloat16 rounds to 2^-9; a dozen blocks of it, never nothing
+        assert 1e-4 < told["relative"] < 3e-2 and told["sqnr_db"] > 30 and told["cosine"] > 0.999
+        assert 0.5 <= told["same_class"] <= 1
+    text = report.markdown([floor, lion])
+    assert f"`lion` {lion['against_fp32']['relative']:.2e}" in text
+
+
 def test_compiled_models_are_checked_against_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, mode=None: net)
     setting = Setting(TINY, "infer", 1, engine="compile", img_size=32)

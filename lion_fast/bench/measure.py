@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast import frozen
+from lion_fast import fp8, frozen
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.bench.flops import counted_macs
 from lion_fast.bench.memory import cuda_activations, resident_bytes, saved_bytes
@@ -61,7 +61,23 @@ def measure(
     A contender that does not work on this backbone gives a row with status "skipped", one that breaks or
     disagrees "failed", both with the reason.
     """
-    device = torch.device(device)
+    with _room_to_compile() if setting.engine != "eager" else contextlib.nullcontext():
+        return _measure(setting, contenders, torch.device(device), rounds, where, say)
+
+
+@contextlib.contextmanager
+def _room_to_compile() -> Iterator[None]:
+    """Every model is another specialisation of one forward: past its limit dynamo would go eager silently."""
+    torch._dynamo.reset()
+    config = torch._dynamo.config
+    with config.patch(
+        recompile_limit=1000, accumulated_recompile_limit=10_000, fail_on_recompile_limit_hit=True
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+def _measure(setting, contenders, device: torch.device, rounds: int, where, say) -> list[dict]:
     backbones = _Backbones(setting, device)
     images, labels = _batch(backbones.get("plain method"), setting.batch_size, device)
     where = context(device) if where is None else where
@@ -152,7 +168,7 @@ class _Step:
 
     def __init__(self, setting, contender, backbones, images: Tensor, labels: Tensor):
         self.setting, self.contender, self.images, self.labels = setting, contender, images, labels
-        self.device = images.device
+        self.device, self.backbones = images.device, backbones
         self.backbone = backbones.get(contender.method)
         self.train = setting.mode == "train"
         started = time.perf_counter()
@@ -186,7 +202,6 @@ class _Step:
             net = model
         if self.setting.engine == "eager":
             return net
-        torch._dynamo.reset()
         return torch.compile(net, mode="reduce-overhead" if self.setting.engine == "graphs" else None)
 
     def autocast(self):
@@ -248,9 +263,22 @@ class _Step:
         told["macs_per_image"] = self._macs()
         if self.train:
             told["activation_bytes"] = self._activations()
+        if not self.train and self.setting.dtype != "fp32":
+            told["against_fp32"] = self._against_fp32()
         if hasattr(self.model, "diagnostics"):
             told["diagnostics"] = self.model.diagnostics()
         return told
+
+    @torch.no_grad()
+    def _against_fp32(self) -> dict[str, float]:
+        """How far the outputs are from those in float32, and on how many images the largest is the same."""
+        backbone = self.backbones.make("fp32", "plain", False)
+        exact = backbone
+        if self.contender != FLOOR:
+            exact = build(backbone, self.contender).to(self.device).eval()
+        expected, found = exact(self.images).float(), self.run().float()
+        told = fp8.error(found, expected)._asdict()
+        return told | {"same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item()}
 
     def _macs(self) -> float | None:
         if self.setting.engine != "eager" or self.setting.dtype == "fp8":
