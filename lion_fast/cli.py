@@ -57,6 +57,11 @@ Settings: flags win over --config, which wins over the defaults. Ctrl-C writes a
     "predict": """examples:
   lion-fast predict runs/photos holiday/ > classes.csv
   lion-fast predict runs/photos a.jpg b.jpg --top-k 3 --out classes.csv""",
+    "prune": """examples:
+  lion-fast prune runs/photos --keep 0.3                       the largest weights of both ends
+  lion-fast prune runs/photos --keep 0.5 --granularity unit --compact
+
+One shot, without training. To train while pruning: lion-fast finetune photos/ --prune 0.5""",
     "info": """examples:
   lion-fast info                                  versions, device, Triton
   lion-fast info --methods                        methods and their options
@@ -192,6 +197,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", default=False, help="an unreadable image is an error and not skipped"
     )
     _add_running(predict)
+
+    prune = add("prune", run_prune, "prune a saved adapter in one shot and save it packed, or compacted")
+    prune.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or the output folder of finetune")
+    prune.add_argument("--keep", type=float, required=True, help="share of the entries to keep, in (0, 1]")
+    prune.add_argument("--out", metavar="FOLDER", help="where to write [ADAPTER-pruned]")
+    prune.add_argument(
+        "--granularity", choices=("element", "unit", "block", "2:4"), default="element", help="[element]"
+    )
+    prune.add_argument("--block", type=int, choices=(16, 32, 64), default=32, help="side of the blocks [32]")
+    prune.add_argument(
+        "--criterion", choices=("magnitude", "random"), default="magnitude", help="[magnitude]"
+    )
+    prune.add_argument("--scope", choices=("global", "layer", "matrix"), default="global", help="[global]")
+    prune.add_argument("--seed", type=int, default=0, help="of --criterion random [0]")
+    prune.add_argument(
+        "--compact", action="store_true", default=False, help="take dead hidden units out for good"
+    )
+    prune.add_argument("--device", help="cpu, cuda, cuda:1 ... [the accelerator that is there, else cpu]")
 
     info = add("info", run_info, "what is installed, which methods there are, or what an adapter holds")
     info.add_argument(
@@ -581,6 +604,59 @@ def _write_csv(out: str, names: list[str], rows: list[dict]) -> None:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
 
 
+def run_prune(args: argparse.Namespace) -> dict:
+    """Prune a saved adapter in one shot; write it beside the settings it was trained with."""
+    import shutil
+
+    from lion_fast import pruning
+
+    model, _, folder = _load(args)
+    pruning.prune_once(
+        model,
+        args.keep,
+        criterion=args.criterion,
+        granularity=args.granularity,
+        block=args.block,
+        scope=args.scope,
+        seed=args.seed,
+    )
+    shares = pruning.kept_shares(model)
+    units = pruning.compact_model(model) if args.compact else {}
+    given = Path(args.adapter)
+    out = Path(args.out) if "out" in args else given.with_name(given.name + "-pruned")
+    model.save_adapter(out / "adapter")
+    for name in ("config.yaml", "splits.json"):
+        if (folder.parent / name).is_file():
+            shutil.copyfile(folder.parent / name, out / name)
+    sizes = [_file_bytes(path) for path in (folder, out / "adapter")]
+    result = {
+        "adapter": str(out / "adapter"),
+        "kept_shares": shares,
+        "units": {name: {"before": before, "now": now} for name, (before, now) in units.items()},
+        "parameters": _parameter_counts(model),
+        "bytes_before": sizes[0],
+        "bytes": sizes[1],
+    }
+    if not args.json:
+        for name, share in shares.items():
+            print(f"{name}: {share:.1%} kept")
+        for name, (before, now) in units.items():
+            print(f"{name}: {now} of {before} hidden units left")
+        print(
+            "parameters  dense {dense:,}, kept {kept:,}, with head {with_head:,}".format(
+                **result["parameters"]
+            )
+        )
+        print(f"adapter: {out / 'adapter'}, {sizes[1]:,} bytes ({sizes[0]:,} before)")
+    return result
+
+
+def _file_bytes(folder: Path) -> int:
+    from lion_fast.adapters import TENSORS
+
+    return (folder / TENSORS).stat().st_size
+
+
 def run_info(args: argparse.Namespace) -> dict:
     """Print what is installed, the methods, or an adapter."""
     if args.methods:
@@ -623,6 +699,7 @@ def _info_adapter(args: argparse.Namespace) -> dict:
 
     from lion_fast.data import read_image, transforms
     from lion_fast.inspection import measure_ends, parameter_counts
+    from lion_fast.pruning import describe_forms
 
     model, _, folder = _load(args)
     backbone = model.backbone
@@ -647,6 +724,7 @@ def _info_adapter(args: argparse.Namespace) -> dict:
         "classes": model.classes,
         "parameters": parameter_counts(model),
         "ends": measure_ends(model, images.to(device)),
+        "forms": describe_forms(model),
         "measured_on": measured_on,
     }
     if not args.json:
@@ -662,6 +740,8 @@ def _info_adapter(args: argparse.Namespace) -> dict:
                     name=name, **end
                 )
             )
+        for name, form in result["forms"].items():
+            print(f"{name}: best form {form['name']}: {form['reason']}")
         if result["ends"]:
             print(f"measured on {measured_on}")
     return result

@@ -3,7 +3,7 @@
 from lion_fast.pruning.baselines import iterative_magnitude, prune_once
 from lion_fast.pruning.compaction import compact, compact_model, find_units
 from lion_fast.pruning.forms import Form, choose_form, describe_forms, measured_crossovers
-from lion_fast.pruning.robust import RobustPruner, count_parameters
+from lion_fast.pruning.robust import RobustPruner, count_parameters, kept_shares
 
 __all__ = [
     "Form",
@@ -15,6 +15,7 @@ __all__ = [
     "describe_forms",
     "find_units",
     "iterative_magnitude",
+    "kept_shares",
     "measured_crossovers",
     "prune_once",
 ]

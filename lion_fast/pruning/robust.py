@@ -375,6 +375,13 @@ def _from_first_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
 
 
+def kept_shares(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> dict[str, float]:
+    """The share of entries that each matrix' mask keeps, by full name; 1 without a mask."""
+    matrices = find_matrices(find_layers(target))
+    masks = {m.full_name: m.module.masks().get(m.name) for m in matrices}
+    return {name: 1.0 if mask is None else float(mask.float().mean()) for name, mask in masks.items()}
+
+
 def count_parameters(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> dict[str, int]:
     """Three counts: "dense" (the layers' parameters), "kept" (those on the masks, biases included) and
     "kept_with_head" (kept and all else that the model trains).

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from lion_fast.errors import OptionError, check_choice
+from lion_fast.pruning.masks import CRITERIA, GRANULARITIES
 
 # Options that change speed or what is written, never the numbers: they may differ when a run is resumed.
 FREE_ON_RESUME = frozenset(
@@ -38,6 +39,12 @@ class TrainConfig:
         early_stop: Stop after this many epochs without a better `monitor` on the validation images; 0: never.
         monitor: What "better" means: "accuracy", "balanced_accuracy" or "loss".
         keep: "best": end with the weights of the best epoch by `monitor`; "last": of the last one.
+        prune: Share of the entries of the LION ends to keep, by robust training (see docs/pruning.md); None:
+            no pruning. Epochs before the cut are then no candidates for the best one.
+        prune_granularity: What is kept or pruned: "element", "unit", "block" or "2:4".
+        prune_block: Side of the blocks where prune_granularity is "block": 16, 32 or 64.
+        prune_criterion: "saliency", "magnitude" or "random".
+        prune_decay: Shrinking of pruned entries per step, as a multiple of the learning rate.
         augment: Training augmentation: "none", "flip" or "crop".
         cache_features: Compute the features once where nothing before the head is trained (the linear probe)
             and augment is "none".
@@ -68,6 +75,11 @@ class TrainConfig:
     early_stop: int = 0
     monitor: str = "accuracy"
     keep: str = "best"
+    prune: float | None = None
+    prune_granularity: str = "element"
+    prune_block: int = 32
+    prune_criterion: str = "saliency"
+    prune_decay: float = 1e-2
     augment: str = "none"
     cache_features: bool = True
     num_workers: int = 0
@@ -91,6 +103,11 @@ class TrainConfig:
             self._check_int(name, 0)
         if self.eval_batch_size is not None:
             self._check_int("eval_batch_size", 1)
+        check_choice("prune_granularity", self.prune_granularity, GRANULARITIES)
+        check_choice("prune_criterion", self.prune_criterion, CRITERIA)
+        self._check_float("prune_decay", 0.0)
+        if self.prune is not None and self.prune != 1:
+            self._check_float("prune", 0.0, open_low=True, below=1.0)
         self._check_float("lr", 0.0, open_low=True)
         self._check_float("weight_decay", 0.0)
         self._check_float("warmup_epochs", 0.0)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from lion_fast.errors import CheckpointError, DataError, LionError, OptionError
+from lion_fast.pruning import RobustPruner
 from lion_fast.training import checkpoints
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.memory import PeakMemory
@@ -32,6 +33,8 @@ from lion_fast.training.order import (
     private_generators,
     seed_everything,
 )
+
+_PRUNER_TENSORS = ("masks", "scores", "growth")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +69,7 @@ class FitResult:
         cached_features: The features were computed once.
         device: Device type.
         processes: Processes that took part.
+        pruning: What was kept, as `RobustPruner.report` says it; None where nothing was pruned.
     """
 
     history: list[dict]
@@ -79,6 +83,7 @@ class FitResult:
     cached_features: bool
     device: str
     processes: int
+    pruning: dict | None = None
 
     def to_dict(self) -> dict:
         """JSON-able."""
@@ -226,10 +231,12 @@ class _Run:
                 stopped = self._train(folder)
             finally:
                 self._close()
+        if self.pruner is not None:
+            self.pruner.finalize()
         if self.best is not None and self.config.keep == "best":
             self.model.load_adapter_state_dict(self.best)
         self.model.eval()
-        history, best = self.at.history, _best(self.at.history, self.config.monitor)
+        history, best = self.at.history, self._best()
         chosen = best if self.best is not None and self.config.keep == "best" else len(history) - 1
         return FitResult(
             history=history,
@@ -243,7 +250,18 @@ class _Run:
             cached_features=self.cached,
             device=self.device.type,
             processes=self.accelerator.num_processes,
+            pruning=self.pruner.report() if self.pruner is not None else None,
         )
+
+    def _best(self) -> int:
+        """Index of the best epoch; of a pruned run, of those that ended with the pruned weights."""
+        history, monitor = self.at.history, self.config.monitor
+        first = min(self._first_pruned(), len(history) - 1) if history else 0
+        return first + _best(history[first:], monitor)
+
+    def _first_pruned(self) -> int:
+        """Index of the first epoch that ends with pruned weights; 0 where nothing is pruned."""
+        return self.pruner.hard // self.plan.steps_per_epoch if self.pruner is not None else 0
 
     def _train(self, folder: Path) -> bool:
         at, plan = self.at, self.plan
@@ -317,7 +335,12 @@ class _Run:
         self.sums.images += n
         if config.clip_norm is not None:
             accelerator.clip_grad_norm_(self.trained.values(), config.clip_norm)
-        self.optimizer.step()
+        if self.pruner is None:
+            self.optimizer.step()
+        else:
+            if config.clip_norm is None:
+                accelerator.unscale_gradients()
+            self.pruner.step()
         self.optimizer.zero_grad(set_to_none=True)
         place = (step + 1) % self.plan.steps_per_epoch
         if (step + 1) % config.log_every == 0 or place == 0 or self.device.type == "cpu":
@@ -368,7 +391,7 @@ class _Run:
         at.seconds += at.epoch_seconds
         at.epoch_seconds, at.diagnostics = 0.0, {}
         self.sums = _Sums.zeros(self.device)
-        if self.val_items is not None and _best(at.history, self.config.monitor) == len(at.history) - 1:
+        if self.val_items is not None and self._best() == len(at.history) - 1:
             self.best = _clone(self.model.adapter_state_dict())
         if self.main:
             checkpoints.write_atomically(self.out_dir / "metrics.csv", _to_csv(at.history).encode())
@@ -391,9 +414,7 @@ class _Run:
 
     def _patience_is_over(self) -> bool:
         patience, history = self.config.early_stop, self.at.history
-        return (
-            bool(patience and history) and len(history) - 1 - _best(history, self.config.monitor) >= patience
-        )
+        return bool(patience and history) and len(history) - 1 - self._best() >= patience
 
     # -- set-up
 
@@ -409,6 +430,19 @@ class _Run:
         self.train_items, self.val_items = train, val
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(_make_optimizer(self.model, self.trained, config))
+        self.pruner = None
+        if config.prune is not None:
+            self.pruner = RobustPruner(
+                self.model,
+                self.optimizer,
+                keep=config.prune,
+                total_steps=self.plan.steps,
+                granularity=config.prune_granularity,
+                block=config.prune_block,
+                criterion=config.prune_criterion,
+                decay=config.prune_decay,
+                seed=config.seed,
+            )
         self.sums = _Sums.zeros(self.device)
         net = self.model.head if self.cached else self.model
         self.net_precision = (
@@ -482,7 +516,12 @@ class _Run:
                 for key, value in states.get(parameter, {}).items():
                     if value is not None:
                         tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+            pruner = self.pruner.state_dict() if self.pruner is not None else {}
+            for part, found in pruner.items():
+                if part in _PRUNER_TENSORS:
+                    tensors |= {f"pruner/{part}/{name}": tensor for name, tensor in found.items()}
             state = {
+                "pruner": {k: v for k, v in pruner.items() if k not in _PRUNER_TENSORS},
                 "progress": asdict(self.at),
                 "sums": {"loss": loss.item(), "correct": correct.item(), "images": self.sums.images},
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -493,7 +532,7 @@ class _Run:
         return folder / f"step-{self.at.step:08d}"
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "pruner": {}}
         for name, tensor in checkpoint.tensors.items():
             part, rest = name.split("/", 1)
             parts[part][rest] = tensor.to(self.device, copy=True)
@@ -505,6 +544,12 @@ class _Run:
             # Adam counts its steps on the CPU
             states[self.trained[parameter]][key] = tensor.cpu() if key == "step" else tensor
         state = checkpoint.state
+        if self.pruner is not None:
+            found = {part: {} for part in _PRUNER_TENSORS}
+            for name, tensor in parts["pruner"].items():
+                part, matrix = name.split("/", 1)
+                found[part][matrix] = tensor
+            self.pruner.load_state_dict(state["pruner"] | found)
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.at = _Progress(**state["progress"])
