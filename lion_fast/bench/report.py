@@ -84,12 +84,17 @@ def _apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if iterations:
         lines += ["Mean iterations per token: " + "; ".join(iterations) + ".", ""]
     rounded = [
-        f"`{r['label']}` {told['relative']:.2e} ({told['sqnr_db']:.1f} dB), {told['same_class']:.0%} same class"
+        f"`{r['label']}` {told['relative']:.2e} ({told['sqnr_db']:.1f} dB), {told['same_class']:.0%}"
         for r in rows
         if (told := r.get("against_fp32")) and r["status"] == "ok"
     ]
     if rounded:
-        lines += ["Outputs against float32, relative error and decision: " + "; ".join(rounded) + ".", ""]
+        lines += [
+            "Outputs against float32, relative error and share of equal decisions: "
+            + "; ".join(rounded)
+            + ".",
+            "",
+        ]
     for status in ("skipped", "failed"):
         lines += [f"- {status}: `{r['label']}`: {r['reason']}" for r in rows if r["status"] == status]
     return [*lines, ""] if lines and lines[-1] else lines
