@@ -32,6 +32,7 @@ EXTRAS = {
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
+    "pytest-xdist>=3.5",
     "ruff==0.14.5",
     "setuptools>=70",
     "wheel",
