@@ -1,4 +1,4 @@
-"""The command line: lion-fast finetune | evaluate | predict | info | demo | bench."""
+"""The command line: lion-fast finetune | evaluate | predict | prune | info | demo | bench."""
 
 import argparse
 import csv

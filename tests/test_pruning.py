@@ -634,6 +634,31 @@ def test_a_fresh_optimiser_leaves_pruned_entries_at_zero():
     assert all((getattr(layer, name)[~mask] == 0).all() for name, mask in layer.masks().items())
 
 
+def test_the_pixel_end_of_a_cnn_is_pruned_by_entries():
+    from lion_fast.methods.pixel import PixelEnd, conv_norm_bound
+
+    end = loud(PixelEnd(3, channels=4, gamma=0.5))
+    pruner = RobustPruner(
+        end, torch.optim.AdamW(end.parameters(), lr=1e-2), keep=0.3, total_steps=6, warmup=1, freeze=4
+    )
+    for step in range(6):
+        end.zero_grad()
+        torch.manual_seed(step)
+        end(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        pruner.step()
+        assert conv_norm_bound(end.recurrence_kernel(8, 8), 8, 8) <= 0.5 * (1 + 1e-3)
+    assert pruner.report()["kept_share"] == pytest.approx(0.3, abs=0.01)
+    dense = PixelEnd(3, channels=4, gamma=0.5)
+    dense.load_state_dict({k: v for k, v in end.state_dict().items() if "mask" not in k})
+    with torch.no_grad():
+        for name, mask in end.masks().items():
+            getattr(end, name).add_(3.0 * ~mask)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(end(x), dense(x))
+    with pytest.raises(OptionError, match="PixelEnd, which takes 'element' only"):
+        prune_once(dense, 0.5, granularity="unit")
+
+
 # -- baselines
 
 

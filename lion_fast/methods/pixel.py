@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.layer import READ_OUT_STD
+from lion_fast.masked import Masked
 from lion_fast.solvers import ImplicitLayer, SolveInfo, check_solve_options
 from lion_kernels.reference import ACTIVATIONS
 
@@ -69,7 +70,7 @@ def _waves(size: int, k: int, like: Tensor) -> tuple[Tensor, float]:
     return torch.polar(torch.ones_like(angle), angle).to(like.device, dtype), margin
 
 
-class PixelEnd(nn.Module):
+class PixelEnd(Masked):
     """out = x + conv1x1(z; V) + c with the equilibrium z = phi(conv3x3(z; Wh) + conv3x3(x; U) + b).
 
     x (B, `in_channels`, H, W), out the same; the state z is (B, `channels`, H, W). Wh is W scaled down where
@@ -81,6 +82,8 @@ class PixelEnd(nn.Module):
     >>> end(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 3, 16, 16])
     """
+
+    matrices = ("U", "W", "V")
 
     def __init__(
         self,
@@ -123,22 +126,23 @@ class PixelEnd(nn.Module):
 
     def recurrence_kernel(self, height: int, width: int) -> Tensor:
         """Wh (c, c, 3, 3), a contraction of rate at most gamma on maps of height x width."""
-        norm = conv_norm_bound(self.W, height, width)
+        W = self.masked("W")
+        norm = conv_norm_bound(W, height, width)
         if self.W.dtype in (torch.float16, torch.bfloat16):
             # rounding the scaled entries adds a convolution of at most this norm
-            norm = norm + torch.finfo(self.W.dtype).eps * self.W.to(norm.dtype).abs().sum()
+            norm = norm + torch.finfo(self.W.dtype).eps * W.to(norm.dtype).abs().sum()
         limit = self.gamma / ACTIVATIONS[self.activation].lipschitz
         scale = torch.where(norm > limit, limit / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
-        return (self.W.to(norm.dtype) * scale).to(self.W.dtype)
+        return (W.to(norm.dtype) * scale).to(self.W.dtype)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         phi = ACTIVATIONS[self.activation].phi
         kernel = self.recurrence_kernel(*x.shape[-2:])
-        q = F.conv2d(x, self.U, self.b, padding=1)
+        q = F.conv2d(x, self.masked("U"), self.b, padding=1)
 
         def f(z: Tensor, q: Tensor) -> Tensor:
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
         z, info = ImplicitLayer(f, **self.solve)(q, return_info=True)
-        out = x + F.conv2d(z, self.V, self.c)
+        out = x + F.conv2d(z, self.masked("V"), self.c)
         return (out, info) if return_info else out
