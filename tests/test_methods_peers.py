@@ -226,7 +226,8 @@ def test_unknown_blocks_are_refused(method):
         ("e2vpt", {"pruned": 3}, "pruned must be"),
         ("e2vpt", {"pruned": (1, 0), "masks": "learned"}, "comes before pruning"),
         ("dyt", {"rate": 0}, r"rate must be in \(0, 1\]"),
-        ("dyt", {"threshold": 1.0}, "threshold must be below 1"),
+        ("dyt", {"threshold": 1.0}, "threshold must be a finite number below 1"),
+        ("dyt", {"threshold": -math.inf}, "threshold must be a finite number below 1"),
         ("dyt", {"temperature": 0.0}, "temperature must be positive"),
         ("partial", {"blocks": 0}, "blocks must be a positive integer"),
         ("partial", {"blocks": 4}, "blocks must be at most 3 on vit_tiny"),
@@ -235,6 +236,78 @@ def test_unknown_blocks_are_refused(method):
 def test_options_out_of_range(method, option, match):
     with pytest.raises(OptionError, match=match):
         create(backbone("vit"), method, num_classes=2, **option)
+
+
+# on every kind of frozen backbone, and compiled
+
+
+@pytest.mark.parametrize("key", ["vit", "post-norm", "swin"])
+def test_saving_memory_changes_no_gradient(key):
+    for method in ANY + (VIT_ONLY if key != "swin" else []):
+        torch.manual_seed(0)
+        plain = backbone(key)
+        torch.manual_seed(0)
+        saving = backbone(key, memory="save")
+        found = []
+        for frozen in (plain, saving):
+            torch.manual_seed(1)
+            model = shaken(build(key, method, frozen)).train()
+            x = images(model)
+            names = [n for n, p in model.named_parameters() if p.requires_grad]
+            loss = loss_of(model, x, torch.tensor([0, 1, 2]))
+            found.append(torch.autograd.grad(loss, [model.get_parameter(n) for n in names]))
+        for name, a, b in zip(names, *found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=f"{method}: {name}")
+
+
+@pytest.mark.parametrize("method", ["vpt", "ssf", *VIT_ONLY])
+def test_weights_held_in_fewer_bits(method):
+    """Own parameters stay float32 and get gradients; merging is refused rather than rounded away."""
+    from lion_fast import fp8
+
+    for precision in ("bf16", "fp8"):
+        wide = {"embed_dim": 48, "num_heads": 3}
+        frozen = load_backbone(
+            "vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2, precision="bf16", **wide
+        )
+        if precision == "fp8":
+            fp8.convert(frozen, emulate=True)
+            frozen.precision = "fp8"
+        for form in ("exact", "naive") if method in ("vpt", "e2vpt", "vfpt", "cvpt", "dyt") else (None,):
+            model = build("vit", method, frozen, **({"form": form} if form else {})).train()
+            loss_of(model, images(model), torch.tensor([0, 1, 2])).backward()
+            for p in model.trainable_parameters():
+                assert p.dtype == torch.float32 and torch.isfinite(p.grad).all()
+            model.eval()
+            assert model(images(model)).isfinite().all()
+        assert "blocks-0-attn-qkv" in getattr(model, "changes", {"blocks-0-attn-qkv"})
+        if method in ("ssf", "lora"):
+            with pytest.raises(OptionError, match=f"does not merge into weights held as {precision}"):
+                model.merge()
+
+
+QUICK = ["ssf", "vpt", "dyt"]  # a hook, a cache, a shape that depends on data
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in [*ANY, *VIT_ONLY] if m not in QUICK)],
+)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)  # how many tokens pass
+def test_compiled_in_one_graph(method):
+    for training in (True, False):
+        torch._dynamo.reset()
+        model = shaken(build("vit", method)).train(training)
+        x = images(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        outs = []
+        with torch.set_grad_enabled(training):
+            for call in (model, compiled):
+                torch.manual_seed(5)
+                outs.append(call(x))
+        torch.testing.assert_close(outs[1], outs[0])
+        if training:
+            outs[1].sum().backward()
 
 
 # against the formulas

@@ -1,5 +1,7 @@
 """Presets build models and training settings, and say what their sources say."""
 
+from pathlib import Path
+
 import pytest
 from test_methods import backbone
 
@@ -54,6 +56,12 @@ def test_values_by_task():
     lengths = [TASKS["vpt"][task]["length"] for task in VTAB]
     means = [sum(part) / len(part) for part in (lengths[:7], lengths[7:11], lengths[11:])]
     assert [round(mean, 1) for mean in means] == [12.4, 52.8, 107.5]
+
+
+def test_the_methods_page_names_every_method():
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    for method in available():
+        assert f"| `{method}`" in page, method
 
 
 def test_presets_refuse():

@@ -78,8 +78,10 @@ class DyT(TunedModel):
             raise OptionError(f"rate must be in (0, 1], the share of tokens to let through; got {rate!r}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise OptionError(f"temperature must be positive; got {temperature!r}")
-        if not threshold < 1:
-            raise OptionError(f"threshold must be below 1, else no token passes; got {threshold!r}")
+        if not -math.inf < threshold < 1:
+            raise OptionError(
+                f"threshold must be a finite number below 1 (below 0 every token passes); got {threshold!r}"
+            )
         self.record(rank=rank, rate=rate, temperature=temperature, threshold=threshold)
         self.record(scale=scale, dropout=dropout, form=form)
         self.rate, self.temperature, self.threshold = rate, temperature, threshold
@@ -185,7 +187,5 @@ def _gathered(block: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     """x + M MLP(x) with the MLP run on the kept rows only."""
     rows = x.flatten(0, 1)
     at = keep.flatten().nonzero().squeeze(-1)
-    if at.numel() == 0:
-        return x
     added = mlp_branch(block, rows[at])
     return rows.index_add(0, at, added.to(rows.dtype)).view_as(x)

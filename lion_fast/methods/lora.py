@@ -19,7 +19,7 @@ from lion_fast.methods.blocks import (
     mlp_branch,
     self_attention,
 )
-from lion_fast.methods.owned import Merged, own_copy
+from lion_fast.methods.owned import Merged, mergeable_copy
 
 
 @register("lora")
@@ -101,7 +101,7 @@ class LoRA(TunedModel):
     @torch.no_grad()
     def merge(self) -> Merged:
         """The same function with the low-rank terms in the weights of a backbone of its own."""
-        backbone = own_copy(self.backbone)
+        backbone = mergeable_copy(self)
         for i, block in enumerate(backbone.blocks):
             weight = block.attn.qkv.weight
             weight = weight + self.delta_weight(i).to(weight)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lion_fast.backbones import Backbone
-from lion_fast.errors import AdapterError
+from lion_fast.errors import AdapterError, OptionError
 from lion_fast.methods.base import TunedModel
 
 # modules that only the backbone's own pooling runs, by family
@@ -50,6 +50,16 @@ def runs(backbone: Backbone, pool: str) -> Callable[[str], bool]:
     if unused and hasattr(backbone.model, "conv_stem") and hasattr(backbone.model, "norm_head"):
         unused = (*unused, "conv_head", "norm_head")  # MobileNetV3 has them behind its pooling
     return lambda name: name.split(".")[0] not in unused
+
+
+def mergeable_copy(model: TunedModel) -> Backbone:
+    """A copy of a model's backbone to merge into; `OptionError` where its weights cannot take it up."""
+    if model.backbone.precision != "fp32":
+        raise OptionError(
+            f"method {model.method} does not merge into weights held as {model.backbone.precision}: "
+            "rounding would lose most of it. Load the adapter on the backbone in fp32 and merge there"
+        )
+    return own_copy(model.backbone)
 
 
 class Merged(TunedModel):

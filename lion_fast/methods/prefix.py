@@ -13,6 +13,7 @@ class PrefixCache:
 
     While training, or where gradients are recorded, they are computed in every call, once for the batch;
     while evaluating without gradients they are computed once and kept until what they are made of changes.
+    Inside `torch.compile`, which cannot see that change, they are computed in every call.
     A method gives `_prefix`, what computes them, and `_prefix_sources`, the tensors they are made of.
     """
 
@@ -26,7 +27,7 @@ class PrefixCache:
 
     def prefix(self) -> KV:
         """Keys and values of every block, each (h, P, D/h)."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._prefix()
         sources = self._prefix_sources()
         # an in-place update, a cast and an autocast region each make another key

@@ -10,9 +10,10 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
 from lion_fast.errors import BackboneError
+from lion_fast.fp8 import Fp8Linear
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_blocks
-from lion_fast.methods.owned import BackboneHook, Merged, own_copy, runs
+from lion_fast.methods.owned import BackboneHook, Merged, mergeable_copy, own_copy, runs
 from lion_fast.methods.partial import is_norm
 
 STD = 0.02
@@ -104,7 +105,7 @@ class SSF(TunedModel):
     @torch.no_grad()
     def merge(self) -> Merged:
         """The same function with every gamma and beta in the weights of a backbone of its own."""
-        backbone = own_copy(self.backbone)
+        backbone = mergeable_copy(self)
         model = backbone.model
         for key, change in self.changes.items():
             name = key.replace("-", ".")
@@ -125,17 +126,16 @@ def is_operation(module: nn.Module) -> bool:
     """Whether SSF changes what this module gives."""
     if isinstance(module, nn.Conv2d) and "Std" in type(module).__name__:
         raise BackboneError(f"SSF does not know {type(module).__name__}, which standardises its weights")
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_norm(module)
+    return isinstance(module, (nn.Linear, Fp8Linear, nn.Conv2d)) or is_norm(module)
 
 
 def change_for(module: nn.Module) -> ScaleShift:
     """A new map for what a module gives."""
     channels = (module.bias if module.weight is None else module.weight).shape[0]
     maps = isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, LayerNorm2d))
-    shiftable = isinstance(
-        module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    )
-    return ScaleShift(channels, 1 if maps else -1, shiftable)
+    # an RMS norm has nowhere to put a shift
+    shift = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+    return ScaleShift(channels, 1 if maps else -1, shift or not is_norm(module))
 
 
 def _is_v2_qkv(model: nn.Module, name: str) -> bool:
