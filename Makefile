@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## adapt a frozen backbone with LION beside VPT-deep and a l
 	$(RUN) -m lion_fast demo
 
 test: $(INSTALLED) lint  ## all tests that a machine without a GPU can run
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 test-quick: $(INSTALLED)  ## the tests that take seconds
 	$(RUN) -m pytest -m 'not slow'
