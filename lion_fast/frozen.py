@@ -195,7 +195,9 @@ def heads(
     q, k, v = qkv.unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if k_prefix is not None:
-        q = q.contiguous()  # a view would keep the k and v that are copied here alive beside their copies
+        # a view of qkv would keep the k and v that are copied here alive beside their copies; rows stay
+        # outside of heads, since the attention's output is laid out as q is
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
         k = torch.cat([k_prefix.to(k.dtype).expand(batch, -1, -1, -1), k], 2)
         v = torch.cat([v_prefix.to(v.dtype).expand(batch, -1, -1, -1), v], 2)
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)

@@ -214,6 +214,22 @@ def test_vit_b_keeps_at_most_0_55_of_the_plain_step():
     assert sizes[1] <= 0.55 * sizes[0]
 
 
+@pytest.mark.parametrize("memory, wide", [("plain", 10), ("save", 5)])
+def test_what_a_block_keeps_with_a_prefix_by_hand(memory, wide):
+    """P rows of keys and values for each image more, and no second copy of anything."""
+    from lion_fast.backbones import prefix_block
+
+    B, N, P, D, h = 2, 5, 3, 192, 3
+    backbone = vit(dtype=torch.float32, memory=memory)
+    rows = torch.randn(B, N, D, requires_grad=True)
+    k, v = torch.randn(2, h, P, D // h)
+    with SavedTensors(backbone, [k]) as kept:
+        out = prefix_block(backbone.blocks[0], rows * 1, k, v)
+    statistics = 2 * (2 if memory == "plain" else 1)
+    assert kept.total == 4 * B * (N * (wide * D + h + statistics) + 2 * P * D)
+    out.sum().backward()
+
+
 def test_a_compiled_model_with_saved_memory():
     model = make(vit(dtype=torch.float32, memory="save"), "lion")
     expected = outputs_and_gradients(model)

@@ -43,6 +43,7 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
     with _figure(path, (8.0, 5.0)) as figure:
         axes = figure.subplots()
         for name, colour, marker in _styles(names):
+            colour = "0.45" if name == "floor" else colour
             for i, row in enumerate(r for r in rows if r["method"] == name):
                 slow = row["batch_size"] / row["seconds_q80"]
                 fast = row["batch_size"] / row["seconds_q20"]
