@@ -1059,3 +1059,29 @@ def test_dead_units_are_compacted_whatever_was_measured():
         "input_end": "dense",
         "output_end": "dense",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_block_sparse_form_without_kernels(dtype):
+    layer = loud(LionLayer(40, 72, max_iter=200, tol=1e-12, backward="exact", gamma=0.5, dtype=dtype))
+    with pytest.raises(OptionError, match="no masks"):
+        pruning.BlockSparseLayer(layer, 16)
+    layer.set_mask("W", torch.rand(72, 72) < 0.5)
+    with pytest.raises(OptionError, match="block must be one of 16, 32, 64; got 8"):
+        pruning.BlockSparseLayer(layer, 8)
+    with pytest.raises(OptionError, match="recurrence='free'"):
+        pruning.BlockSparseLayer(LionLayer(8, 8, recurrence="tied"))
+    form = pruning.BlockSparseLayer(layer, 16)
+    prune_once(layer, 0.3, granularity="block", block=16)
+    form.refresh()
+    x = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(3, 5, 40, dtype=dtype)
+    inputs = [x, *layer.parameters()]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(form(x), layer(x), rtol=0, atol=tolerance)
+    got, expected = (torch.autograd.grad(each(x), inputs, upstream) for each in (form, layer))
+    for ours, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=tolerance * max(1, right.abs().max()))
+    assert "_patterns" not in form.state_dict() and len(list(form.parameters())) == 5
+    with pytest.raises(ValueError, match="width 40"):
+        form(torch.randn(2, 39, dtype=dtype))

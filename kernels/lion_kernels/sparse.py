@@ -148,7 +148,8 @@ def to_blocks(matrix: Tensor, mask: Tensor, block: int) -> BlockSparse:
     return BlockSparse(pattern, pattern.gather(matrix))
 
 
-def _use_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels serve these tokens."""
     from lion_kernels import launch, ops
 
     return (x.is_cuda or launch.interpreted()) and x.dtype in launch.DTYPES and ops._triton_missing() is None
@@ -186,7 +187,7 @@ def matmul(x: Tensor, weight: BlockSparse) -> Tensor:
     The values take x's dtype; sums are float32. No autograd: see `linear`.
     """
     assert x.ndim == 2 and x.shape[1] == weight.shape[1], f"{list(x.shape)} does not meet {weight.shape}"
-    if not _use_kernels(x):
+    if not has_kernels(x):
         return matmul_reference(x, weight)
     from lion_kernels import sparse_kernels
 
@@ -203,7 +204,7 @@ def sampled(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     assert shape == pattern.shape and len(a) == len(b), (
         f"{shape} of {len(a)} rows; the mask is {pattern.shape}"
     )
-    if not _use_kernels(a):
+    if not has_kernels(a):
         return sampled_reference(a, b, pattern)
     from lion_kernels import sparse_kernels
 

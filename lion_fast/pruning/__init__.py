@@ -1,11 +1,13 @@
 """Pruning: robust training and its baselines, compaction, packing, and which form pays."""
 
 from lion_fast.pruning.baselines import iterative_magnitude, prune_once
+from lion_fast.pruning.blocksparse import BlockSparseLayer
 from lion_fast.pruning.compaction import compact, compact_model, find_units
 from lion_fast.pruning.forms import Form, choose_form, describe_forms, measured_crossovers
 from lion_fast.pruning.robust import RobustPruner, count_parameters, kept_shares
 
 __all__ = [
+    "BlockSparseLayer",
     "Form",
     "RobustPruner",
     "choose_form",

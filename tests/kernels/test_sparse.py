@@ -236,3 +236,26 @@ def test_what_does_not_fit_is_refused():
         sparse.matmul(torch.ones(3, 5, device=DEVICE), blocks[1])
     with pytest.raises(AssertionError, match="the mask is"):
         sparse.sampled(torch.ones(3, 5, device=DEVICE), torch.ones(3, 5, device=DEVICE), blocks[1].pattern)
+
+
+def test_the_layer_form_gives_what_the_dense_layer_gives():
+    from lion_fast import LionLayer
+    from lion_fast.pruning import BlockSparseLayer, prune_once
+
+    layer = LionLayer(40, 72, activation="tanh", max_iter=12, tol=1e-6, neumann_terms=2).to(DEVICE)
+    with torch.no_grad():
+        layer.V.mul_(30)
+    prune_once(layer, 0.4, granularity="block", block=16)
+    form = BlockSparseLayer(layer, 16)
+    x = torch.randn(3, 7, 40, device=DEVICE, requires_grad=True)
+    out, info = form(x, return_info=True)
+    assert info.residual.shape == info.iterations.shape == (3, 7)
+    upstream = torch.randn_like(out)
+    names, inputs = ["x", *(n for n, _ in layer.named_parameters())], [x, *layer.parameters()]
+    got = torch.autograd.grad(out, inputs, upstream)
+    expected = layer(x)
+    assert error(out, expected) < 1e-5
+    for name, ours, right in zip(names, got, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        assert error(ours, right) < 1e-4, name
+    for name, mask in layer.masks().items():
+        assert (got[names.index(name)][~mask] == 0).all()
