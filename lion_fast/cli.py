@@ -680,7 +680,7 @@ def _info_methods(args: argparse.Namespace) -> dict:
 
     result = {
         name: {
-            "summary": (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
+            "summary": cls.summary or (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0],
             "backbones": list(cls.families),
             "options": {k: list(v) if isinstance(v, tuple) else v for k, v in method_options(cls).items()},
         }

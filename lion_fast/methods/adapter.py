@@ -58,6 +58,8 @@ class AdaptFormer(TunedModel):
     6544
     """
 
+    summary = "AdaptFormer: a bottleneck beside the MLP of every frozen ViT block."
+
     families = ("vit",)
 
     def __init__(
@@ -107,6 +109,8 @@ class Houlsby(TunedModel):
     >>> Houlsby(vit, num_classes=10, rank=8).num_trainable()
     13088
     """
+
+    summary = "Houlsby adapters: a bottleneck behind both halves of every frozen ViT block."
 
     families = ("vit",)
 

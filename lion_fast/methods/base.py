@@ -70,6 +70,7 @@ class TunedModel(nn.Module):
     """
 
     method: ClassVar[str] = ""
+    summary: ClassVar[str] = ""  # one line for lists; the first of the module's description where empty
     families: ClassVar[tuple[str, ...]] = ("vit", "swin", "cnn")
 
     def __init__(

@@ -49,6 +49,8 @@ class Full(TrainsBackbone):
     5524416
     """
 
+    summary = "Full fine-tuning: every parameter of the backbone, and the head."
+
     def trained(self, backbone: Backbone) -> Callable[[str], bool]:
         return lambda name: True
 
@@ -71,6 +73,8 @@ class Partial(TrainsBackbone):
     >>> Partial(vit, num_classes=10).num_trainable() - 2 * 192
     444864
     """
+
+    summary = "Partial fine-tuning: the last blocks of the backbone, its last norm, and the head."
 
     def __init__(self, backbone, num_classes: int, *, blocks: int = 1, last_norm: bool = True, **options):
         check_count("blocks", blocks)
@@ -119,6 +123,8 @@ class BitFit(TrainsBackbone):
     25728
     """
 
+    summary = "BitFit: every bias of the backbone, and the head."
+
     def trained(self, backbone: Backbone) -> Callable[[str], bool]:
         return lambda name: name.endswith(("bias", "_bias"))
 
@@ -133,6 +139,8 @@ class NormTune(TrainsBackbone):
     >>> NormTune(load_backbone("vit_tiny_patch16_224", pretrained=False), num_classes=10).num_trainable()
     9600
     """
+
+    summary = "Norm tuning: scale and shift of every norm of the backbone, and the head."
 
     def trained(self, backbone: Backbone) -> Callable[[str], bool]:
         norms = {name for name, module in backbone.model.named_modules() if is_norm(module)}
