@@ -55,6 +55,8 @@ def apply(backbone, *, memory: str = "plain", fold: bool = False, precision: str
     check_choice("precision", precision, PRECISIONS)
     if not isinstance(fold, bool):
         raise OptionError(f"fold must be True or False; got {fold!r}")
+    if memory == "plain" and not fold and precision == "fp32":
+        return
     _ = backbone.weights_sha256  # before anything changes
     if fold and not backbone.folded:
         fold_norms(backbone)
