@@ -104,6 +104,7 @@ class LoRA(TunedModel):
         backbone = mergeable_copy(self)
         for i, block in enumerate(backbone.blocks):
             weight = block.attn.qkv.weight
-            weight = weight + self.delta_weight(i).to(weight)
-            block.attn.qkv.weight = nn.Parameter(weight, requires_grad=False)
+            # the sum first, then the weight's own precision
+            merged = (weight + self.delta_weight(i)).to(weight)
+            block.attn.qkv.weight = nn.Parameter(merged, requires_grad=False)
         return Merged(self, backbone)

@@ -54,10 +54,10 @@ def runs(backbone: Backbone, pool: str) -> Callable[[str], bool]:
 
 def mergeable_copy(model: TunedModel) -> Backbone:
     """A copy of a model's backbone to merge into; `OptionError` where its weights cannot take it up."""
-    if model.backbone.precision != "fp32":
+    if model.backbone.precision == "fp8":
         raise OptionError(
-            f"method {model.method} does not merge into weights held as {model.backbone.precision}: "
-            "rounding would lose most of it. Load the adapter on the backbone in fp32 and merge there"
+            f"method {model.method} does not merge into weights held in 8 bits: rounding would lose most of "
+            "it. Load the adapter on the backbone in bf16 or fp32 and merge there"
         )
     return own_copy(model.backbone)
 
