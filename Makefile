@@ -36,8 +36,9 @@ bench: $(INSTALLED)  ## cost of the layer, of every method's hot pieces, and of 
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(RUN) bench/aot.py
 
-gpu:  ## check, then measure the kernels on this machine's GPU, with its own python3
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results
+gpu:  ## check, then measure kernels and methods on this machine's GPU, with its own python3; 25 minutes
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results --minutes 15
+	PYTHONPATH=.:kernels $(PYTHON) -m lion_fast bench --full --minutes 9 --out bench/results/methods-gpu
 
 clean:  ## remove what the targets made, downloads excepted
 	rm -rf $(VENV) build dist *.egg-info runs
