@@ -38,7 +38,9 @@ def test_every_method_has_a_row_that_its_adapter_confirms(ran):
         assert int(row["parameters_with_head"]) == sum(
             p.numel() for p in model.parameters() if p.requires_grad
         )
-        assert float(row["peak_memory_mb"]) > 0 and float(row["milliseconds_per_image"]) > 0
+        # so small a model may fit into memory that the process holds free
+        assert float(row["peak_memory_mb"]) >= 0 and row["memory_measured"].startswith("rise of the resident")
+        assert float(row["milliseconds_per_image"]) > 0
         for name in (
             "weights_sha256",
             "mean",

@@ -14,10 +14,9 @@ class PeakMemory:
     """Context manager that measures the most memory in use at once.
 
     On CUDA: the bytes torch's allocator held at most (`torch.cuda.max_memory_allocated`), weights included.
-    On a
-    CPU: how far the process's resident memory rose above its level at the start; read from the kernel's
-        high-water
-    mark on Linux (missing nothing), sampled every 5 ms elsewhere.
+    On a CPU: how far the process's resident memory rose above its level at the start, from the kernel's
+    high-water mark on Linux (missing nothing), sampled every 5 ms elsewhere. Work that fits into memory
+    the process already holds free rises by nothing.
 
     Attributes:
         bytes: The measurement, after the block.
