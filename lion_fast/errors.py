@@ -1,6 +1,8 @@
 """The exceptions that lion_fast raises on bad input; each message says what to do."""
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 
 
 class LionError(Exception):
@@ -9,6 +11,10 @@ class LionError(Exception):
 
 class OptionError(LionError, ValueError):
     """An option that does not exist, or a value outside its range."""
+
+
+class UnknownOptionError(OptionError, TypeError):
+    """An option that does not exist; a TypeError too, as Python raises for its own calls."""
 
 
 class DataError(LionError, ValueError):
@@ -40,3 +46,25 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise `OptionError` unless `value` is a number; a bool is none."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise OptionError(f"{name} must be a number; got {value!r}")
+
+
+def names_options(call: Callable) -> Callable:
+    """Decorate a call: an unknown keyword raises `UnknownOptionError`, which lists the valid ones."""
+    parameters = inspect.signature(call).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    known = {p.name for p in parameters}
+
+    @functools.wraps(call)
+    def checked(*args, **options):
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise UnknownOptionError(f"no option {', '.join(unknown)}; the options are {', '.join(valid)}")
+        return call(*args, **options)
+
+    return checked

@@ -2,10 +2,16 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lion_fast.errors import check_choice
-from lion_fast.solvers import EXACT_FACTOR, PHANTOM_DAMPING, SolveInfo, check_solve_options, default_tol
+from lion_fast.solvers import (
+    EXACT_FACTOR,
+    PHANTOM_DAMPING,
+    SolveInfo,
+    check_solve_options,
+    default_tol,
+    final,
+)
 from lion_kernels import ops
 from lion_kernels.reference import ACTIVATIONS
 
@@ -20,25 +26,24 @@ class _Equilibrium(torch.autograd.Function):
         out, p, change, count = ops.solve(
             x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save, backend
         )
-        ctx.save_for_backward(x, p, A, W, V)
-        ctx.dtypes = (b.dtype, c.dtype)
+        ctx.save_for_backward(x, p, A, W, V, b)
+        ctx.c_dtype = c.dtype
         ctx.options = (activation, *adjoint, residual, backend)
         ctx.sink, ctx.tol = sink, tol
         ctx.mark_non_differentiable(change, count)
         return out, change, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, _change, _count):
-        x, p, A, W, V = ctx.saved_tensors
-        dx, dA, dW, db, dV, dc, change, count = ops.adjoint(
-            grad_out.contiguous(), x, p, A, W, V, *ctx.options
-        )
+        x, p, A, W, V, b = ctx.saved_tensors
+        with torch.no_grad():
+            dx, dA, dW, db, dV, dc, change, count = ops.adjoint(
+                grad_out.contiguous(), x, p, A, W, V, *ctx.options
+            )
         if ctx.sink:
             ctx.sink[0].backward = SolveInfo(change, count, ctx.tol)
-        b_dtype, c_dtype = ctx.dtypes
-        grads = (dx, dA.to(A.dtype), dW.to(W.dtype), db.to(b_dtype), dV.to(V.dtype), dc.to(c_dtype))
-        return *grads, *[None] * 9
+        grads = (dx, dA.to(A.dtype), dW.to(W.dtype), db.to(b.dtype), dV.to(V.dtype), dc.to(ctx.c_dtype))
+        return *final(grads, grad_out, x, A, W, V, b), *[None] * 9
 
 
 def adjoint_options(backward: str, neumann_terms: int, max_iter: int, tol: float) -> tuple[int, float, float]:

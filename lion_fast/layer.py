@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.contraction import bounded, contraction_scale
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, check_number, names_options
 from lion_fast.functional import adjoint_options, equilibrium
 from lion_fast.masked import Masked
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
@@ -58,6 +58,7 @@ class LionLayer(Masked):
     # The state width of the layer that `compact` made this one from.
     compacted_from: int | None = None
 
+    @names_options
     def __init__(
         self,
         dim: int,
@@ -92,6 +93,7 @@ class LionLayer(Masked):
         for name, value in (("dim", dim), ("state_dim", state_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_number("gamma", gamma)
         if not (0 < gamma < 1 or (allow_expansive and gamma >= 1)):
             raise OptionError(
                 f"gamma must be in (0, 1) for a contraction; got {gamma!r}. "

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from lion_fast.errors import ConvergenceError, OptionError, check_choice
+from lion_fast.errors import ConvergenceError, OptionError, check_choice, check_number, names_options
 from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
 
 BACKWARDS = ("neumann", "jfb", "exact", "phantom")
@@ -81,8 +80,8 @@ def check_solve_options(
     max_iter: int,
     tol: float | None,
     damping: float,
-    backward: str,
-    neumann_terms: int,
+    backward: str = "neumann",
+    neumann_terms: int = 0,
     on_failure: str = "ignore",
 ) -> None:
     """Raise `OptionError` on a value outside its range; shared by every layer and call."""
@@ -92,6 +91,9 @@ def check_solve_options(
         raise OptionError(f"max_iter must be a whole number of at least 1; got {max_iter!r}")
     if isinstance(neumann_terms, bool) or not isinstance(neumann_terms, int) or neumann_terms < 0:
         raise OptionError(f"neumann_terms must be a whole number of at least 0; got {neumann_terms!r}")
+    if tol is not None:
+        check_number("tol", tol)
+    check_number("damping", damping)
     if tol is not None and not 0 <= tol < 1:
         raise OptionError(f"tol must be in [0, 1) (0: always max_iter iterations) or None; got {tol!r}")
     if not 0 < damping <= 1:
@@ -114,6 +116,7 @@ def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
     warnings.warn(message, stacklevel=3)
 
 
+@names_options
 def picard(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
@@ -132,6 +135,7 @@ def picard(
     >>> bool((z - 2).abs().max() < 1e-3), info.reason
     (True, 'converged')
     """
+    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
     tol = default_tol(z0.dtype) if tol is None else tol
     flat = _flatten(f, z0)
 
@@ -146,6 +150,7 @@ def picard(
     return z.to(z0.dtype).reshape(z0.shape), SolveInfo(change[:, 0], count[:, 0], tol)
 
 
+@names_options
 def anderson(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
@@ -163,6 +168,7 @@ def anderson(
     half-precision states work. Pays for slow maps (rate 0.5 and above); for fast ones use `picard`.
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
+    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
     if window < 1:
         raise OptionError(f"window must be at least 1; got {window!r}")
     tol = default_tol(z0.dtype) if tol is None else tol
@@ -187,6 +193,7 @@ def anderson(
     return _accelerated(flat, z0, propose, max_iter, tol, early_exit)
 
 
+@names_options
 def broyden(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
@@ -202,6 +209,7 @@ def broyden(
     The inverse Jacobian is -I + U V^T with at most `memory` columns, so its cost does not grow.
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
     """
+    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
     if memory < 1:
         raise OptionError(f"memory must be at least 1; got {memory!r}")
     tol = default_tol(z0.dtype) if tol is None else tol
@@ -300,6 +308,45 @@ def _accelerated(
     return best.to(z0.dtype).reshape(z0.shape), SolveInfo(residual[:, 0], count[:, 0], tol)
 
 
+class _Final(torch.autograd.Function):
+    """The identity on a gradient that depends on `sources`; differentiating it raises."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "trying to differentiate the implicit gradient of an equilibrium twice: its derivative is not "
+            "known. Leave create_graph=True away, or differentiate an unrolled loop"
+        )
+
+
+def final(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients whose second derivative raises, whatever of `sources` it is asked for.
+
+    `once_differentiable` raises only where the upstream gradient has a graph and the engine comes by:
+    beside another path to the same tensor it leaves a term out without a word.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    return tuple(grad if grad is None else _Final.apply(grad, *sources) for grad in grads)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """The identity on a z that stands for the equilibrium, with a gradient that is final."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return final((grad,), grad, *ctx.saved_tensors)[0]
+
+
 class _ImplicitGradient(torch.autograd.Function):
     """The identity on z = f(z*, x), whose backward turns g into y = g + J^T y with J = df/dz at z*.
 
@@ -310,16 +357,15 @@ class _ImplicitGradient(torch.autograd.Function):
     def forward(ctx, applied: Tensor, z: Tensor, x: Tensor | None, f, solve_adjoint, *parameters: Tensor):
         # The parameters are saved for their version counters: an in-place change before the
         # backward, which evaluates f again, is then an error and not a wrong gradient.
-        ctx.save_for_backward(z, *(() if x is None else (x,)), *parameters)
+        ctx.save_for_backward(applied, z, *(() if x is None else (x,)), *parameters)
         ctx.has_x, ctx.f, ctx.solve_adjoint = x is not None, f, solve_adjoint
         kind = applied.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return applied.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        z, *rest = ctx.saved_tensors
+        recorded, z, *rest = ctx.saved_tensors
         x = rest[0].detach() if ctx.has_x else None
         kind, dtype, enabled = ctx.autocast
         with (
@@ -333,7 +379,13 @@ class _ImplicitGradient(torch.autograd.Function):
             (jy,) = torch.autograd.grad(applied, z, y.to(applied.dtype), retain_graph=True, allow_unused=True)
             return grad if jy is None else grad + jy
 
-        return ctx.solve_adjoint(transposed, grad), *([None] * (4 + len(rest) - ctx.has_x))
+        with torch.no_grad():
+            solved = ctx.solve_adjoint(transposed, grad)
+        return *final((solved,), grad, recorded), *([None] * (4 + len(rest) - ctx.has_x))
+
+
+def _once_only(z: Tensor) -> Tensor:
+    return z if torch.compiler.is_compiling() else _OnceOnly.apply(z)
 
 
 def implicit(
@@ -371,14 +423,14 @@ def implicit(
     if backward == "phantom":
         for _ in range(max(neumann_terms, 1)):
             z = z + PHANTOM_DAMPING * (f(z, x) - z)
-        return z, info
+        return _once_only(z), info
     applied = f(z, x)
     if not applied.requires_grad:
         return z, info
     finite = torch.isfinite(info.residual).reshape(-1, *[1] * (z.ndim - 1))
     applied = torch.where(finite, applied, z)
     if backward == "jfb" or neumann_terms == 0 and backward == "neumann":
-        return applied, info
+        return _once_only(applied), info
 
     def solve_adjoint(transposed: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
         steps = neumann_terms if backward == "neumann" else EXACT_FACTOR * max_iter
@@ -412,6 +464,7 @@ class ImplicitLayer(nn.Module):
     torch.Size([3, 4])
     """
 
+    @names_options
     def __init__(
         self,
         f: Callable[[Tensor, Tensor | None], Tensor],

@@ -358,13 +358,34 @@ def test_second_derivative_is_refused(backward):
         g.square().sum().backward()
 
 
-@pytest.mark.parametrize("backward", ["neumann", "exact"])
+@pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
 def test_second_derivative_of_the_generic_gradient_is_refused(backward):
     layer = rough(reference.LionLayer(D, R, backward=backward, dtype=torch.float64))
     x = tokens(3)
     (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice|second time"):
         g.square().sum().backward()
+
+
+@pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
+@pytest.mark.parametrize(
+    "cls, wanted",
+    [
+        *[(cls, wanted) for cls in (LionLayer, reference.LionLayer) for wanted in ("x", "A", "W", "b")],
+        (LionLayer, "V"),  # the reference's read-out is plain autograd, and right
+    ],
+)
+def test_second_derivative_is_refused_beside_another_path(cls, backward, wanted):
+    """A linear loss, whose upstream gradient has no graph, plus a term that can be differentiated twice:
+    without an error the answer would be that term's alone."""
+    layer = rough(cls(D, R, backward=backward, activation="tanh", dtype=torch.float64))
+    layer.requires_grad_(False)
+    tensor = tokens(3) if wanted == "x" else getattr(layer, wanted).requires_grad_()
+    x = tensor if wanted == "x" else tokens(3, requires_grad=False)
+    loss = (layer(x) * torch.randn(3, D, dtype=torch.float64)).sum() + tensor.square().sum()
+    (g,) = torch.autograd.grad(loss, tensor, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(g.sum(), tensor)
 
 
 @pytest.mark.parametrize("cls", [LionLayer, reference.LionLayer])
@@ -658,6 +679,9 @@ def test_no_host_synchronisation():
         ({"tol": 2.0}, "tol must be in"),
         ({"state_dim": 0}, "state_dim must be"),
         ({"dim": 3.0}, "dim must be"),
+        ({"gamma": "0.5"}, "gamma must be a number; got '0.5'"),
+        ({"tol": "small"}, "tol must be a number"),
+        ({"damping": None}, "damping must be a number"),
     ],
 )
 def test_bad_options(options, message):
@@ -666,8 +690,11 @@ def test_bad_options(options, message):
 
 
 def test_unknown_options_raise():
-    with pytest.raises(TypeError, match="gama"):
-        LionLayer(D, R, gama=0.5)
+    for cls in (LionLayer, reference.LionLayer):
+        with pytest.raises(TypeError, match="no option gama; the options are state_dim, .*gamma, .*dtype"):
+            cls(D, R, gama=0.5)
+        with pytest.raises(OptionError, match="gama"):
+            cls(D, R, gama=0.5)
     with pytest.raises(TypeError, match="iterations"):
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
 
