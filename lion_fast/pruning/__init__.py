@@ -5,11 +5,13 @@ from lion_fast.pruning.blocksparse import BlockSparseLayer
 from lion_fast.pruning.compaction import compact, compact_model, find_units
 from lion_fast.pruning.forms import Form, choose_form, describe_forms, measured_crossovers
 from lion_fast.pruning.robust import RobustPruner, count_parameters, kept_shares
+from lion_fast.pruning.two_of_four import TwoOfFourLayer
 
 __all__ = [
     "BlockSparseLayer",
     "Form",
     "RobustPruner",
+    "TwoOfFourLayer",
     "choose_form",
     "compact",
     "compact_model",

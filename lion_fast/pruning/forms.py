@@ -1,16 +1,19 @@
 """Which form of a pruned layer to run: dense, compact, block-sparse or 2:4, and why."""
 
 import json
+import os
 from collections.abc import Mapping
-from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lion_fast.errors import OptionError
 from lion_fast.layer import LionLayer
 from lion_fast.pruning.compaction import find_units
+from lion_fast.pruning.two_of_four import is_two_of_four
 from lion_kernels.launch import padded_state
 from lion_kernels.sparse import BLOCKS, find_pattern
 
@@ -27,15 +30,21 @@ class Form(NamedTuple):
     block: int | None = None
 
 
-@cache
-def measured_crossovers() -> dict[str, dict[str, Any]]:
-    """What was measured, by device name: crossovers.json of this package.
+def measured_crossovers(path: str | os.PathLike[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What was measured, by device name: a file that bench/gpu/crossovers.py wrote, or this package's own.
 
     Per device `block-sparse` is a list of {"state_dim", "block", "from_sparsity"}: from that share of dead
     blocks of W on, the block-sparse solve was faster than the dense one. `2:4` is a list of {"state_dim"}
     at which it was faster at inference. A state width is served by the widest entry that is not wider.
+    Other keys of the file are for readers.
+
+    Raises OptionError for a file of another format.
     """
-    return json.loads(files("lion_fast.pruning").joinpath("crossovers.json").read_text("utf-8"))["devices"]
+    file = files("lion_fast.pruning").joinpath("crossovers.json") if path is None else Path(path)
+    found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, dict) or found.get("format") != 1:
+        raise OptionError(f"{file} holds no crossovers of format 1; write one by bench/gpu/crossovers.py")
+    return found["devices"]
 
 
 def choose_form(
@@ -94,7 +103,7 @@ def choose_form(
             reason = f"{found:.0%} of the {block} x {block} blocks are dead; it pays from {least:.0%} on"
             return Form("block-sparse", f"{reason} ({name}, state width {entry['state_dim']})", block)
         told.append(f"{found:.0%} of the blocks of {block} are dead, it pays from {least:.0%} on")
-    if _is_two_of_four(W):
+    if is_two_of_four(W):
         if _entry(table[name].get("2:4", ()), state) is not None:
             return Form("2:4", f"every four neighbours hold two zeros, which is faster here ({name})")
         told.append("2:4 was not measured to be faster")
@@ -116,7 +125,3 @@ def _entry(entries, state: int, **wanted) -> Mapping[str, Any] | None:
         e for e in entries if e["state_dim"] <= state and all(e.get(k) == v for k, v in wanted.items())
     ]
     return max(fitting, key=lambda e: e["state_dim"], default=None)
-
-
-def _is_two_of_four(W: Tensor) -> bool:
-    return W.shape[1] % 4 == 0 and bool(((W != 0).view(-1, 4).sum(1) <= 2).all())
