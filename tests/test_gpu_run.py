@@ -174,3 +174,114 @@ def test_the_table_holds_committed_rows_only(tmp_path):
     assert "| 768 | 32 | 64 | easy | forward | peer | 5.0 | 9.0 (1.0, 3.0) | 50 | 5 | 1 |  | 4.5 |" in text
     assert "4.00 TB/s" in text and "committed" not in text and "changed" not in text
     assert table.markdown([]) == table.NOTHING
+
+
+def test_the_dry_run_measures_sparse_forms_beside_dense(dry):
+    _, rows, printed = dry
+    rows = [r for r in rows if r["kind"] == "sparse"]
+    assert "0 sparse cases left out" in printed
+    found = {(r["granularity"], r["block"]) for r in rows}
+    assert found == {
+        ("block", 16),
+        ("block", 32),
+        ("block", 64),
+        ("unit", None),
+        ("element", None),
+        ("2:4", None),
+    }
+    assert [r for r in rows if "failed" in r] == []
+    for row in rows:
+        reason = row.get("skipped")
+        if row["contender"] in ("dense fused", "dense loop", "block-sparse fused", "compacted"):
+            assert 0 < row["us_20"] <= row["us"] <= row["us_80"], row
+            assert row["error_out"] < 3e-2 and {"peak_bytes", "saved_bytes", "revision"} <= set(row)
+            assert (row["error_dx"] is None) == (row["mode"] == "forward")
+        elif row["granularity"] == "2:4" and row["mode"] == "backward":
+            assert reason == "2:4 is for inference here"
+        elif row["granularity"] == "2:4":
+            assert reason == "A: 2:4 products need a CUDA device, not cpu"
+        else:
+            assert row["contender"] in ("BSR loop", "CSR loop") and "on a CPU has no sparse product" in reason
+    modes = {(r["contender"], r["mode"]) for r in rows if "us" in r}
+    assert {
+        ("block-sparse fused", "backward"),
+        ("compacted", "backward"),
+        ("dense fused", "forward"),
+    } <= modes
+    dead = {r["granularity"]: r["dead"] for r in rows if r["block"] in (None, 16)}
+    assert dead == {"block": 0.5, "unit": 0.5, "element": 0.5, "2:4": 0.5}
+
+
+def test_sparse_cases_begin_with_the_target():
+    sparse = load("sparse")
+    found = sparse.cases()
+    first = found[0]
+    assert (first.width, first.state, first.form, first.sparsity) == (768, 768, "block 64", 0.75)
+    assert len(found) == len(set(found)) == 6 * (6 * 5 + 1)
+    assert {c.sparsity for c in found if c.state == 64} == {0, 0.25, 0.5, 0.75, 0.9, 0.95}
+
+
+def made_case(sparse, granularity, block=None, state=64, width=64, sparsity=0.5):
+    import torch
+
+    case = sparse.Case(width, state, granularity, sparsity, block)
+    shape = sparse.problems.Shape(2, width, state, "sparse", tokens=7)
+    return sparse.build(case, shape, sparse.draw_tokens(shape, torch.float32, "cpu", 1000))
+
+
+def test_masks_drop_whole_groups():
+    sparse = load("sparse")
+    for sparsity, kept in ((0.0, 16), (0.75, 4), (0.95, 1), (1.0, 1)):
+        masks = made_case(sparse, "block", 16, sparsity=sparsity).masks
+        for mask in masks.values():
+            tiles = mask.view(4, 16, 4, 16).float().mean((1, 3))
+            assert set(tiles.unique().tolist()) <= {0.0, 1.0} and tiles.sum() == kept
+    units = made_case(sparse, "unit", sparsity=0.75).masks
+    assert units["W"].sum() == 16**2 and (units["A"].any(1) == units["V"].any(0)).all()
+    assert all((m.view(-1, 4).sum(1) == 2).all() for m in made_case(sparse, "2:4").masks.values())
+    problem = made_case(sparse, "element", sparsity=0.9)
+    assert abs(problem.masks["W"].float().mean() - 0.1) < 1e-3
+    assert (problem.free[1] != 0).sum() <= problem.masks["W"].sum()
+    assert 3 < problem.steps["free"] < 50
+
+
+@pytest.mark.parametrize(
+    ("granularity", "block", "state", "width"),
+    [("block", 16, 64, 96), ("block", 32, 72, 40), ("unit", None, 40, 24), ("element", None, 48, 40)],
+)
+def test_every_sparse_contender_equals_dense_with_zeros(granularity, block, state, width):
+    run = load("run")
+    sparse = run.sparse
+    problem = made_case(sparse, granularity, block, state, width, 0.75)
+    names, expected = set(), {}
+    for contender in sparse.chosen(problem.case):
+        subject, told = run.prepare(contender, problem, "backward", "cpu")
+        if contender.name == "BSR loop" and state % block:
+            assert told == {"skipped": f"torch's BSR needs multiples of {block}, not {state} x {width}"}
+            continue
+        assert subject is not None, (contender.name, told)
+        assert told["error_out"] < 2e-3 and told["error_dx"] < 2e-3, (contender.name, told)
+        names.add(contender.name)
+        gradients = dict(zip("xAWbVc", subject.gradients(), strict=True))
+        expected = expected or gradients
+        for name, got in gradients.items():
+            target = expected[name]
+            if contender.name == "block-sparse fused" and name in "AWV":
+                target = sparse.find_pattern(problem.masks[name], block).gather(target)
+            elif contender.name == "compacted" and name in "AWbV":
+                kept = problem.masks["V"].any(0)
+                target = target[:, kept] if name == "V" else target[kept]
+                target = target[:, kept] if name == "W" else target
+            assert run.relative(got, target) < 5e-3, (contender.name, name)
+    assert len(names) >= 3
+
+
+def test_the_two_of_four_contenders_equal_dense_with_zeros(monkeypatch):
+    run = load("run")
+    sparse = run.sparse
+    monkeypatch.setattr(sparse.two_of_four, "why_not", lambda *a: None)
+    monkeypatch.setattr(sparse.two_of_four, "compress", lambda matrix: matrix)
+    problem = made_case(sparse, "2:4")
+    for contender in sparse.chosen(problem.case):
+        subject, told = run.prepare(contender, problem, "forward", "cpu")
+        assert subject is not None and told["error_out"] < 2e-3, (contender.name, told)

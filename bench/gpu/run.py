@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python3 bench/gpu/run.py --out bench/results [--minutes 24] [--sanitizer] [--ncu]
 
 Order: tests/gpu and a check of its own; when either is red, nothing is timed and the exit status is 1.
-Then the device's copy bandwidth and matrix rates, then times, the most important shapes first. Each row
+Then the device's copy bandwidth and matrix rates, then times, the most important shapes first, and in the
+last third of the minutes the sparse forms beside the dense one (bench/gpu/sparse.py). Each row
 is appended to a JSON-lines file as soon as it is known, so an interrupted run keeps what it has, and a
 second run of the same revision on the same device goes on where the first stopped. `bench/gpu/table.py`
 writes the committed rows into docs/kernels.md.
@@ -34,6 +35,7 @@ for folder in (ROOT, ROOT / "kernels", Path(__file__).parent):
 import contenders  # noqa: E402, I001
 import measure  # noqa: E402
 import problems  # noqa: E402
+import sparse  # noqa: E402
 import torch  # noqa: E402
 from lion_kernels import ops, reference  # noqa: E402
 
@@ -41,6 +43,8 @@ RESULTS = ROOT / "bench" / "results"
 # Errors of out - x and of dx, relative to their norms, that no contender in half precision may exceed.
 OUT_ERROR, DX_ERROR = 3e-2, 6e-2
 TEST_SECONDS = 420
+# The part of the minutes that is kept for the sparse stage.
+SPARSE_SHARE = 1 / 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -344,6 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--minutes", type=float, default=24, help="time limit of the whole run (default 24)")
+    parser.add_argument(
+        "--sparse-share", type=float, default=SPARSE_SHARE, help="part of the minutes kept for sparse forms"
+    )
     parser.add_argument("--seconds", type=float, default=0.12, help="per contender, mode and shape")
     parser.add_argument("--check-only", action="store_true", help="only the built-in check of results")
     parser.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer")
@@ -352,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     begin = time.monotonic()
     device, dtype = options.device, DTYPES[options.dtype]
+    if not 0 <= options.sparse_share <= 1:
+        parser.error(f"--sparse-share must be in [0, 1]; got {options.sparse_share}")
     if device == "cpu" and not (options.dry_run or options.check_only):
         parser.error("a CPU's times are no results; use --dry-run")
     if device == "cuda" and not torch.cuda.is_available():
@@ -377,9 +386,9 @@ def main(argv: list[str] | None = None) -> int:
         rows.add({"kind": "ceilings", **measure.ceilings(device, small=options.dry_run)})
         ceiling = rows.first(kind="ceilings")
     print({name: f"{ceiling[name]:.3g}" for name in ("copy", "bf16", "tf32")}, f"device {common['device']}")
-    left = 0
+    left, dense_minutes = 0, (1 - options.sparse_share) * options.minutes
     for shape, chosen, share in passes(options.dry_run):
-        if time.monotonic() - begin > share * options.minutes * 60:
+        if time.monotonic() - begin > share * dense_minutes * 60:
             left += 1
             continue
         modes = measure.MODES
@@ -388,8 +397,11 @@ def main(argv: list[str] | None = None) -> int:
             # A host's compiler takes many seconds for each.
             modes = modes[:1] if options.dry_run else modes
         measure_shape(shape, dtype, device, chosen, rows, ceiling, options.seconds, modes)
+    end = begin + 60 * options.minutes
+    cases_left = sparse.stage(dtype, device, rows, options.seconds, end, options.dry_run, prepare)
     minutes = (time.monotonic() - begin) / 60
     print(f"{len(rows.rows)} rows in {rows.path} after {minutes:.1f} min; {left} shapes left out for time")
+    print(f"{cases_left} sparse cases left out for time")
     return 0
 
 
