@@ -431,7 +431,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     "module." prefix removed. An .npz file (JAX ViT checkpoints) is read without pickles and keeps
     its own names; `load_into` translates them.
 
-    Raises WeightsError when the file is missing, truncated, or holds something else.
+    Raises WeightsError when the file is missing, truncated, or holds something else, NaN and Inf included.
 
     >>> import tempfile, torch
     >>> from lion_fast.weights import load_state
@@ -477,6 +477,13 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if not state:
         raise WeightsError(f"{path} holds no tensors")
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        more = ", ..." if len(broken) > 4 else ""
+        raise WeightsError(
+            f"{path} holds NaN or Inf in {len(broken)} tensors ({', '.join(broken[:4])}{more}); "
+            "get the file again or from another place"
+        )
     return state
 
 

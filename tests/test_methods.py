@@ -154,6 +154,20 @@ def test_options_are_listed_recorded_and_checked(method):
             make(lenght=3)
 
 
+@pytest.mark.parametrize("key", ["vit", "resnet"])
+@pytest.mark.parametrize("method", sorted(available()))
+def test_values_of_another_kind_are_refused_by_name(method, key):
+    frozen = backbone(key)
+    if frozen.family not in available()[method].families:
+        pytest.skip(f"{method} does not work on this backbone")
+    for name, default in method_options(available()[method]).items():
+        for wrong in ("zz", [3.0]):
+            if name == "seed" or (key == "vit" and name == "pixel_channels") or isinstance(default, str):
+                continue
+            with pytest.raises(OptionError, match=name):
+                create(frozen, method, num_classes=2, **{name: wrong})
+
+
 def test_create_refuses_what_it_does_not_know():
     with pytest.raises(OptionError, match="no method named 'vtp'; the methods are .*lion.*probe.*vpt"):
         create("vit_tiny_patch16_224", method="vtp", num_classes=2)

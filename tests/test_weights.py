@@ -427,6 +427,13 @@ def test_load_state_unwraps(tmp_path, key):
     assert set(weights.load_state(tmp_path / "w.pth")) == set(STATE)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_load_state_refuses_what_is_not_finite(tmp_path, bad):
+    torch.save({"good": torch.ones(3), "bad": torch.tensor([1.0, bad])}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"NaN or Inf in 1 tensors \(bad\); get the file again"):
+        weights.load_state(tmp_path / "w.pth")
+
+
 def test_load_state_names_what_it_found(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="holds a list; expected a dict of tensors"):

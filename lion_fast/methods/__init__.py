@@ -8,7 +8,7 @@ from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.errors import OptionError
 from lion_fast.methods.adapter import AdaptFormer, Houlsby
 from lion_fast.methods.apt import APT
-from lion_fast.methods.base import TunedModel, available, method_options, register
+from lion_fast.methods.base import TunedModel, available, check_kinds, method_options, register
 from lion_fast.methods.cvpt import CVPT
 from lion_fast.methods.dyt import DyT
 from lion_fast.methods.e2vpt import E2VPT
@@ -61,6 +61,7 @@ def create(
     if unknown:  # before a backbone is downloaded for nothing
         valid = ", ".join(method_options(cls))
         raise OptionError(f"method {method} has no option {', '.join(unknown)}; its options are {valid}")
+    check_kinds(cls, options)
     if num_classes is None:
         raise OptionError("create needs num_classes, the number of outputs of the head")
     with torch.random.fork_rng() if seed is not None else nullcontext():

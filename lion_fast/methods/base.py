@@ -2,7 +2,9 @@
 
 import inspect
 import os
+import typing
 from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from lion_fast import frozen
 from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.errors import AdapterError, BackboneError, OptionError
+from lion_fast.errors import AdapterError, BackboneError, OptionError, check_number
 from lion_fast.masked import count_dropped, match_masks
 
 _REGISTRY: dict[str, type["TunedModel"]] = {}
@@ -49,6 +51,23 @@ def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
                 if p.kind is p.KEYWORD_ONLY:
                     options[p.name] = p.default
     return options
+
+
+def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
+    """Raise `OptionError` on a value that is no number or no bool where the annotation asks for one."""
+    for base in cls.__mro__:
+        if not (issubclass(base, TunedModel) and "__init__" in vars(base)):
+            continue
+        for p in inspect.signature(base.__init__).parameters.values():
+            union = isinstance(p.annotation, UnionType)
+            kinds = typing.get_args(p.annotation) if union else (p.annotation,)
+            if p.kind is not p.KEYWORD_ONLY or p.name not in options:
+                continue
+            value = options[p.name]
+            if kinds == (bool,) and not isinstance(value, bool):
+                raise OptionError(f"{p.name} must be true or false; got {value!r}")
+            if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
+                check_number(p.name, value)
 
 
 class TunedModel(nn.Module):

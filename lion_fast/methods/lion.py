@@ -62,7 +62,7 @@ class LionModel(TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         backbone = self.backbone
-        ends = (ends,) if isinstance(ends, str) else tuple(ends)
+        ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
         if not ends or set(ends) - set(ENDS) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         solve = {
