@@ -339,7 +339,7 @@ def load_backbone(
     timm_kwargs: handed to timm (`depth`, `embed_dim`, `dynamic_img_size`, `global_pool`, ...).
 
     Raises `BackboneError` (unknown or unsupported model), `WeightsError` (weights that cannot be found, read
-    or fitted; offline), `OptionError` (an argument timm refuses).
+    or fitted; offline), `OptionError` (a wrong `img_size`, an argument timm refuses).
 
     >>> load_backbone("resnet10t", pretrained=False).family
     'cnn'
@@ -354,6 +354,8 @@ def load_backbone(
     for key in timm_kwargs:
         if key.startswith("pretrained") or key in ("num_classes", "checkpoint_path", "cache_dir"):
             raise OptionError(f"load_backbone has no option {key!r}; see `weights`")
+    if img_size is not None:
+        _check_img_size(img_size)
     request = {
         "name": name,
         "pretrained": bool(pretrained),
@@ -365,6 +367,14 @@ def load_backbone(
     backbone = _load(own, name, pretrained, weights, img_size, pool, timm_kwargs, request)
     frozen.apply(backbone, memory=memory, fold=fold, precision=precision)
     return backbone
+
+
+def _check_img_size(img_size: object) -> None:
+    sides = img_size if isinstance(img_size, (tuple, list)) else (img_size,) * 2
+    if len(sides) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sides):
+        raise OptionError(
+            f"img_size must be a side in pixels or (height, width), at least 1 each; got {img_size!r}"
+        )
 
 
 def _load(own, name: str, pretrained, weights, img_size, pool, timm_kwargs, request: Mapping) -> Backbone:

@@ -418,6 +418,9 @@ def test_unknown_names_and_options():
     for option in ("num_classes", "checkpoint_path", "pretrained_cfg_overlay"):
         with pytest.raises(OptionError, match=f"no option '{option}'"):
             load_backbone("resnet18", pretrained=False, **{option: 1})
+    for size in (0, -32, 32.0, "big", (32,), (32, 0), True):
+        with pytest.raises(OptionError, match="img_size must be a side in pixels or"):
+            load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=size)
 
 
 def test_image_size_of_a_cnn_is_free():

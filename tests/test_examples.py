@@ -1,6 +1,7 @@
 """The examples run as they stand; the one that downloads runs on a folder and a small backbone instead."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,21 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 def test_there_are_examples():
     assert len(EXAMPLES) >= 3
+
+
+def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As they stand, but for the weights: random ones stand in for those of timm's hub."""
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^<!-- needs photos.*?-->\n```python\n(.*?)^```", page, re.S | re.M)
+    name, epochs = '"vit_base_patch16_224"', "TrainConfig(epochs=20)"
+    assert name in code and epochs in code
+    code = code.replace(name, '"test_vit", pretrained=False').replace(epochs, "TrainConfig(epochs=1)")
+    write_images(tmp_path / "photos", each=40, size=20)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "page"})
+    accuracy, trained = capsys.readouterr().out.split()[-2:]
+    assert 0 <= float(accuracy) <= 1 and int(trained) > 0
+    assert (tmp_path / "runs/photos/adapter/adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

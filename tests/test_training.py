@@ -30,6 +30,8 @@ from lion_fast.training import (
     evaluate,
     fit,
     loop,
+    predict,
+    predict_files,
 )
 
 HELPER = Path(__file__).with_name("training_helpers.py")
@@ -362,6 +364,29 @@ def test_evaluation_refuses_labels_out_of_range_and_nothing():
         evaluate(tiny_model(), splits.val)
     with pytest.raises(DataError, match="no images"):
         evaluate(tiny_model(), Tensors(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.long)))
+
+
+def test_image_sets_without_a_transform_get_the_backbones(images):
+    model, splits = tiny_model(), load_data(images)
+    view = transforms(model.backbone)
+    assert splits.test.transform is None
+    given, own = evaluate(model, splits.test.with_transform(view)), evaluate(model, splits.test)
+    assert own.confusion == given.confusion and own.loss == given.loss
+    assert torch.equal(predict(model, splits.test), predict(model, splits.test.with_transform(view)))
+    mirrored = splits.test.with_transform(lambda image: view(image).flip(0))
+    assert evaluate(model, mirrored).loss != own.loss, "a transform that is there is kept"
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2.5}, {"num_workers": -1}])
+def test_loading_options_are_checked(wrong, images):
+    name = next(iter(wrong))
+    for call, items in (
+        (evaluate, random_splits().val),
+        (predict, torch.rand(2, 3, 32, 32)),
+        (predict_files, []),
+    ):
+        with pytest.raises(OptionError, match=f"{name} must be an integer of at least"):
+            call(tiny_model(), items, **wrong)
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_again():

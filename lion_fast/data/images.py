@@ -49,11 +49,11 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
+    except FileNotFoundError as error:
+        raise DataError(f"the image {path} does not exist") from error
     except _PIL_ERRORS as error:
-        raise DataError(
-            f"the image {path} cannot be decoded ({error or type(error).__name__}); replace or remove it, "
-            'or load with check="decode", which finds and skips every such file at the start'
-        ) from error
+        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+        raise DataError(f"the image {path} cannot be decoded ({reason}); replace or remove it") from error
 
 
 def problem_of(path: str | Path, check: str) -> str | None:
@@ -85,7 +85,12 @@ class FileImages:
         return len(self.paths)
 
     def open(self, i: int) -> Image.Image:
-        return read_image(self.paths[i])
+        try:
+            return read_image(self.paths[i])
+        except DataError as error:
+            raise DataError(
+                f'{error}, or load with check="decode", which finds and skips every such file at the start'
+            ) from error
 
 
 class ArrayImages:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lion_fast.errors import DataError
+from lion_fast.errors import DataError, OptionError
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,7 +112,8 @@ def evaluate(
 
     Args:
         model: Maps images (B, 3, H, W) to logits (B, classes); it runs on the device it is on.
-        dataset: Items (image tensor, integer label), as `ImageSet.with_transform` gives them.
+        dataset: Items (image tensor, integer label). An `ImageSet` without a transform gets that of the
+            model's backbone.
         batch_size: Images per forward pass.
         num_classes: Number of logits; None: `model.num_classes`.
         num_workers: Processes that read images.
@@ -123,6 +124,7 @@ def evaluate(
 
     Raises:
         DataError: No images, or a label outside [0, num_classes).
+        OptionError: `batch_size` or `num_workers` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
@@ -130,6 +132,8 @@ def evaluate(
         >>> evaluate(model, images, num_classes=2).n
         5
     """
+    _check_loading(batch_size, num_workers)
+    dataset = _with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
     n = len(dataset)
     if n == 0:
@@ -160,6 +164,21 @@ def evaluate(
     return Metrics.from_confusion(matrix, total, time.perf_counter() - started)
 
 
+def _check_loading(batch_size: int, num_workers: int) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}")
+
+
+def _with_transform(model: nn.Module, dataset: Dataset) -> Dataset:
+    """`dataset`; an image set that would give PIL images gives what the model's backbone takes."""
+    if not hasattr(dataset, "with_transform") or dataset.transform is not None:
+        return dataset
+    from lion_fast.data import transforms
+
+    return dataset.with_transform(transforms(model.backbone))
+
+
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
     """Raise `DataError` naming a label outside [0, num_classes)."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
@@ -183,7 +202,8 @@ def predict(
 
     Args:
         model: Maps images (B, 3, H, W) to logits (B, classes).
-        dataset: Items are image tensors, or tuples that begin with one.
+        dataset: Items are image tensors, or tuples that begin with one. An `ImageSet` without a transform
+            gets that of the model's backbone.
         batch_size: Images per forward pass.
         num_workers: Processes that read images.
         mixed_precision: "no", "bf16" or "fp16".
@@ -194,8 +214,9 @@ def predict(
         >>> predict(model, torch.rand(5, 3, 2, 2)).shape
         torch.Size([5, 2])
     """
+    _check_loading(batch_size, num_workers)
     device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers)
+    loader = DataLoader(_with_transform(model, dataset), batch_size, num_workers=num_workers)
     out = []
     with evaluating(model), autocast(device, mixed_precision):
         for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
@@ -248,6 +269,7 @@ def predict_files(
     """
     from lion_fast.data import transforms
 
+    _check_loading(batch_size, num_workers)
     device = next(model.parameters()).device
     files = _Files(paths, transforms(model.backbone))
     loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
