@@ -123,7 +123,7 @@ def plot(rows: Iterable[dict], path: Path, mode: str = "forward", dtype: str = "
     figure = Figure(figsize=(4.6 * columns, 3.6 * lines + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     names = sorted({name for panel in panels.values() for name in panel})
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, ((device, state, width), forms) in zip(grid, sorted(panels.items()), strict=False):
         for name, points in sorted(forms.items()):
             points = sorted(points, key=lambda p: p["dead"])
@@ -137,7 +137,10 @@ def plot(rows: Iterable[dict], path: Path, mode: str = "forward", dtype: str = "
                 label=name,
             )
         axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-        axes.set(title=f"R = {state}, D = {width}\n{device}", xlabel="zeros of W (%)", yscale="log")
+        axes.set(title=f"R = {state}, D = {width}\n{device}", xlabel="zeros of W (%)")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(-3, 100)
         axes.set_ylabel("dense time / time")
     for axes in grid[len(panels) :]:
         axes.remove()
