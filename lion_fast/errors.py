@@ -3,6 +3,9 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+_Call = TypeVar("_Call", bound=Callable)
 
 
 class LionError(Exception):
@@ -54,7 +57,7 @@ def check_number(name: str, value: object) -> None:
         raise OptionError(f"{name} must be a number; got {value!r}")
 
 
-def names_options(call: Callable) -> Callable:
+def names_options(call: _Call) -> _Call:
     """Decorate a call: an unknown keyword raises `UnknownOptionError`, which lists the valid ones."""
     parameters = inspect.signature(call).parameters.values()
     valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]

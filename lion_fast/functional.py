@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lion_fast.errors import check_choice
+from lion_fast.errors import check_choice, names_options
 from lion_fast.solvers import (
     EXACT_FACTOR,
     PHANTOM_DAMPING,
@@ -75,6 +75,7 @@ def _check_shapes(A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> None
             )
 
 
+@names_options
 def equilibrium(
     x: Tensor,
     A: Tensor,

@@ -697,6 +697,10 @@ def test_unknown_options_raise():
             cls(D, R, gama=0.5)
     with pytest.raises(TypeError, match="iterations"):
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
+    layer = LionLayer(D, R)
+    arguments = (torch.randn(2, D), layer.A, layer.W, layer.b, layer.V, layer.c)
+    with pytest.raises(TypeError, match="no option terms; the options are activation, .*neumann_terms"):
+        lion_fast.functional.equilibrium(*arguments, terms=3)
 
 
 def test_bad_input():

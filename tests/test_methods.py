@@ -1,8 +1,10 @@
 """The methods behind one interface: what they compute, what they train, what they leave alone."""
 
+import copy
 import gc
 import inspect
 import math
+import pickle
 import weakref
 
 import pytest
@@ -372,6 +374,20 @@ def test_lion_count_on_a_cnn():
     model = create(backbone("resnet"), num_classes=2, state_dim=16, pixel_channels=8)
     assert sum(p.numel() for p in model.input_end.parameters()) == 9 * 64 + 31 * 8 + 3
     assert model.num_trainable() == 827 + 2 * 16 * 32 + 16 * 16 + 16 + 32
+
+
+@pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
+def test_copies_of_a_model_survive(key):
+    """On a CNN the input end is the pixel end with its bounded convolution."""
+    model = create(backbone(key), "lion", num_classes=3, seed=0, state_dim=4).eval()
+    x = torch.randn(2, 3, *(model.backbone.img_size,) * 2)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+        other(x).square().sum().backward()
+        assert all(p.grad is not None for p in other.trainable_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.allclose(copy.deepcopy(model).to(torch.float64)(x.double()).float(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("key", ["vit", "resnet"])

@@ -131,6 +131,20 @@ def test_empty_batch(solver):
     assert z.shape == (0, N) and info.reason == "converged" and info.summary()["iterations"] == 0
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_stop_does_not_depend_on_the_size_of_a_state(solver):
+    """An absolute norm would grow with the root of the width, and stop later."""
+    z0 = torch.zeros(3, 4, dtype=torch.float64)
+
+    def f(z):
+        return torch.tanh(0.9 * z + 0.5)
+
+    _, narrow = SOLVERS[solver](f, z0, max_iter=200, tol=1e-6)
+    _, wide = SOLVERS[solver](f, z0.repeat(1, 1000), max_iter=200, tol=1e-6)
+    assert narrow.reason == "converged" and torch.equal(narrow.iterations, wide.iterations)
+    assert (narrow.residual / wide.residual - 1).abs().max() < 1e-6
+
+
 class Cell(nn.Module):
     """A small convolutional f(z, x) that contracts."""
 
