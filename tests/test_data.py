@@ -294,14 +294,18 @@ def test_unreadable_images_are_skipped_counted_and_named(three):
 def test_image_cut_off_in_its_middle(three):
     path = write_noise(three / "cat" / "cut.jpg", 1, (200, 200))
     path.write_bytes(path.read_bytes()[:5000])
-    images = load_images(three)
-    assert len(images) == 36, "the header of a truncated JPEG is intact"
+    more = write_noise(three / "cat" / "trailing.jpg", 2, (200, 200))
+    more.write_bytes(more.read_bytes() + bytes(5000))  # as cameras do: whole, with something behind it
+    for check in ("header", "decode"):
+        splits = load_data(three, check=check)
+        assert [s["file"] for s in splits.description["skipped"]["files"]] == ["cat/cut.jpg"]
+        with pytest.raises(DataError, match="strict"):
+            load_data(three, check=check, strict=True)
+    images = load_images(three, check="none")
+    assert len(images) == 37
+    images[images.names.index("cat/trailing.jpg")]
     with pytest.raises(DataError, match=r"cat/cut\.jpg cannot be decoded.*check=\"decode\""):
         images[images.names.index("cat/cut.jpg")]
-    splits = load_data(three, check="decode")
-    assert [s["file"] for s in splits.description["skipped"]["files"]] == ["cat/cut.jpg"]
-    with pytest.raises(DataError, match="strict"):
-        load_data(three, check="decode", strict=True)
 
 
 def test_class_whose_images_are_all_unreadable(three):

@@ -94,6 +94,13 @@ def test_without_network_and_cache_it_says_what_to_do(tmp_path, monkeypatch, cap
     assert error.startswith("lion-fast demo: error: ") and "LION_FAST_OFFLINE" in error
 
 
+def test_an_unwritable_output_is_told_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_data", lambda *a, **k: pytest.fail("fetched"))
+    (tmp_path / "file").write_text("in the way")
+    assert main(["demo", "--out", str(tmp_path / "file/run")]) == 1
+    assert "cannot write to the output folder" in capsys.readouterr().err
+
+
 def test_wilson_is_the_root_of_its_definition():
     """The ends of the interval are the shares p with |seen - p| = 1.96 sqrt(p (1 - p) / n)."""
     for share, n in ((0.8, 50), (0.5, 1000), (0.02, 200)):

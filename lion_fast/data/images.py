@@ -1,5 +1,6 @@
 """Image sets: where pixels come from, and the torch Dataset over them."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,24 @@ def read_image(path: str | Path) -> Image.Image:
         raise DataError(f"the image {path} cannot be decoded ({reason}); replace or remove it") from error
 
 
+def _ends_as_jpeg(path: str | Path) -> bool:
+    """Whether the end-of-image mark is among the last bytes; a file cut off in its middle has none there."""
+    with open(path, "rb") as file:
+        file.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+        return b"\xff\xd9" in file.read()
+
+
 def problem_of(path: str | Path, check: str) -> str | None:
     """Why a file is not a usable image, or None.
 
-    check: "header" opens it and runs PIL's `verify` (structure and, for PNG, checksums, no
-    decoding: a JPEG cut off in its middle passes); "decode" decodes it; "none" looks at nothing.
+    check: "header" opens it and runs PIL's `verify` (structure and, for PNG, checksums), and decodes a
+    JPEG that does not end as one; "decode" decodes every file; "none" looks at nothing.
     """
     if check == "none":
         return None
     try:
         with Image.open(path) as image:
-            if check == "decode":
+            if check == "decode" or (image.format in ("JPEG", "MPO") and not _ends_as_jpeg(path)):
                 to_rgb(image)
             else:
                 image.verify()

@@ -64,7 +64,8 @@ def load_data(
     training images, class k of K with n_max * imbalance^(-k / (K - 1)). Neither touches val or test.
     seed: of every draw. The same seed gives the same items whatever the machine.
     classes: names in the order wanted, for sources of your own; default: sorted as found.
-    check: "header" looks at the structure of every file, "decode" decodes all of them, "none" trusts them.
+    check: "header" looks at the structure of every file and the end of a JPEG, "decode" decodes all of
+    them, "none" trusts them.
     Files that fail are left out and listed in `description["skipped"]`; strict: raise instead.
     cache: folder for downloads; default `lion_fast.weights.cache_dir()`.
 
