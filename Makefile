@@ -37,7 +37,8 @@ aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without 
 	$(RUN) bench/aot.py
 
 gpu:  ## check, then measure kernels and methods on this machine's GPU, with its own python3; 25 minutes
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results --minutes 15
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results --minutes 14
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu tests/test_bench.py tests/test_frozen.py
 	PYTHONPATH=.:kernels $(PYTHON) -m lion_fast bench --full --minutes 9 --out bench/results/methods-gpu
 
 clean:  ## remove what the targets made, downloads excepted

@@ -11,7 +11,7 @@ import torch
 
 from lion_fast import create, fp8, frozen, load_backbone
 from lion_fast.backbones import prefix_block, prefix_kv
-from lion_fast.bench.measure import distance, move_off_start
+from lion_fast.bench.measure import distance, forms_of, move_off_start
 from lion_fast.methods import available
 
 B, NAME, SIZE, DEPTH = 4, "vit_small_patch16_224", 224, 1
@@ -100,11 +100,12 @@ def test_block_with_prompts(benchmark, plain, rows, form, length):
         run(benchmark, exact if form == "exact" else naive, f"block with {length} prompts, forward")
 
 
-@pytest.mark.parametrize("method", list(available()))
+@pytest.mark.parametrize("method, form", [(m, f) for m in available() for f in forms_of(m) if f != "merged"])
 @pytest.mark.parametrize("mode", ["forward", "step"])
-def test_one_block_of_every_method(benchmark, plain, method, mode):
-    """The whole model on a backbone of one block: what a method adds stands out."""
-    model = create(plain, method, num_classes=10, seed=0).to(DEVICE)
+def test_one_block_of_every_method(benchmark, plain, method, form, mode):
+    """The whole model on a backbone of one block: what a method adds stands out, in each of its forms."""
+    options = {"form": form} if form else {}
+    model = create(plain, method, num_classes=10, seed=0, **options).to(DEVICE)
     move_off_start(model)
     torch.manual_seed(3)
     images = torch.randn(B, 3, SIZE, SIZE, device=DEVICE)

@@ -237,6 +237,7 @@ def load_adapter(
     device: torch.device | str | None = None,
     *,
     num_classes: int | None = None,
+    weights: str | os.PathLike | None = None,
 ) -> TunedModel:
     """The model an adapter was saved from, in evaluation mode.
 
@@ -246,6 +247,7 @@ def load_adapter(
         so in the model's `backbone_differs`.
     device: where the model goes.
     num_classes: refuse an adapter with another number of classes.
+    weights: file with the backbone's weights, where it is not (or no longer) where the adapter says.
 
     A backbone that takes images of another size or normalisation is refused on the same terms.
 
@@ -261,7 +263,7 @@ def load_adapter(
         )
     saved = description["backbone"]
     if backbone is None:
-        backbone = _rebuild(directory, saved)
+        backbone = _rebuild(directory, saved, weights)
     differs = backbone.weights_sha256 != saved["sha256"]
     if differs and not allow_other_backbone:
         raise AdapterError(
@@ -305,9 +307,10 @@ def _check_images(directory: Path, description: dict, backbone: Backbone) -> Non
             )
 
 
-def _rebuild(directory: Path, saved: dict) -> Backbone:
+def _rebuild(directory: Path, saved: dict, file: str | os.PathLike | None) -> Backbone:
     instead = (
-        f"give backbone=load_backbone({saved['name']!r}, ...) with the weights the adapter was trained on"
+        f"give the file of the weights it was trained on (weights=FILE, --weights FILE), or "
+        f"backbone=load_backbone({saved['name']!r}, ...) with them"
     )
     request = saved.get("request")
     if not isinstance(request, dict):
@@ -315,9 +318,10 @@ def _rebuild(directory: Path, saved: dict) -> Backbone:
             f"{directory} was trained on a backbone that was not built by load_backbone "
             f"({saved['name']}, {saved.get('weights_source')}); {instead}"
         )
-    if not request.get("pretrained") and request.get("weights") is None:
+    if file is None and not request.get("pretrained") and request.get("weights") is None:
         raise AdapterError(f"{directory} was trained on a backbone with random weights; {instead}")
-    kwargs, weights = request.get("timm_kwargs") or {}, request.get("weights")
+    kwargs = request.get("timm_kwargs") or {}
+    weights = request.get("weights") if file is None else os.fspath(file)
     # a description that came from elsewhere names a model and a local file at most, no address
     if not isinstance(request.get("name"), str) or ":" in request["name"] or not isinstance(kwargs, dict):
         raise AdapterError(

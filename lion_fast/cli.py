@@ -232,6 +232,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--progress", action=argparse.BooleanOptionalAction, help="progress bars [on a terminal]"
     )
 
+    for command in (evaluate, predict, prune, info):
+        command.add_argument(
+            "--weights", metavar="FILE", help="the backbone's weights, where they are not where they were"
+        )
+
     from lion_fast.bench import command as bench_command
 
     bench = add("bench", run_bench, "measure what methods cost: time, memory, products, parameters")
@@ -344,7 +349,6 @@ def _key_value(text: str, flag: str) -> tuple[str, object]:
 
 def run_finetune(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
-    import torch
     import yaml
 
     import lion_fast
@@ -359,14 +363,7 @@ def run_finetune(args: argparse.Namespace) -> dict:
     prepare_output(out, resume=resume, overwrite=overwrite)
     split_options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None}
     splits = load_data(settings["data"], seed=_data_seed(settings), **split_options)
-    backbone_options = {
-        k: settings[k] for k in ("weights", "pretrained", "img_size") if settings.get(k) is not None
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # decides the weights of a backbone without pretrained ones
-        backbone = lion_fast.load_backbone(
-            settings["backbone"], **backbone_options, **settings["backbone_options"]
-        )
+    backbone = _load_backbone(settings, config.seed)
     model = lion_fast.create(
         backbone, settings["method"], num_classes=len(splits.classes), seed=config.seed, **settings["options"]
     )
@@ -464,6 +461,20 @@ def _parameter_counts(model) -> dict[str, int]:
 # -- evaluate, predict, info, demo
 
 
+def _load_backbone(settings: dict, seed: int):
+    """The backbone of a run's settings; the seed decides its weights where it has no pretrained ones."""
+    import torch
+
+    import lion_fast
+
+    options = {k: settings[k] for k in ("weights", "pretrained", "img_size") if settings.get(k) is not None}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return lion_fast.load_backbone(
+            settings["backbone"], **options, **settings.get("backbone_options") or {}
+        )
+
+
 def _load(args: argparse.Namespace):
     """The model of an adapter folder or a training output folder, and the settings it was trained with."""
     import torch
@@ -480,7 +491,10 @@ def _load(args: argparse.Namespace):
         raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     config = folder.parent / "config.yaml"
     settings = _read_yaml(config) if config.is_file() else {}
-    return lion_fast.load_adapter(folder, device=device), settings, folder
+    weights, backbone = getattr(args, "weights", None), None
+    if weights is None and settings.get("pretrained") is False and settings.get("weights") is None:
+        backbone = _load_backbone(settings, settings.get("seed", 0))  # random: its seed makes it again
+    return lion_fast.load_adapter(folder, backbone, device=device, weights=weights), settings, folder
 
 
 def run_evaluate(args: argparse.Namespace) -> dict:
@@ -539,8 +553,10 @@ def _find_images(given: Sequence[str]) -> list[Path]:
             if not inside:
                 raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
             found += inside
-        else:
+        elif path.exists():
             found.append(path)
+        else:
+            raise DataError(f"there is no file or folder {path}")
     return found
 
 
@@ -577,7 +593,7 @@ def run_predict(args: argparse.Namespace) -> dict | None:
     if failed:
         _say(f"{len(failed)} of {len(paths)} images could not be read and were skipped:")
         for path, reason in failed:
-            _say(f"  {path}: {reason}")
+            _say(f"  {reason}" if str(path) in reason else f"  {path}: {reason}")
     if paths and not read:
         raise DataError("none of the images could be read")
     return {

@@ -223,10 +223,12 @@ def test_the_backbone_is_built_again_from_its_file(key, tmp_path):
     with pytest.raises(AdapterError, match="Give the backbone it was trained on"):
         load_adapter(tmp_path / "adapter")
     (tmp_path / "w.safetensors").unlink()
-    with pytest.raises(
-        AdapterError, match="weights file .*w.safetensors' is not here; give backbone=load_backbone"
-    ):
+    with pytest.raises(AdapterError, match="w.safetensors' is not here; give the file .*weights=FILE"):
         load_adapter(tmp_path / "adapter")
+    # the file has moved
+    safetensors.torch.save_file(model.backbone.model.state_dict(), tmp_path / "moved.safetensors")
+    moved = load_adapter(tmp_path / "adapter", weights=tmp_path / "moved.safetensors")
+    assert torch.equal(moved(x), model(x))
 
 
 def test_a_backbone_that_cannot_be_had(tmp_path, monkeypatch):
@@ -234,7 +236,7 @@ def test_a_backbone_that_cannot_be_had(tmp_path, monkeypatch):
 
     model = trained("probe")
     save_adapter(model, tmp_path)
-    with pytest.raises(AdapterError, match="random weights; give backbone=load_backbone"):
+    with pytest.raises(AdapterError, match="random weights; give the file .*backbone=load_backbone"):
         load_adapter(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

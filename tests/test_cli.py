@@ -329,3 +329,20 @@ def test_info_of_the_installation_and_the_methods(capsys):
 def test_no_command_prints_the_help(capsys):
     assert main([]) == 2
     assert "finetune" in capsys.readouterr().out
+
+
+def test_a_backbone_of_random_weights_is_made_again_from_its_seed(images, tmp_path, capsys):
+    flags = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--seed", "3"]
+    for key, value in TINY.items():
+        flags += ["--backbone-set", f"{key}={value}"]
+    assert main(["finetune", str(images), "--out", str(tmp_path / "a"), *flags, *TRAIN]) == 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "a"), "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["accuracy"] == results["test"]["accuracy"]
+
+
+def test_a_misspelt_image_is_named(trained, capsys):
+    assert main(["predict", str(trained), "holidya.png"]) == 1
+    assert "there is no file or folder holidya.png" in capsys.readouterr().err

@@ -756,3 +756,17 @@ def test_two_processes_give_the_adapter_of_one(images, tmp_path, method):
         assert ours["val_accuracy"] == theirs["val_accuracy"]
         assert float(ours["val_loss"]) == pytest.approx(float(theirs["val_loss"]), rel=1e-3)
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-3)
+
+
+def test_class_names_of_the_data_reach_the_model(tmp_path):
+    splits = random_splits()
+    splits.classes = ["ant", "bee", "cat"]
+    model = tiny_model("probe")
+    fit(model, splits, TrainConfig(**QUICK), tmp_path / "a")
+    assert model.classes == ["ant", "bee", "cat"]
+    other = tiny_model("probe")
+    other.classes = ["x", "y", "z"]
+    with pytest.raises(DataError, match="the model's classes are x, y, z, the data's ant, bee, cat"):
+        fit(other, splits, TrainConfig(**QUICK), tmp_path / "b")
+    with pytest.raises(DataError, match="3 classes and the model 5 outputs; .*num_classes=3"):
+        fit(tiny_model("probe", num_classes=5), splits, TrainConfig(**QUICK), tmp_path / "c")

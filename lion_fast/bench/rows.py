@@ -105,7 +105,10 @@ def _cpu_name() -> str:
 
 
 def git_revision() -> dict[str, Any]:
-    """The revision of the running sources and whether they differ from it; None outside a checkout."""
+    """The revision of the running sources and whether they differ from it.
+
+    Outside a checkout LION_FAST_REVISION names it; else None.
+    """
     folder = Path(lion_fast.__file__).resolve().parent
 
     def git(*args: str) -> str | None:
@@ -118,7 +121,9 @@ def git_revision() -> dict[str, Any]:
         return done.stdout.strip()
 
     if not (folder.parent / ".git").exists():  # installed, perhaps inside somebody else's checkout
-        return {"git": None, "git_code": None, "git_changed": None}
+        # a copy of a checkout without its history may say where it came from
+        named = os.environ.get("LION_FAST_REVISION")
+        return {"git": named, "git_code": named, "git_changed": None}
     code = ("--", "lion_fast", "kernels")
     changed = git("status", "--porcelain", "--untracked-files=no", *code)
     return {

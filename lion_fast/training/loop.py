@@ -130,6 +130,7 @@ def fit(
     """
     config = config or TrainConfig()
     _check_splits(splits, model.num_classes, config)
+    _name_classes(model, splits)
     which = "latest" if resume is True else (resume or None)
     prepare_output(out_dir, resume=resume, overwrite=overwrite)
     with private_generators(), _Interruption() as interruption, _deterministic(config.deterministic):
@@ -151,8 +152,8 @@ def prepare_output(
         checkpoints.find_checkpoint(folder, "latest" if resume is True else resume)
     elif found and not overwrite:
         raise CheckpointError(
-            f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it, overwrite it, "
-            "or choose another output folder"
+            f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it (--resume), "
+            "overwrite it (--overwrite), or choose another output folder"
         )
     checkpoints.check_room(Path(out_dir), 0)
 
@@ -751,6 +752,24 @@ def _check_splits(splits, num_classes: int, config: TrainConfig) -> None:
                 )
     if config.early_stop and not splits.val:
         raise OptionError("early_stop needs validation images; this split has none (val=0)")
+
+
+def _name_classes(model, splits) -> None:
+    """The model takes the data's class names, or must have the same already."""
+    names = getattr(splits, "classes", None)
+    if names is None:
+        return
+    if len(names) != model.num_classes:
+        raise DataError(
+            f"the data has {len(names)} classes and the model {model.num_classes} outputs; "
+            f"create the model with num_classes={len(names)}"
+        )
+    if model.classes is not None and list(model.classes) != list(names):
+        raise DataError(
+            f"the model's classes are {', '.join(model.classes[:6])}, the data's {', '.join(names[:6])}; "
+            "make a new model, or set model.classes where they mean the same"
+        )
+    model.classes = list(names)
 
 
 def _data_digest(splits) -> dict:
