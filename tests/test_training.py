@@ -770,3 +770,11 @@ def test_class_names_of_the_data_reach_the_model(tmp_path):
         fit(other, splits, TrainConfig(**QUICK), tmp_path / "b")
     with pytest.raises(DataError, match="3 classes and the model 5 outputs; .*num_classes=3"):
         fit(tiny_model("probe", num_classes=5), splits, TrainConfig(**QUICK), tmp_path / "c")
+
+
+@pytest.mark.parametrize("progress, lines", [(None, 2), (False, 0)])
+def test_without_a_terminal_every_epoch_has_a_line(tmp_path, capsys, progress, lines):
+    config = TrainConfig(**{**QUICK, "epochs": 2})
+    fit(tiny_model("probe"), random_splits(), config, tmp_path, progress=progress)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert len(told) == lines and all("of 2: loss" in line and "val accuracy" in line for line in told)

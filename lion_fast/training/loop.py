@@ -114,7 +114,7 @@ def fit(
         out_dir: Where everything is written.
         resume: True or "latest", "previous", or the name of a checkpoint. False: a new run.
         overwrite: Allow a new run to delete the checkpoints of an earlier one in `out_dir`.
-        progress: Show a progress bar on stderr; None: where stderr is a terminal.
+        progress: Show a progress bar on stderr; None: where stderr is a terminal, else a line an epoch.
 
     Raises:
         CheckpointError: The output cannot be written, a checkpoint is damaged or of another run, or
@@ -191,6 +191,7 @@ class _Run:
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.progress = self.main and (sys.stderr.isatty() if progress is None else progress)
+        self.lines = self.main and progress is None and not self.progress
         self.plan = Plan(
             n=len(splits.train),
             batch_size=config.batch_size,
@@ -394,6 +395,10 @@ class _Run:
         self.sums = _Sums.zeros(self.device)
         if self.val_items is not None and self._best() == len(at.history) - 1:
             self.best = _clone(self.model.adapter_state_dict())
+        if self.lines:
+            told = f", val accuracy {row['val_accuracy']:.4f}" if "val_accuracy" in row else ""
+            line = f"epoch {epoch} of {self.config.epochs}: loss {row['train_loss']:.4f}{told}"
+            print(f"{line} ({row['seconds']:.1f} s)", file=sys.stderr, flush=True)
         if self.main:
             checkpoints.write_atomically(self.out_dir / "metrics.csv", _to_csv(at.history).encode())
             self._tensorboard(
