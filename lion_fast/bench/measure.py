@@ -31,6 +31,7 @@ LEARNING_RATE = 1e-6
 FORMS_AGREE = 1e-4
 # ... and between the compiled and the eager model, by dtype
 COMPILED_AGREES = {"fp32": 1e-4, "bf16": 5e-2, "fp8": 1e-1}
+COMPILED_GRADIENTS_AGREE = {"fp32": 1e-3, "bf16": 1e-1, "fp8": 2e-1}
 # Timed at once in a round, at least; on a GPU a step may take a millisecond
 ROUND_SECONDS = {"cpu": 0.0, "cuda": 0.1}
 # Contenders between two runs of the floor
@@ -321,7 +322,20 @@ class _Step:
             apart = distance(net().float(), eager().float())
         if not apart <= COMPILED_AGREES[self.setting.dtype]:
             raise Wrong(f"{self.contender.label()}: compiled and eager outputs differ by {apart:.1e}")
-        return f"compiled = eager to {apart:.1e}"
+        told = f"compiled = eager to {apart:.1e}"
+        if not self.train or self.contender == FLOOR:
+            return told
+        apart = distance(self._gradients(self.net), self._gradients(model))
+        if not apart <= COMPILED_GRADIENTS_AGREE[self.setting.dtype]:
+            raise Wrong(f"{self.contender.label()}: compiled and eager gradients differ by {apart:.1e}")
+        return f"{told}, gradients to {apart:.1e}"
+
+    def _gradients(self, net: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of the cross-entropy by everything that is trained, in one vector."""
+        with self.autocast():
+            loss = F.cross_entropy(net(self.images).float(), self.labels)
+        found = torch.autograd.grad(loss, list(self.model.trainable_parameters()), allow_unused=True)
+        return torch.cat([g.float().flatten() for g in found if g is not None])
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -83,7 +83,7 @@ def full() -> Plan:
 
     def add(backbone: str, mode: str, batch: int, lengths=(10,), methods=None, **setting) -> None:
         found = contenders(backbone, mode, lengths=lengths, methods=methods)
-        if setting.get("engine", "eager") != "eager" or methods is not None:
+        if methods is not None:
             found = [c for c in found if dict(c.options).get("depth") is None]
         one = Setting(backbone, mode, batch, **{"dtype": "bf16", **setting})
         size = len(found) if one.engine == "eager" else AT_ONCE
@@ -97,19 +97,25 @@ def full() -> Plan:
         add(VIT_B, mode, 64, methods=_present("lion", "vpt"), engine="compile", dtype="fp8")
         add(VIT_B, mode, 64, engine="compile")
     for batch in (1, 16, 256):
-        add(VIT_B, "infer", batch, methods=rivals)
+        for mode in MODES:
+            add(VIT_B, mode, batch, methods=rivals)
     for mode in MODES:
         add(VIT_B, mode, 64, engine="graphs")
         add(VIT_B, mode, 64, methods=rivals, dtype="fp32")
     for backbone in (VIT_L, "vit_small_patch16_224", "vit_tiny_patch16_224"):
         for mode in MODES:
-            add(backbone, mode, 64, LENGTHS if "tiny" in backbone else (10,))
+            add(backbone, mode, 64, LENGTHS)
     for mode in MODES:
         add(VIT_L, mode, 64, methods=_present("lion", "vpt"), engine="compile")
         add(VIT_L, mode, 64, methods=_present("lion", "vpt"), engine="compile", dtype="fp8")
-    for backbone in ("swin_base_patch4_window7_224", "resnet50"):
+    others = ("swin_base_patch4_window7_224", "resnet50")
+    for backbone in others:
         for mode in MODES:
             add(backbone, mode, 64)
+    for backbone in (*others, VIT_L, "vit_small_patch16_224", "vit_tiny_patch16_224"):
+        for engine in ("graphs", "compile"):
+            for mode in MODES:
+                add(backbone, mode, 64, engine=engine)
     return plan
 
 
