@@ -202,7 +202,15 @@ def heads(
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
         k = torch.cat([k_prefix.to(k.dtype).expand(batch, -1, -1, -1), k], 2)
         v = torch.cat([v_prefix.to(v.dtype).expand(batch, -1, -1, -1), v], 2)
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+    return attend(attn, x, q, k, v)
+
+
+def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q (B, h, N, d) on k and v, up to the output projection: rows (B, N, h d).
+
+    x (B, N, D): the rows that q was made of, which the gate of a gated attention reads.
+    """
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out = getattr(attn, "norm", nn.Identity())(out)  # not in older timm
     gate = getattr(attn, "gate", None)
     return out if gate is None else out * gate(x).sigmoid()

@@ -7,10 +7,10 @@ branches; no module of the backbone is changed for it.
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from lion_fast import frozen
 from lion_fast.backbones import Backbone, takes_prefix
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.frozen import mlp_branch
@@ -73,14 +73,8 @@ def heads(attn: nn.Module, rows: Tensor) -> Tensor:
 
 
 def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q (B, h, N, d) on k and v, then the frozen output projection: rows (B, N, D).
-
-    x (B, N, D): the rows that q was made of, which the gate of a gated attention reads.
-    """
-    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out = getattr(attn, "norm", nn.Identity())(out)  # not in older timm
-    gate = getattr(attn, "gate", None)
-    return attn.proj(out if gate is None else out * gate(x).sigmoid())
+    """`frozen.attend`, then the frozen output projection: rows (B, N, D)."""
+    return attn.proj(frozen.attend(attn, x, q, k, v))
 
 
 def self_attention(attn: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
