@@ -83,6 +83,7 @@ def describe_images(backbone: Backbone) -> dict[str, Any]:
         "std": list(backbone.std),
         "interpolation": backbone.interpolation,
         "crop_pct": backbone.crop_pct,
+        "resize": backbone.resize,
     }
 
 
@@ -295,7 +296,8 @@ def load_adapter(
 def _check_images(directory: Path, description: dict, backbone: Backbone) -> None:
     """Same weights fed with other images are another backbone too."""
     here = describe_images(backbone)
-    saved = description["normalisation"] | {"img_size": description["backbone"].get("img_size")}
+    saved = {"resize": "crop"} | description["normalisation"]  # "crop": before there was a choice
+    saved |= {"img_size": description["backbone"].get("img_size")}
     for key, value in here.items():
         same = saved.get(key) == value
         if isinstance(value, list) and isinstance(saved.get(key), list) and len(value) == len(saved[key]):
@@ -335,6 +337,7 @@ def _rebuild(directory: Path, saved: dict, file: str | os.PathLike | None) -> Ba
         weights=weights,
         img_size=_tuples(request.get("img_size")),
         pool=request.get("pool"),
+        resize=request.get("resize", "crop"),
         **{key: _tuples(value) for key, value in kwargs.items()},
     )
 

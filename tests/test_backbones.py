@@ -429,3 +429,47 @@ def test_image_size_of_a_cnn_is_free():
     assert load_backbone("mobilenetv3_small_050", pretrained=False).img_size == 224
     wide = load_backbone("vit_tiny_patch16_224", pretrained=False, **VIT | {"img_size": (32, 64)})
     assert wide.img_size == (32, 64)
+
+
+_EDGE = {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs", "nearest"),
+    [
+        ("vit_tiny_patch16_224", 40, {}, "32 or 48"),
+        ("vit_tiny_patch16_224", 9, {}, "16"),
+        ("vit_tiny_patch16_224", (32, 70), {}, r"\(32, 64\) or \(32, 80\)"),
+        ("vit_tiny_patch16_224", 40, {"dynamic_img_size": True}, "32 or 48"),
+        ("vit_tiny_patch16_224", 40, {"dynamic_img_pad": True}, "32 or 48"),
+        ("swin_tiny_patch4_window7_224", 58, {}, "56 or 60"),
+    ],
+)
+def test_a_size_that_would_drop_pixels_is_refused(name, size, kwargs, nearest):
+    small = {"depth": 1} if "vit" in name else {k: v for k, v in _EDGE.items() if k != "img_size"}
+    with pytest.raises(OptionError, match=rf"img_size .* no multiple of the .*valid sizes: {nearest}(;|$)"):
+        load_backbone(name, pretrained=False, img_size=size, **small, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", 40, {"depth": 1, "dynamic_img_size": True, "dynamic_img_pad": True}),
+        ("swin_tiny_patch4_window7_224", 60, _EDGE),  # 15 rows: windows of 7 and merging by 2 both pad
+        ("swinv2_tiny_window8_256", 60, _EDGE),
+        ("resnet10t", 45, {}),
+    ],
+)
+def test_a_size_that_timm_pads_sees_every_pixel(name, size, kwargs):
+    backbone = load_backbone(name, pretrained=False, **kwargs | {"img_size": size})
+    images = torch.randn(1, 3, size, size, requires_grad=True)
+    backbone(images).square().sum().backward()
+    assert (images.grad.abs().sum((0, 1)) > 0).all()
+
+
+def test_resize_is_part_of_the_backbone():
+    assert load_backbone("vit_tiny_patch16_224", pretrained=False, **VIT).resize == "crop"
+    direct = load_backbone("vit_tiny_patch16_224", pretrained=False, resize="direct", **VIT)
+    assert direct.resize == direct.request["resize"] == "direct"
+    with pytest.raises(OptionError, match="resize must be one of crop, direct; got 'pad'"):
+        load_backbone("vit_tiny_patch16_224", pretrained=False, resize="pad", **VIT)

@@ -346,3 +346,45 @@ def test_a_backbone_of_random_weights_is_made_again_from_its_seed(images, tmp_pa
 def test_a_misspelt_image_is_named(trained, capsys):
     assert main(["predict", str(trained), "holidya.png"]) == 1
     assert "there is no file or folder holidya.png" in capsys.readouterr().err
+
+
+def test_the_resize_of_training_is_kept_by_evaluate_and_predict(model_flags, tmp_path, capsys):
+    rng = torch.Generator().manual_seed(0)
+    for k in range(2):  # wide images that differ at their edges only, which a crop cuts off
+        for i in range(8):
+            pixels = torch.randint(0, 60, (32, 96, 3), generator=rng, dtype=torch.uint8).numpy()
+            pixels[:, :20] += 180 * k
+            (tmp_path / "wide" / str(k)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "wide" / str(k) / f"{i}.png")
+    out = tmp_path / "out"
+    command = ["finetune", str(tmp_path / "wide"), "--out", str(out), "--method", "probe", *model_flags]
+    assert main([*command, "--resize", "direct", *TRAIN, "--epochs", "20"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["test"]["accuracy"] == 1.0  # the crop sees noise
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["accuracy"], told["loss"]) == (1.0, pytest.approx(results["test"]["loss"], abs=1e-6))
+    assert main(["predict", str(out), str(tmp_path / "wide" / "1"), "--device", "cpu", "--json"]) == 0
+    assert {row["class"] for row in json.loads(capsys.readouterr().out)["predictions"]} == {"1"}
+    assert main([*command, "--resume", *TRAIN, "--epochs", "20"]) == 1  # another resize is another run
+    assert "backbone" in capsys.readouterr().err
+
+    model = lion_fast.load_adapter(out / "adapter")
+    assert model.backbone.resize == "direct"
+    crop = lion_fast.load_backbone(**model.backbone.request["timm_kwargs"] | {
+        "name": model.backbone.name, "weights": model_flags[3], "img_size": 32,
+    })  # fmt: skip
+    with pytest.raises(lion_fast.errors.AdapterError, match="resize direct; this backbone takes crop"):
+        lion_fast.load_adapter(out / "adapter", crop)
+
+
+def test_an_adapter_from_before_resize_was_a_choice_loads(trained, tmp_path):
+    description = json.loads((trained / "adapter" / "adapter.json").read_text())
+    assert description["normalisation"].pop("resize") == "crop"
+    description["backbone"]["request"].pop("resize")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter.json").write_text(json.dumps(description))
+    tensors = (trained / "adapter" / "adapter.safetensors").read_bytes()
+    (tmp_path / "old" / "adapter.safetensors").write_bytes(tensors)
+    assert lion_fast.load_adapter(tmp_path / "old").backbone.resize == "crop"

@@ -5,21 +5,22 @@ import math
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..backbones import RESIZE
 from ..errors import check_choice
 
 _INTERPOLATION = {mode.value: mode for mode in InterpolationMode}
 AUGMENT = ("none", "flip", "crop")
-RESIZE = ("crop", "direct")
 
 
-def transforms(backbone, train: bool = False, augment: str = "none", resize: str = "crop") -> v2.Compose:
+def transforms(backbone, train: bool = False, augment: str = "none", resize: str | None = None) -> v2.Compose:
     """PIL RGB image -> normalised float32 (3, S, S), as the backbone expects it.
 
     backbone: anything with `img_size` (int or (H, W)), `mean`, `std`, `interpolation` and
     `crop_pct`. train: augment, when `augment` asks for it; evaluation never does.
 
     resize: "crop" resizes the short side to floor(S / crop_pct) and cuts the centre, the geometry of
-    timm's evaluation; "direct" resizes to (S, S) whatever the aspect ratio, as the VTAB-1k protocol does.
+    timm's evaluation; "direct" resizes to (S, S) whatever the aspect ratio, as the VTAB-1k protocol does;
+    None is the backbone's own choice, `backbone.resize`, and "crop" where it has none.
     augment: "none" trains on the evaluation pipeline; "flip" adds a horizontal flip with probability
     1/2; "crop" takes a random part of 50 to 100 % of the area (aspect ratio 3/4 to 4/3), resizes it
     to (S, S) and flips.
@@ -36,6 +37,7 @@ def transforms(backbone, train: bool = False, augment: str = "none", resize: str
     (torch.Size([3, 32, 32]), 1.0)
     """
     check_choice("augment", augment, AUGMENT)
+    resize = getattr(backbone, "resize", "crop") if resize is None else resize
     check_choice("resize", resize, RESIZE)
     check_choice("interpolation", backbone.interpolation, _INTERPOLATION)
     mode = _INTERPOLATION[backbone.interpolation]

@@ -577,6 +577,8 @@ class _Run:
                 "name": backbone.name,
                 "sha256": _backbone_sha256(backbone),
                 "img_size": _plain(backbone.img_size),
+                # as it was before there was a choice, so that checkpoints of then still resume
+                **({"resize": "direct"} if getattr(backbone, "resize", "crop") == "direct" else {}),
             },
             "data": _data_digest(self.splits),
             "config": self.config.to_fingerprint(),
