@@ -97,6 +97,7 @@ def test_description_and_size(tmp_path):
         "std": list(vit.std),
         "interpolation": vit.interpolation,
         "crop_pct": vit.crop_pct,
+        "resize": "crop",
     }
     assert found["parameters"] == {"method": 163_512, "with_head": 171_202}
     assert {"lion_fast", "torch", "timm"} <= found["versions"].keys()

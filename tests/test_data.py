@@ -583,6 +583,104 @@ def test_fgvc_folder(tmp_path):
         load_data(root)
 
 
+def test_vtab_without_its_test_list(tmp_path):
+    root = tmp_path / "cifar"
+    for split, labels in (("train800", [0, 1, 0]), ("val200", [1, 0]), ("test", [0, 1, 2])):
+        names = [f"images/{split}/{i}.jpg" for i in range(len(labels))]
+        for name in names if split != "test" else ():
+            write_image(root / name)
+        lines = [f"{n} {k}" for n, k in zip(names, labels, strict=True)]
+        (root / f"{split}.txt").write_text("\n".join(lines))
+    tune = load_data(root, test=0)  # none of the test images exists
+    assert sizes(tune) == [3, 2, 0] and tune.description["lists"] == {
+        "train": "train800.txt", "val": "val200.txt",
+    }  # fmt: skip
+    assert tune.classes == ["0", "1", "2"]  # a class that only the test list has is a class
+    assert len(load_images(root, split="val")) == 2
+    with pytest.raises(DataError, match="3 of the 8 images listed by .* do not exist: images/test/0.jpg"):
+        load_data(root)
+    (root / "test.txt").write_text("\n")
+    with pytest.raises(DataError, match="test.txt lists no images"):
+        load_data(root, test=0)
+
+
+def birds(root):
+    """CUB as published: ids from 1, three lists, a folder per class; class 7 has no 6 before it."""
+    images = [(f"{k:03d}.Bird_{k}/{i}.jpg", k, i % 3 != 0) for k in (1, 2, 7) for i in range(6)]
+    for name, _, _ in images:
+        write_image(root / "images" / name)
+    for file, column in (
+        ("images.txt", 0),
+        ("image_class_labels.txt", 1),
+        ("train_test_split.txt", 2),
+    ):
+        lines = [
+            f"{number} {int(row[2]) if column == 2 else row[column]}" for number, row in enumerate(images, 1)
+        ]
+        (root / file).write_text("\r\n".join(lines) + "\r\n")
+    return images
+
+
+def test_birds_as_published(tmp_path):
+    images = birds(tmp_path)
+    splits = load_data(tmp_path, val=0.25)
+    assert splits.classes == ["001.Bird_1", "002.Bird_2", "007.Bird_7"]
+    assert sizes(splits) == [9, 3, 6] and splits.description["kind"].startswith("FGVC")
+    assert sorted(splits.test.names) == sorted(name for name, _, train in images if not train)
+    assert {splits.classes[k] for k in splits.test.labels.tolist()} == set(splits.classes)
+    for part in (splits.train, splits.val, splits.test):
+        assert all(
+            name.startswith(splits.classes[k])
+            for name, k in zip(part.names, part.labels.tolist(), strict=True)
+        )
+    shared = [name.replace("002.Bird_2", "shared").replace("007.Bird_7", "shared") for name, _, _ in images]
+    for i, name in enumerate(shared):  # two ids in one folder: the ids are the names
+        write_image(tmp_path / "images" / name)
+        shared[i] = f"{i + 1} {name}"
+    (tmp_path / "images.txt").write_text("\n".join(shared))
+    assert load_data(tmp_path).classes == ["1", "2", "7"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("image_class_labels.txt", "1 cat\n", "line 1: expected 'ID CLASS', got '1 cat'"),
+        ("train_test_split.txt", "1 2\n", "line 1: expected 'ID 0 or 1', got '1 2'"),
+        ("images.txt", "1 a.jpg\n1 b.jpg\n", "line 2: the image 1 is listed twice"),
+        ("image_class_labels.txt", "1 1\n", "list different images: 10, 11, 12, 13, 14 and 12 more"),
+        ("image_class_labels.txt", None, "image_class_labels.txt is missing"),
+    ],
+)
+def test_birds_with_wrong_lists(tmp_path, file, text, match):
+    birds(tmp_path)
+    if text is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(text)
+    with pytest.raises(DataError, match=match):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "lists"])
+def test_stanford_dogs_as_published(tmp_path, where):
+    savemat = pytest.importorskip("scipy.io").savemat
+    (tmp_path / where).mkdir(exist_ok=True)
+    for split, n in (("train", 4), ("test", 2)):
+        names = [f"n0{k}-Dog/{split}_{i}.jpg" for k in (1, 2) for i in range(n)]
+        for name in names:
+            write_image(tmp_path / "Images" / name)
+        cells = np.empty((len(names), 1), dtype=object)
+        cells[:, 0] = [np.array([name]) for name in names]
+        labels = np.array([[int(name[2])] for name in names], dtype=np.uint8)
+        savemat(tmp_path / where / f"{split}_list.mat", {"file_list": cells, "labels": labels})
+    splits = load_data(tmp_path, val=0.25)
+    assert sizes(splits) == [6, 2, 4] and splits.classes == ["n01-Dog", "n02-Dog"]
+    assert splits.test.labels.tolist() == [0, 0, 1, 1] and splits.test.names[3] == "n02-Dog/test_1.jpg"
+    (tmp_path / where / "train_list.mat").write_bytes(b"no MATLAB file")
+    with pytest.raises(DataError, match="train_list.mat is no list"):
+        load_data(tmp_path)
+
+
 # ---- built-in sets, from files made here
 
 

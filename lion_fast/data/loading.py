@@ -15,7 +15,17 @@ from ..weights import cache_dir
 from .draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
 from .images import ImageSet
 from .offline import OFFLINE
-from .sources import CHECK, Raw, read_csv, read_fgvc, read_folder, read_vtab
+from .sources import (
+    BIRD_LISTS,
+    CHECK,
+    Raw,
+    read_birds,
+    read_csv,
+    read_dogs,
+    read_fgvc,
+    read_folder,
+    read_vtab,
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,14 @@ def load_data(
     """Training, validation and test images of a folder, a CSV file or a built-in set.
 
     source: a folder with one sub-folder per class, directly or inside train/, val/ and test/; a VTAB-1k
-    task folder (train800.txt, ...) or an FGVC folder (train.json, test.json); a CSV file with
-    the columns path,label[,split], paths relative to its own folder; or one of "fashion-mnist",
-    "mnist-5k", "elpv", "digits".
+    task folder (train800.txt, ...); an FGVC folder (train.json, test.json; or the published lists of CUB,
+    NABirds and Stanford Dogs); a CSV file with the columns path,label[,split], paths relative to its own
+    folder; or one of "fashion-mnist", "mnist-5k", "elpv", "digits".
 
     val, test: share of the images when the source has no such split, stratified and seeded; 0 for
     none. A source with its own train and test split gives `val` from its training images; one with train
-    and val but no test gets no test split.
+    and val but no test gets no test split. Of a VTAB-1k task, `val` = 0 takes the 1,000 images of
+    train800val200.txt, and `test` = 0 opens no test image.
     n_train, n_val, n_test: exact sizes instead, stratified (they shorten an existing split).
     n_per_class: keep so many training images of each class. imbalance: keep a long tail of the
     training images, class k of K with n_max * imbalance^(-k / (K - 1)). Neither touches val or test.
@@ -89,7 +100,7 @@ def load_data(
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
 
-    raw = _read(source, val=val, check=check, strict=strict, classes=classes, cache=cache)
+    raw = _read(source, val=val, test=test, check=check, strict=strict, classes=classes, cache=cache)
     parts = dict(raw.parts)
     made = []
     if "all" in parts:
@@ -167,7 +178,9 @@ def load_images(
     classes: the classes of the model, in its order; the source may lack some of them.
     Raises DataError as `load_data` does.
     """
-    raw = _read(source, val=0.2, check=check, strict=strict, classes=classes, cache=cache)
+    # of VTAB-1k's parts one is wanted: no file of the test list is opened for another
+    test = 0.0 if split in ("train", "val") else 0.2
+    raw = _read(source, val=0.2, test=test, check=check, strict=strict, classes=classes, cache=cache)
     if split is None:
         split = next(name for name in ("all", "test", "val", "train") if name in raw.parts)
     if split not in raw.parts:
@@ -175,7 +188,7 @@ def load_images(
     return raw.parts[split]
 
 
-def _read(source, *, val, check, strict, classes, cache) -> Raw:
+def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
     check_choice("check", check, CHECK)
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
@@ -188,9 +201,13 @@ def _read(source, *, val, check, strict, classes, cache) -> Raw:
     own = {"check": check, "strict": strict}
     if path.is_dir():
         if (path / "train800.txt").is_file() or (path / "train800val200.txt").is_file():
-            return read_vtab(path, val=val, **own)
+            return read_vtab(path, val=val, test=test, **own)
         if (path / "train.json").is_file():
             return read_fgvc(path, **own)
+        if (path / BIRD_LISTS[0]).is_file() and (path / BIRD_LISTS[2]).is_file():
+            return read_birds(path, **own)
+        if any((path / where / "train_list.mat").is_file() for where in ("", "lists")):
+            return read_dogs(path, **own)
         return read_folder(path, classes=classes, **own)
     if path.is_file():
         if path.suffix.lower() != ".csv":

@@ -16,6 +16,7 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 SHOWN = 5
 
 
@@ -178,29 +179,53 @@ def _number(text: str) -> type | None:
     return None
 
 
-def read_vtab(root: Path, *, check: str, strict: bool, val: float) -> Raw:
+VTAB_LISTS = {
+    "train800": "train800.txt", "val200": "val200.txt", "train1000": "train800val200.txt", "test": "test.txt",
+}  # fmt: skip
+
+
+def read_vtab(root: Path, *, check: str, strict: bool, val: float, test: float) -> Raw:
     """One task folder of VTAB-1k: train800.txt, val200.txt, train800val200.txt, test.txt.
 
-    Lines are `images/<split>/000000.jpg LABEL`. With val = 0 the 1,000 images of
-    train800val200.txt are the training split, as in the protocol's final run.
+    Lines are `images/<split>/000000.jpg LABEL`. With val = 0 the 1,000 images of train800val200.txt are the
+    training split, as in the protocol's final run; with test = 0 no test image is opened, only the labels of
+    its list are looked at, because the number of classes is the same in every part.
     """
-    lists = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
+    lists = {"train": VTAB_LISTS["train800"], "val": VTAB_LISTS["val200"]}
     if not val:
-        lists = {"train": "train800val200.txt", "test": "test.txt"}
-    items = []
-    for split, name in lists.items():
-        for number, line in enumerate(_lines(root / name), 1):
-            words = line.rsplit(maxsplit=1)
-            if len(words) != 2 or not words[1].isdigit():
-                raise DataError(f"{root / name}, line {number}: expected 'path LABEL', got {line!r}")
-            items.append(Item(root / words[0], words[0], int(words[1]), split))
+        lists = {"train": VTAB_LISTS["train1000"]}
+    if test:
+        lists["test"] = VTAB_LISTS["test"]
+    items = [item for split, name in lists.items() for item in vtab_list(root, name, split)]
+    others = [name for name in VTAB_LISTS.values() if name not in lists.values() and (root / name).is_file()]
+    labels = {int(i.label) for i in items}.union(
+        *({int(i.label) for i in vtab_list(root, name, "")} for name in others)
+    )
     # A task's label set is fixed; a class may be absent from 800 images but not from the whole.
-    classes = [str(k) for k in range(max(int(i.label) for i in items) + 1)]
+    classes = [str(k) for k in range(max(labels) + 1)]
     items = [Item(i.path, i.name, str(i.label), i.split) for i in items]
     about = {"kind": "VTAB-1k task", "lists": lists}
     return collect(
         items, classes, about=about, source=root, check=check, strict=strict, classes=None, gaps=True
     )
+
+
+def vtab_list(root: Path, name: str, split: str) -> list[Item]:
+    """The items of one list of a VTAB-1k task folder, labels as integers; the images are not looked at."""
+    path = root / name
+    if not path.is_file():
+        raise DataError(f"{path} is missing; a VTAB-1k task folder needs it")
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.strip().rsplit(maxsplit=1)
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].isdigit():
+            raise DataError(f"{path}, line {number}: expected 'path LABEL', got {line.strip()!r}")
+        items.append(Item(root / words[0], words[0], int(words[1]), split))
+    if not items:
+        raise DataError(f"{path} lists no images")
+    return items
 
 
 def read_fgvc(root: Path, *, check: str, strict: bool) -> Raw:
@@ -227,10 +252,94 @@ def read_fgvc(root: Path, *, check: str, strict: bool) -> Raw:
     )
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise DataError(f"{path} is missing; a VTAB-1k task folder needs it")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_birds(root: Path, *, check: str, strict: bool) -> Raw:
+    """CUB-200-2011 and NABirds as published, which SSF reads: three lists beside images/, by image id.
+
+    images.txt: `ID path`; image_class_labels.txt: `ID class`; train_test_split.txt: `ID 1` for training,
+    `ID 0` for test. Classes are numbered in the order of their published ids, which need not be contiguous;
+    they are named by their folders where each has one of its own.
+    """
+    tables = {}
+    for name in BIRD_LISTS:
+        path, table = root / name, {}
+        if not path.is_file():
+            raise DataError(f"{path} is missing; the layout needs {', '.join(BIRD_LISTS)} and images/")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split(maxsplit=1)
+            if not words:
+                continue
+            value = words[1].strip() if len(words) == 2 else ""
+            fits = {BIRD_LISTS[0]: bool(value), BIRD_LISTS[1]: value.isdigit()}.get(name, value in ("0", "1"))
+            if not fits:
+                wanted = {BIRD_LISTS[0]: "path", BIRD_LISTS[1]: "CLASS"}.get(name, "0 or 1")
+                raise DataError(f"{path}, line {number}: expected 'ID {wanted}', got {line.strip()!r}")
+            if words[0] in table:
+                raise DataError(f"{path}, line {number}: the image {words[0]} is listed twice")
+            table[words[0]] = value
+        tables[name] = table
+    files, labels, parts = (tables[name] for name in BIRD_LISTS)
+    for name, table in tables.items():
+        unequal = sorted(files.keys() ^ table.keys())
+        if unequal:
+            raise DataError(
+                f"{root}: {BIRD_LISTS[0]} and {name} list different images: {some(unequal)} in one only"
+            )
+    items = [
+        Item(root / "images" / file, file, int(labels[key]), "train" if parts[key] == "1" else "test")
+        for key, file in files.items()
+    ]
+    return _by_folder(root, items, "FGVC lists (images.txt, train_test_split.txt)", check, strict)
+
+
+def read_dogs(root: Path, *, check: str, strict: bool) -> Raw:
+    """Stanford Dogs as published, which SSF reads: train_list.mat and test_list.mat beside Images/.
+
+    The lists may also lie in lists/. They are MATLAB files: reading them needs scipy.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(
+            f"{root} has its lists as MATLAB files, which scipy reads: pip install scipy, or list the images "
+            "in a CSV file (path,label,split)"
+        ) from error
+    folder = next((f for f in (root / "Images", root / "images") if f.is_dir()), root / "Images")
+    items = []
+    for split in ("train", "test"):
+        path = root / f"{split}_list.mat"
+        if not path.is_file() and (root / "lists" / path.name).is_file():
+            path = root / "lists" / path.name
+        try:
+            table = loadmat(path, variable_names=["file_list", "labels"])
+            names = [str(entry.item()) for entry in table["file_list"].ravel()]
+            labels = [int(label) for label in table["labels"].ravel()]
+            items += [Item(folder / n, n, k, split) for n, k in zip(names, labels, strict=True)]
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path} is missing; the layout needs train_list.mat and test_list.mat"
+            ) from error
+        except Exception as error:  # scipy raises many kinds on a file that is none of its own
+            raise DataError(f"{path} is no list with file_list and labels: {error!r}") from error
+    return _by_folder(root, items, "FGVC lists (train_list.mat, test_list.mat)", check, strict)
+
+
+def _by_folder(root: Path, items: list[Item], kind: str, check: str, strict: bool) -> Raw:
+    """Items with class ids, named by the ids' own folders where folders and ids agree."""
+    ids = sorted({int(i.label) for i in items})
+    folders = {(int(i.label), Path(i.name).parent.name) for i in items}
+    names = dict(folders)
+    if len(folders) != len(ids) or len(set(names.values())) != len(ids) or "" in names.values():
+        names = {k: str(k) for k in ids}
+    items = [Item(i.path, i.name, names[int(i.label)], i.split) for i in items]
+    return collect(
+        items,
+        [names[k] for k in ids],
+        about={"kind": kind},
+        source=root,
+        check=check,
+        strict=strict,
+        classes=None,
+    )
 
 
 def collect(
