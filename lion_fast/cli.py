@@ -1,4 +1,4 @@
-"""The command line: lion-fast finetune | evaluate | predict | prune | info | demo | bench."""
+"""The command line: lion-fast finetune | evaluate | predict | prune | info | demo | bench | experiment."""
 
 import argparse
 import csv
@@ -77,6 +77,13 @@ One shot, without training. To train while pruning: lion-fast finetune photos/ -
   lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
 
 Rows that --out holds already (same versions, device and revision) are not measured again.""",
+    "experiment": """examples:
+  lion-fast experiment bench/accuracy/smoke.yaml --out runs/smoke
+  lion-fast experiment grid.yaml --workers 8 --minutes 25       exit code 3: run again to go on
+  lion-fast experiment grid.yaml --only method=lion,probe set=digits --stage tune
+  lion-fast experiment grid.yaml --report-only
+
+Every run's row is written at once; runs whose row is there are not done again.""",
 }
 
 
@@ -243,6 +250,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", run_bench, "measure what methods cost: time, memory, products, parameters")
     bench_command.add_arguments(bench)
     bench.set_defaults(exit_code=bench_command.exit_code)
+
+    from lion_fast.experiments import command as experiment_command
+
+    experiment = add("experiment", run_experiment, "compare methods' accuracy, tuned alike, over seeds")
+    experiment_command.add_arguments(experiment)
+    experiment.set_defaults(exit_code=experiment_command.exit_code)
     return parser
 
 
@@ -775,6 +788,13 @@ def run_demo(args: argparse.Namespace) -> dict:
 def run_bench(args: argparse.Namespace) -> dict:
     """The measurements."""
     from lion_fast.bench import command
+
+    return command.run(args)
+
+
+def run_experiment(args: argparse.Namespace) -> dict:
+    """The grid of an experiment."""
+    from lion_fast.experiments import command
 
     return command.run(args)
 

@@ -114,7 +114,11 @@ def git_revision() -> dict[str, Any]:
     def git(*args: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30, check=True
+                ["git", "-C", str(folder.parent), *args],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError):
             return None
