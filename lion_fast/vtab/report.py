@@ -195,7 +195,7 @@ def accuracy_by_task(summary: dict[str, Any], path: str | os.PathLike, *, title:
     with _figure(path, (8.0, 1.6 + 0.27 * summary["n"])) as figure:
         axes = figure.subplots()
         names = [task for task in VTAB if task in summary["tasks"]]
-        several = any(summary["tasks"][task]["sd"] is not None for task in names)
+        kinds = {summary["tasks"][task]["sd"] is not None for task in names}
         for group, tasks in GROUPS.items():
             places = [names.index(task) for task in tasks if task in names]
             if not places:
@@ -221,7 +221,8 @@ def accuracy_by_task(summary: dict[str, Any], path: str | os.PathLike, *, title:
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlim(0, 108)
-        whiskers = "standard deviation over seeds" if several else "95 % interval of the test images"
+        said = {True: "standard deviation over seeds", False: "95 % interval of one seed's test images"}
+        whiskers = " or ".join(said[kind] for kind in sorted(kinds))
         axes.set(xlabel=f"test accuracy in per cent (whiskers: {whiskers})", title=title)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
