@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-quick lint bench aot gpu clean
+.PHONY: help demo test test-quick lint bench accuracy aot gpu clean
 
 help:  ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,13 @@ bench: $(INSTALLED)  ## cost of the layer, of every method's hot pieces, and of 
 	$(RUN) -m pytest bench/bench_layer.py bench/bench_methods.py \
 		--benchmark-columns=mean,min,median,max,rounds --benchmark-sort=mean
 	$(RUN) -m lion_fast bench --out bench/results/methods-cpu --device cpu
+
+# GRID names one grid, ARGUMENTS more options: make accuracy GRID=bench/accuracy/smoke.yaml
+GRID ?= $(wildcard bench/accuracy/*.yaml)
+accuracy: $(INSTALLED)  ## run what is left of the accuracy experiments in bench/accuracy, and report
+	set -e; for grid in $(GRID); do \
+		$(RUN) -m lion_fast experiment $$grid --out bench/results/accuracy/$$(basename $$grid .yaml) $(ARGUMENTS); \
+	done
 
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(RUN) bench/aot.py

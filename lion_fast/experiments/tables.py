@@ -106,7 +106,12 @@ class Results:
         rows = list(self.cells[backbone, set_label, label].rows.values())
         if not rows:
             return None
-        return accuracy([_correct(r) for r in rows], [_labels(r) for r in rows], metric=metric)
+        correct, labels = [_correct(r) for r in rows], [_labels(r) for r in rows]
+        return accuracy(correct, labels, metric=metric, seed=self._stream(set_label))
+
+    def _stream(self, set_label: str) -> int:
+        """A stream of resampling for each set: their mean takes them as independent."""
+        return list(self.grid.sets).index(set_label)
 
     def difference(
         self, backbone: str, set_label: str, first: str, second: str, metric: str = "accuracy"
@@ -133,6 +138,7 @@ class Results:
                 [_correct(two[s]) for s in same],
                 [_labels(one[s]) for s in same],
                 metric=metric,
+                seed=self._stream(set_label),
             ),
             len(same),
         )
