@@ -207,20 +207,13 @@ def accuracy_by_task(summary: dict[str, Any], path: str | os.PathLike, *, title:
                 low, high = _interval(one)
                 axes.barh(place, 100 * one["accuracy"], color=colour, alpha=0.75, label=label)
                 axes.plot([100 * low, 100 * high], [place, place], color="0.15", linewidth=1.4)
-                axes.annotate(
-                    f"{100 * one['accuracy']:.1f}",
-                    (max(100 * high, 100 * one["accuracy"]), place),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                )
+                axes.text(101.5, place, f"{100 * one['accuracy']:.1f}", va="center", fontsize=8)
                 label = None
             axes.plot([mean, mean], [places[0] - 0.45, places[-1] + 0.45], "--", color=colour, linewidth=1.2)
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlim(0, 108)
+        axes.set_ylim(len(names) - 0.4, -0.6)  # the first task on top
         said = {True: "standard deviation over seeds", False: "95 % interval of one seed's test images"}
         whiskers = " or ".join(said[kind] for kind in sorted(kinds))
         axes.set(xlabel=f"test accuracy in per cent (whiskers: {whiskers})", title=title)
@@ -230,7 +223,7 @@ def accuracy_by_task(summary: dict[str, Any], path: str | os.PathLike, *, title:
 def _interval(one: dict[str, Any]) -> tuple[float, float]:
     if one["sd"] is None:
         return wilson(one["accuracy"], one["test_images"])
-    return one["accuracy"] - one["sd"], one["accuracy"] + one["sd"]
+    return max(0.0, one["accuracy"] - one["sd"]), min(1.0, one["accuracy"] + one["sd"])
 
 
 def _title(protocol: dict[str, Any]) -> str:
