@@ -197,6 +197,42 @@ class Backbone(nn.Module):
             return model.norm(model.layers(x))
         return model.forward_features(x).permute(0, 2, 3, 1)
 
+    @property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of the maps that `body_and_map` can give: one per block of a ViT, per stage of the others."""
+        if self.family == "vit":
+            return (self.width_out,) * len(self.model.blocks)
+        return tuple(stage["num_chs"] for stage in self.model.feature_info)
+
+    def body_and_map(self, x: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """`body(x)`, and the map (B, H, W, C) that left block or stage `at` on the way, C = `map_widths[at]`.
+
+        A ViT's map holds its patch rows behind block `at`, without prefix tokens and norm; a Swin's is what
+        stage `at` gives, a CNN's the same by timm's `feature_info`.
+        """
+        model = self.model
+        if self.family == "cnn":
+            y, maps = model.forward_intermediates(x, indices=[at])
+            return y.permute(0, 2, 3, 1), maps[0].permute(0, 2, 3, 1)
+        found = x
+        for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):
+            x = block(x)
+            found = x if i == at else found
+        if self.family == "vit":
+            found = found[:, self.num_prefix_tokens :]
+            found = found.unflatten(1, self._grid(found.shape[1]))
+        return model.norm(x), found
+
+    def _grid(self, patches: int) -> tuple[int, int]:
+        """Rows and columns of a ViT's patches."""
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,) * 2
+        height, width = (-(-side // patch) for side, patch in zip(sides, self.patch_size, strict=True))
+        if height * width != patches:
+            raise BackboneError(
+                f"{self.name} gave {patches} patch rows; images of {self.img_size} pixels make {height} x {width}"
+            )
+        return height, width
+
     def pool(self, y: Tensor, how: str = "backbone") -> Tensor:
         """Rows of `body` to features (B, F), as the backbone pools or as `how` says.
 

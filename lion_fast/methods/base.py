@@ -127,18 +127,34 @@ class TunedModel(nn.Module):
         self.pool = pool
         self.options: dict[str, Any] = {}
         self.record(pool=pool, head_bias=bool(head_bias))
-        self.head = nn.Linear(backbone.pooled_width(pool), num_classes, bias=head_bias)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        if head_bias:
-            nn.init.zeros_(self.head.bias)
+        self.head = self.new_head(backbone.pooled_width(pool), head_bias)
+
+    def new_head(self, width: int, bias: bool) -> nn.Linear:
+        """A head on features of that width, with its first values."""
+        head = nn.Linear(width, self.num_classes, bias=bias)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(head.bias)
+        return head
 
     def record(self, **options) -> None:
         """Note options as given, in a form JSON keeps; they rebuild the model from a saved adapter."""
         self.options.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to what the head reads, (B, F); the plain frozen backbone here."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what stands in front of `behind`, a row each; the frozen backbone here."""
         return self.backbone.pool(self.backbone.body(self.backbone.enter(images)), self.pool)
+
+    def behind(self) -> nn.Module:
+        """The part that turns rows of `encode` into logits: the head here.
+
+        Where everything that is trained lies in it, `fit` computes the rows once and trains on them.
+        """
+        return self.head
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what the head reads, (B, F)."""
+        return self.encode(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) in the head's dtype."""

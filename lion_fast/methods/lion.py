@@ -1,42 +1,69 @@
 """LION: an equilibrium layer in front of a frozen backbone and one behind it.
 
 Source: Wang et al., "LION: Implicit Vision Prompt Tuning", AAAI 2024, arXiv 2303.09992, as this project
-reads it (docs/mathematics.md).
+reads it (docs/mathematics.md); the form "states" is this project's own (docs/accuracy.md).
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, check_choice
 from lion_fast.layer import LionLayer
+from lion_fast.backbones import Backbone
 from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.blocks import check_count
 from lion_fast.methods.pixel import PixelEnd
+from lion_fast.methods.read_out import ReadOut, coarse_rows
 from lion_fast.solvers import SolveInfo
 
 ENDS = ("input", "output")
+FORMS = ("states", "residual")
+
+
+def middle_of(backbone: Backbone) -> int:
+    """Where "states" takes its map by default: block L // 2 of a ViT, the last stage but one of the others."""
+    depth = len(backbone.map_widths)
+    return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
 
 
 @register("lion")
 class LionModel(TunedModel):
-    """enter -> input end -> frozen blocks and norm -> output end -> pooling -> head.
+    """enter -> input end -> frozen blocks and norm -> output end -> head.
 
-    Both ends are `LionLayer`s on token rows of the backbone's own widths: ViT tokens with position embedding
-    and prefix tokens, Swin's channels-last maps, the last feature map of a CNN. A CNN's input end works on
-    pixels instead: `PixelEnd`, a convolutional equilibrium of `pixel_channels` channels, always free and in
-    torch. One end of width D with state width R trains 2 R D + R^2 + R + D numbers (tied: no R^2).
+    form="states", the default: the head reads the backbone's own features and, cell by cell of a coarse
+    map from the middle of the backbone, the states of an equilibrium (`ReadOut`). It trains
+    R C + R^2 + R numbers for a map of C channels. Nothing in front of the output end is trained unless
+    `ends` asks for it, so `fit` runs the backbone once over the images and no gradient passes through it.
+
+    form="residual", LION as its public text describes it: both ends are `LionLayer`s that add to token rows
+    of the backbone's own widths (ViT tokens with position embedding and prefix tokens, Swin's channels-last
+    maps, the last feature map of a CNN), and the head pools as the backbone does. One end of width D with
+    state width R trains 2 R D + R^2 + R + D numbers (tied: no R^2).
+
+    The input end is the same in both forms. On a CNN it works on pixels: `PixelEnd`, a convolutional
+    equilibrium of `pixel_channels` channels, always free and in torch.
 
     Args:
+        form: "states" or "residual".
         state_dim: state width R.
-        ends: ("input", "output"), or one of them.
-        recurrence, activation, gamma, damping, max_iter, tol, backward, neumann_terms, backend, on_failure:
-            see `LionLayer`.
+        ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
+        at: the block (ViT) or stage (Swin, CNN) behind which "states" takes its map, from 0; None: the middle
+            (`middle_of`).
+        grid: cells of that map along each side; more than the map has are filled by repeating.
+        recurrence: "free" or "tied" ("residual" only).
+        activation: None: tanh for "states", relu for "residual".
+        gamma, damping, max_iter, tol, backward, neumann_terms, backend, on_failure: see `LionLayer`.
         pixel_channels: channels of a CNN's input end.
-        pool, head_bias: see `TunedModel`.
+        pool: see `TunedModel`; None: "cls+mean" for "states" where the backbone has a class token, else the
+            backbone's own.
+        head_bias: see `TunedModel`.
 
     >>> from lion_fast import load_backbone
     >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
     >>> LionModel(vit, num_classes=10, state_dim=16).num_trainable()
+    3344
+    >>> LionModel(vit, num_classes=10, state_dim=16, form="residual").num_trainable()
     13216
     """
 
@@ -45,10 +72,13 @@ class LionModel(TunedModel):
         backbone,
         num_classes: int,
         *,
+        form: str = "states",
         state_dim: int = 32,
-        ends: str | Sequence[str] = ENDS,
+        ends: str | Sequence[str] | None = None,
+        at: int | None = None,
+        grid: int = 4,
         recurrence: str = "free",
-        activation: str = "relu",
+        activation: str | None = None,
         gamma: float = 0.8,
         damping: float = 1.0,
         max_iter: int = 50,
@@ -58,13 +88,25 @@ class LionModel(TunedModel):
         backend: str = "auto",
         on_failure: str = "ignore",
         pixel_channels: int = 8,
+        pool: str | None = None,
+        head_bias: bool = True,
         **options,
     ):
-        super().__init__(backbone, num_classes, **options)
+        check_choice("form", form, FORMS)
+        states = form == "states"
+        if states and recurrence != "free":
+            raise OptionError(
+                f'recurrence {recurrence!r} needs form="residual": states have no read-out to tie'
+            )
+        super().__init__(backbone, num_classes, pool=pool or "backbone", head_bias=head_bias, **options)
         backbone = self.backbone
+        ends = (("output",) if states else ENDS) if ends is None else ends
         ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
         if not ends or set(ends) - set(ENDS) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
+        if pool is None and states and backbone.family == "vit" and backbone.model.cls_token is not None:
+            self.pool = "cls+mean"
+        activation = activation or ("tanh" if states else "relu")
         solve = {
             "activation": activation,
             "gamma": gamma,
@@ -75,28 +117,52 @@ class LionModel(TunedModel):
             "neumann_terms": neumann_terms,
             "on_failure": on_failure,
         }
-        layer = {**solve, "state_dim": state_dim, "recurrence": recurrence, "backend": backend}
-        self.record(ends=ends, pixel_channels=pixel_channels, **layer)
+        layer = {**solve, "state_dim": state_dim, "backend": backend}
+        check_count("grid", grid)
+        self.form, self.grid = form, grid
+        self.at = middle_of(backbone) if at is None else at
+        self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence, pool=self.pool)
+        self.record(pixel_channels=pixel_channels, **layer)
         self.input_end: nn.Module | None = None
         self.output_end: nn.Module | None = None
         if "input" in ends:
             if backbone.family == "cnn":
                 self.input_end = PixelEnd(backbone.width_in, pixel_channels, **solve)
             else:
-                self.input_end = LionLayer(backbone.width_in, **layer)
-        if "output" in ends:
-            self.output_end = LionLayer(backbone.width_out, **layer)
+                self.input_end = LionLayer(backbone.width_in, recurrence=recurrence, **layer)
+        if "output" in ends and not states:
+            self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
+        if "output" in ends and states:
+            widths = backbone.map_widths
+            if isinstance(self.at, bool) or not isinstance(self.at, int) or not 0 <= self.at < len(widths):
+                raise OptionError(
+                    f"at must be a block or stage of {backbone.name}, 0 to {len(widths) - 1}; got {at!r}"
+                )
+            self.output_end = ReadOut(backbone.pooled_width(self.pool), grid * grid, widths[self.at], **layer)
+            self.head = self.new_head(self.output_end.out_features, head_bias)
         self._info: dict[str, SolveInfo] = {}
 
-    def features(self, images: Tensor) -> Tensor:
-        x = self._end("input", self.input_end, self.backbone.enter(images))
-        y = self._end("output", self.output_end, self.backbone.body(x))
-        return self.backbone.pool(y, self.pool)
+    def encode(self, images: Tensor) -> Tensor:
+        x = self._end("input", self.backbone.enter(images))
+        if isinstance(self.output_end, ReadOut):
+            y, maps = self.backbone.body_and_map(x, self.at)
+            return coarse_rows(self.backbone.pool(y, self.pool), maps, self.grid)
+        return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
 
-    def _end(self, name: str, layer: nn.Module | None, x: Tensor) -> Tensor:
-        if layer is None:
+    def behind(self) -> nn.Module:
+        if isinstance(self.output_end, ReadOut):
+            return nn.Sequential(self.output_end, self.head)
+        return self.head
+
+    def features(self, images: Tensor) -> Tensor:
+        rows = self.encode(images)
+        return self._end("output", rows) if isinstance(self.output_end, ReadOut) else rows
+
+    def _end(self, name: str, x: Tensor) -> Tensor:
+        end = self.input_end if name == "input" else self.output_end
+        if end is None:
             return x
-        x, info = layer(x, return_info=True)
+        x, info = end(x, return_info=True)
         self._info[name] = info  # device tensors without a graph: reading them is what synchronises
         return x
 

@@ -408,7 +408,7 @@ class _Run:
     def _validate(self) -> Metrics:
         alone = self.accelerator.num_processes == 1
         return evaluate(
-            self.model.head if self.cached else self.model,
+            self.model.behind() if self.cached else self.model,
             self.val_items,
             self.config.eval_batch_size or self.config.batch_size,
             num_classes=self.model.num_classes,
@@ -450,7 +450,7 @@ class _Run:
                 seed=config.seed,
             )
         self.sums = _Sums.zeros(self.device)
-        net = self.model.head if self.cached else self.model
+        net = self.model.behind() if self.cached else self.model
         self.net_precision = (
             "no" if self.cached else config.mixed_precision
         )  # heads compute in their own dtype
@@ -466,7 +466,7 @@ class _Run:
         features, labels = [], []
         with evaluating(self.model), autocast(self.device, self.config.mixed_precision):
             for images, targets in tqdm(loader, desc="features", leave=False, disable=not self.progress):
-                features.append(self.model.features(images.to(self.device)).float())
+                features.append(self.model.encode(images.to(self.device)).float())
                 labels.append(targets)
                 if self.interruption.asked:
                     raise KeyboardInterrupt
@@ -725,10 +725,10 @@ def _best(history: list[dict], monitor: str) -> int:
 
 
 def _features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
-    """Nothing before the head is trained, and the images do not change from epoch to epoch."""
-    head = {id(parameter) for parameter in model.head.parameters()}
-    only_head = all(id(p) in head for p in model.parameters() if p.requires_grad)
-    return config.cache_features and config.augment == "none" and only_head
+    """Nothing in front of `behind` is trained, and the images do not change from epoch to epoch."""
+    behind = {id(parameter) for parameter in model.behind().parameters()}
+    only_behind = all(id(p) in behind for p in model.parameters() if p.requires_grad)
+    return config.cache_features and config.augment == "none" and only_behind
 
 
 def _with_transforms(model: nn.Module, splits, config: TrainConfig) -> tuple[Dataset, Dataset | None]:

@@ -1,0 +1,43 @@
+"""What the head reads of a backbone beside its own features: equilibrium states of a coarse map."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lion_fast.solvers import SolveInfo
+from lion_fast.states import StateLayer
+
+
+def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
+    """Features (B, F) and a map (B, H, W, C) to one row per image, (B, F + grid^2 C), in float32.
+
+    The map is averaged to `grid` x `grid` cells. Nothing here is trained, so it can be computed once.
+    """
+    cells = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2).float(), grid).flatten(2).transpose(1, 2)
+    return torch.cat([features.float(), cells.flatten(1)], 1)
+
+
+class ReadOut(nn.Module):
+    """The states of each cell of a map, at their places, beside the backbone's own features.
+
+    (B, F + cells C) as `coarse_rows` makes it gives (B, F + cells R): features and cells are normed without
+    parameters, the cells go through a `StateLayer` of width R, and the head that follows has weights of its
+    own for every cell. Options as `StateLayer`.
+
+    >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape
+    torch.Size([3, 16])
+    """
+
+    def __init__(self, features: int, cells: int, width: int, state_dim: int, **solve):
+        super().__init__()
+        self.features, self.cells, self.width = features, cells, width
+        self.layer = StateLayer(width, state_dim, **solve)
+        self.out_features = features + cells * state_dim
+
+    def forward(self, rows: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        features, cells = rows.split((self.features, self.cells * self.width), 1)
+        cells = F.layer_norm(cells.unflatten(1, (self.cells, self.width)), (self.width,))
+        found = self.layer(cells, return_info=return_info)
+        z, info = found if return_info else (found, None)
+        out = torch.cat([F.layer_norm(features, (self.features,)), z.flatten(1).to(rows.dtype)], 1)
+        return (out, info) if return_info else out
