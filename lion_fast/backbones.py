@@ -199,7 +199,7 @@ class Backbone(nn.Module):
 
     @property
     def map_widths(self) -> tuple[int, ...]:
-        """Channels of the maps that `body_and_map` can give: one per block of a ViT, per stage of the others."""
+        """Channels of the maps that `body_and_map` can give, per block of a ViT, per stage of the others."""
         if self.family == "vit":
             return (self.width_out,) * len(self.model.blocks)
         return tuple(stage["num_chs"] for stage in self.model.feature_info)
@@ -229,7 +229,8 @@ class Backbone(nn.Module):
         height, width = (-(-side // patch) for side, patch in zip(sides, self.patch_size, strict=True))
         if height * width != patches:
             raise BackboneError(
-                f"{self.name} gave {patches} patch rows; images of {self.img_size} pixels make {height} x {width}"
+                f"{self.name} gave {patches} patch rows; "
+                f"images of {self.img_size} pixels make {height} x {width}"
             )
         return height, width
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lion_fast.backbones import Backbone
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.layer import LionLayer
-from lion_fast.backbones import Backbone
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count
 from lion_fast.methods.pixel import PixelEnd
@@ -22,7 +22,7 @@ FORMS = ("states", "residual")
 
 
 def middle_of(backbone: Backbone) -> int:
-    """Where "states" takes its map by default: block L // 2 of a ViT, the last stage but one of the others."""
+    """Where "states" takes its map by default: block L // 2 of a ViT, else the last stage but one."""
     depth = len(backbone.map_widths)
     return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
 
