@@ -2,7 +2,7 @@
 
     python bench/pruning_accuracy.py [--keep 0.5 0.2 ...] [--seeds 0 1 2] [--minutes 10] [--out FILE]
 
-Trains LION on a frozen ViT-S/14 once per setting with `RobustPruner` inside `fit`, and prunes the dense
+Trains LION in its residual form on a frozen ViT-S/14 once per setting with `RobustPruner` inside `fit`, and prunes the dense
 model of the same seed in one shot without training as the cheapest baseline. One row per setting goes to
 bench/results/pruning_accuracy.json as soon as it is known; rows that are there are not taken again, so a
 run that was stopped goes on. Chance of the draw: every number is one seed's; compare at equal seeds, and
@@ -74,9 +74,8 @@ class Bench:
     def model(self, seed: int):
         """A fresh model; everything random in it comes from the seed."""
         classes = len(self.splits.classes)
-        return lion_fast.create(
-            self.backbone, "lion", num_classes=classes, seed=seed, state_dim=self.options.state_dim
-        )
+        options = {"form": "residual", "state_dim": self.options.state_dim}
+        return lion_fast.create(self.backbone, "lion", num_classes=classes, seed=seed, **options)
 
     def train(self, setting: dict):
         """A model trained in the given setting, and what `fit` says about it."""
@@ -135,6 +134,7 @@ class Bench:
             "std": list(backbone.std),
             "interpolation": backbone.interpolation,
             "dtype": "fp32",
+            "form": "residual",
             **{n: getattr(self.options, n) for n in ("state_dim", "epochs", "lr", "decay")},
             **context(device),
         }

@@ -19,7 +19,7 @@ print(f"one layer: {out.shape}, {info.reason} after {info.iterations.float().mea
 backbone = lion_fast.load_backbone(
     "vit_tiny_patch16_224", pretrained=False, img_size=32, patch_size=8, depth=2
 )
-model = lion_fast.create(backbone, method="lion", num_classes=2, state_dim=16)
+model = lion_fast.create(backbone, method="lion", num_classes=2, state_dim=16, form="residual")
 optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
 
 images = torch.randn(64, 3, 32, 32)

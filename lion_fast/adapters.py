@@ -275,10 +275,11 @@ def load_adapter(
         )
     if not allow_other_backbone:
         _check_images(directory, description, backbone)
+    options = description["options"]
+    if description["method"] == "lion":
+        options = {"form": "residual"} | options  # before there was a choice
     try:
-        model = create(
-            backbone, description["method"], description["num_classes"], seed=0, **description["options"]
-        )
+        model = create(backbone, description["method"], description["num_classes"], seed=0, **options)
         restore_compacted(model, description.get("compacted") or {})
     except (LionError, TypeError, ValueError) as error:
         raise AdapterError(

@@ -13,6 +13,8 @@ from lion_fast.contraction import spectral_norm_bound
 from lion_fast.layer import LionLayer
 from lion_fast.methods import TunedModel
 from lion_fast.methods.pixel import PixelEnd, conv_norm_bound
+from lion_fast.methods.read_out import ReadOut
+from lion_fast.states import StateLayer
 from lion_kernels.reference import ACTIVATIONS
 
 _RATE_STEPS = 200
@@ -25,7 +27,7 @@ def parameter_counts(model: TunedModel) -> dict[str, int]:
 
     >>> small = lion_fast.load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
     >>> parameter_counts(lion_fast.create(small, "lion", num_classes=10, state_dim=16))
-    {'dense': 13216, 'kept': 13216, 'with_head': 15146}
+    {'dense': 3344, 'kept': 3344, 'with_head': 9754}
     """
     dense = model.num_trainable()
     zeros = 0
@@ -37,9 +39,13 @@ def parameter_counts(model: TunedModel) -> dict[str, int]:
 
 
 def ends(model: nn.Module) -> dict[str, nn.Module]:
-    """The equilibrium ends of a LION model by name; empty for other methods."""
+    """The equilibrium ends of a LION model by name; empty for other methods.
+
+    Of a read-out of states it is the `StateLayer` in it.
+    """
     found = {name: getattr(model, f"{name}_end", None) for name in ("input", "output")}
-    return {name: end for name, end in found.items() if isinstance(end, (LionLayer, PixelEnd))}
+    found = {name: end.layer if isinstance(end, ReadOut) else end for name, end in found.items()}
+    return {name: end for name, end in found.items() if isinstance(end, (LionLayer, PixelEnd, StateLayer))}
 
 
 def measure_ends(model: TunedModel, images: Tensor) -> dict[str, dict[str, float]]:
@@ -79,7 +85,7 @@ def measure_ends(model: TunedModel, images: Tensor) -> dict[str, dict[str, float
 def _bound_and_rate(end: nn.Module, x: Tensor) -> tuple[float, float]:
     end = copy.deepcopy(end).double()
     activation = ACTIVATIONS[end.activation]
-    if isinstance(end, LionLayer):
+    if isinstance(end, (LionLayer, StateLayer)):
         recurrence = end.recurrence_matrix()
         certified = activation.lipschitz * spectral_norm_bound(recurrence).item()
         q = x.reshape(-1, x.shape[-1])[:_RATE_ROWS].double() @ end.A.T + end.b

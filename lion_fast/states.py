@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lion_fast.contraction import bounded
 from lion_fast.errors import OptionError, check_choice, check_number, names_options
-from lion_fast.functional import equilibrium
+from lion_fast.functional import check_input, equilibrium
 from lion_fast.masked import Masked
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
 from lion_kernels import ops
@@ -17,8 +17,9 @@ class StateLayer(Masked):
     """Z = phi(Z Wh^T + x A^T + b), per token: the equilibrium of a `LionLayer` without its read-out.
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
-    in a `LionLayer`. x [..., D] gives Z [..., R] in x's dtype. The injection is a product of its own; the
-    solve then runs on rows of width R, by the kernels of `LionLayer`.
+    in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype. The injection is a product
+    of its own, in half precision inside autocast; the solve then runs on rows of width R, by the kernels of
+    `LionLayer`.
 
     Args:
         dim: width D of a token.
@@ -82,11 +83,8 @@ class StateLayer(Masked):
         return bounded(self.masked("W"), self.gamma / ACTIVATIONS[self.activation].lipschitz)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"the last dimension of x must be the layer's width {self.dim}; x has shape {tuple(x.shape)}"
-            )
-        q = F.linear(x, self.masked("A"), self.b)
+        check_input(x, self.dim)
+        q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
         # with A = V = 1 and b = c = 0 the whole solve's output is its state
         one = torch.eye(self.state_dim, dtype=self.A.dtype, device=self.A.device)
         zero = torch.zeros_like(self.b)
@@ -96,10 +94,11 @@ class StateLayer(Masked):
             activation=self.activation, **self.solve, backend=self.backend, residual=False,
             return_info=return_info or inspect,
         )  # fmt: skip
+        z, info = out if return_info or inspect else (out, None)
         if inspect:
-            apply_policy(out[1], self.on_failure, "Raise max_iter or tol, or lower gamma.")
-            return out if return_info else out[0]
-        return out
+            apply_policy(info, self.on_failure, "Raise max_iter or tol, or lower gamma.")
+        z = z.to(x.dtype)
+        return (z, info) if return_info else z
 
     def extra_repr(self) -> str:
         return (

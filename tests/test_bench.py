@@ -29,7 +29,7 @@ def vit(depth=1, size=32, **options):
 def measured():
     """One small training and one inference run, shared by the tests that look at rows."""
     torch.manual_seed(0)
-    some = [Contender("lion"), *(Contender("vpt", (("length", 3),), form) for form in ("exact", "naive"))]
+    some = [Contender("lion", form="residual"), *(Contender("vpt", (("length", 3),), form) for form in ("exact", "naive"))]
     train = measure.measure(SETTING, [*some, Contender("probe")], rounds=3)
     return train + measure.measure(Setting(TINY, "infer", 2, img_size=32), some, rounds=3)
 
@@ -89,7 +89,7 @@ def test_what_is_not_kept_any_more_does_not_count_again():
 def test_owners_of_a_lion_step_by_hand(terms):
     """Backbone: 10 rows of D per block and token, the last norm's; method: what the equilibria keep in R."""
     B, N, D, R, h = 3, 5, 192, 8, 3
-    model = create(vit(), "lion", num_classes=4, state_dim=R, neumann_terms=terms)
+    model = create(vit(), "lion", num_classes=4, form="residual", state_dim=R, neumann_terms=terms)
     x = torch.randn(B, 3, 32, 32)
     with memory.SavedTensors(model, [x]) as kept:
         logits = model(x)
@@ -299,7 +299,7 @@ def test_a_longer_step_is_timed_longer(monkeypatch):
 
 
 def test_a_row_says_everything(measured):
-    row = row_of(measured, "lion")
+    row = row_of(measured, "lion:residual")
     assert row["status"] == "ok" and row["held_in"] == "fp32" and row["seed"] == 0
     assert row["weights_source"] == "random" and len(row["weights_sha256"]) == 64
     assert {"torch", "timm", "lion_fast", "python"} <= row["versions"].keys() and row["device_name"]
@@ -322,7 +322,7 @@ def test_floors_and_training(measured):
     assert measured[0] is floor and floor["ratio"] == floor["ratio_q80"] == 1.0
     assert "parameters" not in floor and floor["resident_bytes"]["optimiser"] == 0
     # rows in, a backward to them: as much kept as by LION inside the backbone, but for its first norm's input
-    lion = row_of(measured, "lion")
+    lion = row_of(measured, "lion:residual")
     block_input = 4 * 2 * 5 * 192
     assert lion["activation_bytes"]["backbone"] - floor["activation_bytes"]["backbone"] == block_input
     assert row_of(measured, "probe")["activation_bytes"]["backbone"] == 0
@@ -367,7 +367,7 @@ def test_what_a_backbone_cannot_is_skipped_with_the_reason():
 @pytest.mark.parametrize("dtype, save", [("bf16", "plain"), ("bf16", "save"), ("fp32", "save")])
 def test_other_precisions_and_memory(dtype, save):
     setting = Setting(TINY, "train", 2, dtype, memory=save, img_size=32)
-    methods = [Contender(m) for m in ("lion", "full") if m in available()]
+    methods = [Contender("lion", form="residual"), *(Contender(m) for m in ("full",) if m in available())]
     found = measure.measure(setting, methods, rounds=1)
     assert [row["status"] for row in found] == ["ok"] * len(found), [row["reason"] for row in found]
     assert {row["memory"] for row in found} == {save}
@@ -378,14 +378,14 @@ def test_other_precisions_and_memory(dtype, save):
 
 def test_rounded_outputs_are_compared_with_float32():
     setting = Setting(TINY, "infer", 8, "bf16", img_size=32)
-    floor, lion = measure.measure(setting, [Contender("lion")], rounds=1)
+    floor, lion = measure.measure(setting, [Contender("lion", form="residual")], rounds=1)
     for row in (floor, lion):
         told = row["against_fp32"]
         # bfloat16 rounds to 2^-9; a dozen blocks of it, never nothing
         assert 1e-4 < told["relative"] < 3e-2 and told["sqnr_db"] > 30 and told["cosine"] > 0.999
         assert 0.5 <= told["same_class"] <= 1
     text = report.markdown([floor, lion])
-    assert f"`lion` {lion['against_fp32']['relative']:.2e}" in text
+    assert f"`lion:residual` {lion['against_fp32']['relative']:.2e}" in text
 
 
 def test_compiled_models_are_checked_against_eager(monkeypatch):
@@ -412,8 +412,8 @@ def test_rows_come_back_from_their_files(tmp_path, measured):
     with open(tmp_path / "rows.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(measured)
-    lion = next(line for line in table if line["label"] == "lion" and line["mode"] == "train")
-    assert int(lion["activation_bytes.backbone"]) == row_of(measured, "lion")["activation_bytes"]["backbone"]
+    lion = next(line for line in table if line["label"] == "lion:residual" and line["mode"] == "train")
+    assert int(lion["activation_bytes.backbone"]) == row_of(measured, "lion:residual")["activation_bytes"]["backbone"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
     (tmp_path / "rows.json").write_text("[]")
     with pytest.raises(DataError, match="holds no measurement rows"):
@@ -431,12 +431,12 @@ def test_a_run_skips_what_is_there_and_measures_what_is_not(tmp_path, monkeypatc
         return [{"key": key, **bare, **where} for key in plan.keys(setting, contenders)]
 
     monkeypatch.setattr(plan, "measure", fake)
-    a, b = Contender("lion"), Contender("probe")
+    a, b = Contender("lion", form="residual"), Contender("probe")
     one, two = Setting(TINY, "train", 2), Setting(TINY, "infer", 2)
     assert plan.run([(one, [a])], Store(tmp_path)) == {"settings": 1, "measured": 2, "held": 0, "left": 0}
     told = plan.run([(one, [a, b]), (two, [a])], Store(tmp_path))
     assert told == {"settings": 2, "measured": 4, "held": 1, "left": 0}
-    assert asked == [("train", ["lion"]), ("train", ["probe"]), ("infer", ["lion"])]
+    assert asked == [("train", ["lion:residual"]), ("train", ["probe"]), ("infer", ["lion:residual"])]
     assert plan.run([(one, [a, b])], Store(tmp_path))["measured"] == 0
     assert plan.run([(one, [a, b])], Store(tmp_path), again=True)["measured"] == 3
     assert plan.run([(one, [a]), (two, [a, b])], Store(tmp_path), minutes=0)["left"] == 1
@@ -489,7 +489,7 @@ def test_the_command(tmp_path, capsys):
     options += ["--rounds", "1", "--modes", "train"]
     assert main(["bench", *options, "--out", str(old), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["measured"] == 3 and told["failed"] == [] and told["regressions"] == []
+    assert told["measured"] == 4 and told["failed"] == [] and told["regressions"] == []
     assert "x floor" in (old / "report.md").read_text()
     # the same rows, but as if they had been half as slow: everything regressed
     body = json.loads((old / "rows.json").read_text())
@@ -499,7 +499,7 @@ def test_the_command(tmp_path, capsys):
     (old / "rows.json").write_text(json.dumps(body))
     again = ["bench", *options, "--out", str(new), "--compare", str(old / "rows.json")]
     assert main(again) == 1
-    assert capsys.readouterr().out.count("regression: ") == 3
+    assert capsys.readouterr().out.count("regression: ") == 4
     assert main([*again, "--threshold", "1e9"]) == 0
     assert "no regressions" in capsys.readouterr().out
 
@@ -564,24 +564,24 @@ def test_comparing_rows():
 def test_the_report(measured):
     text = report.markdown(measured, ["throughput-x.png"])
     assert (
-        "| `lion` |" in text and "vpt(length=3):naive" in text and "![throughput x](throughput-x.png)" in text
+        "| `lion:residual` |" in text and "vpt(length=3):naive" in text and "![throughput x](throughput-x.png)" in text
     )
-    assert "weights random, sha256 " + row_of(measured, "lion")["weights_sha256"][:12] in text
+    assert "weights random, sha256 " + row_of(measured, "lion:residual")["weights_sha256"][:12] in text
     assert (
-        "`vpt(length=3):exact` exact = naive to" in text and "Mean iterations per token: `lion` input" in text
+        "`vpt(length=3):exact` exact = naive to" in text and "Mean iterations per token: `lion:residual` input" in text
     )
-    cells = next(line for line in text.splitlines() if line.startswith("| `lion` |")).split(" | ")
+    cells = next(line for line in text.splitlines() if line.startswith("| `lion:residual` |")).split(" | ")
     assert cells[1] == f"{row_of(measured, 'lion')['ratio']:.3f}" and len(cells) == 11
     bad = {**row_of(measured, "probe"), "status": "failed", "reason": "out of paper"}
     assert "- failed: `probe`: out of paper" in report.markdown([*measured, bad])
 
 
 def test_the_report_says_what_an_option_of_the_backbone_changes(measured):
-    plain = row_of(measured, "lion")
+    plain = row_of(measured, "lion:residual")
     save = {**plain, "setting": plain["setting"] + "/save", "seconds": 1.5 * plain["seconds"]}
     save["activation_bytes"] = {k: v / 2 for k, v in plain["activation_bytes"].items()}
     text = report.markdown([plain, save])
-    assert f'| memory="save" | {save["setting"]} | `lion` | 1.500 | 0.500 | 1.000 |' in text
+    assert f'| memory="save" | {save["setting"]} | `lion:residual` | 1.500 | 0.500 | 1.000 |' in text
 
 
 def test_plots_are_drawn(tmp_path, measured):
@@ -622,7 +622,8 @@ def test_the_plans_name_what_exists():
 def test_every_form_is_a_contender():
     found = {c.label() for c in plan.contenders(TINY, "infer", lengths=(10, 50))}
     assert {
-        "lion",
+        "lion:residual",
+        "lion:states",
         "probe",
         "vpt(length=10):exact",
         "vpt(length=50):naive",
@@ -634,9 +635,9 @@ def test_every_form_is_a_contender():
 
 
 def test_a_model_is_moved_off_its_zeros():
-    model = measure.build(vit(), Contender("lion"))
+    model = measure.build(vit(), Contender("lion", form="residual"))
     assert all(p.any() for p in model.trainable_parameters())
-    again = measure.build(vit(), Contender("lion"))
+    again = measure.build(vit(), Contender("lion", form="residual"))
     for p, q in zip(model.trainable_parameters(), again.trainable_parameters(), strict=True):
         assert torch.equal(p, q)
 

@@ -129,6 +129,7 @@ def test_pool_option(method):
     vit = backbone("registers")
     for pool, width in (("backbone", 48), ("cls", 48), ("mean", 48), ("cls+mean", 96)):
         model = create(vit, method, num_classes=2, pool=pool)
+        width += 16 * 32 if method == "lion" else 0  # the states of 4 x 4 cells
         assert model.features(images(model)).shape == (3, width) == (3, model.head.in_features)
     with pytest.raises(OptionError, match="backbone, mean, cls, cls.mean; got 'max'"):
         create(vit, method, num_classes=2, pool="max")
@@ -204,8 +205,8 @@ def test_create_by_name_and_seed():
 
 
 def test_adapter_state_is_strict():
-    model = create(backbone("vit"), "lion", num_classes=3)
-    other = create(model.backbone, "lion", num_classes=3)
+    model = create(backbone("vit"), "lion", num_classes=3, form="residual")
+    other = create(model.backbone, "lion", num_classes=3, form="residual")
     other.load_adapter_state_dict(model.adapter_state_dict())
     x = images(model)
     assert torch.equal(model(x), other(x))
@@ -284,6 +285,7 @@ def test_lion_by_hand(key, recurrence):
     model = create(
         backbone(key),
         num_classes=4,
+        form="residual",
         state_dim=6,
         recurrence=recurrence,
         tol=1e-12,
@@ -302,9 +304,8 @@ def test_lion_by_hand(key, recurrence):
 
 @pytest.mark.parametrize("key", ["resnet", "convnext", "mobilenetv3"])
 def test_lion_on_a_cnn_by_hand(key):
-    model = create(
-        backbone(key), num_classes=4, state_dim=6, tol=1e-12, max_iter=200, pixel_channels=4
-    ).double()
+    options = {"form": "residual", "state_dim": 6, "tol": 1e-12, "max_iter": 200, "pixel_channels": 4}
+    model = create(backbone(key), num_classes=4, **options).double()
     pixel, layer = model.input_end, model.output_end
     for end in (pixel, layer):
         end.V.data.normal_(std=0.5)
@@ -328,7 +329,7 @@ def test_lion_on_a_cnn_by_hand(key):
 
 @pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
 def test_lion_with_zero_read_out_is_the_backbone(key):
-    model = create(backbone(key), num_classes=4)
+    model = create(backbone(key), num_classes=4, form="residual")
     for end in (model.input_end, model.output_end):
         end.V.data.zero_()
     x = images(model)
@@ -336,8 +337,9 @@ def test_lion_with_zero_read_out_is_the_backbone(key):
 
 
 @pytest.mark.parametrize("ends", ["input", "output", ("input",), ["output"], ("output", "input")])
-def test_lion_ends(ends):
-    model = create(backbone("vit"), num_classes=2, ends=ends)
+@pytest.mark.parametrize("form", ["states", "residual"])
+def test_lion_ends(ends, form):
+    model = create(backbone("vit"), num_classes=2, ends=ends, form=form)
     wanted = {ends} if isinstance(ends, str) else set(ends)
     assert {n for n in ("input", "output") if getattr(model, f"{n}_end") is not None} == wanted
     model(images(model))
@@ -362,24 +364,26 @@ def test_lion_refuses_bad_options(option, key):
 @pytest.mark.parametrize("state_dim, two_ends", [(16, 51_232), (32, 101_952), (51, 163_512), (64, 206_464)])
 def test_lion_counts(state_dim, two_ends):
     vit = load_backbone("vit_base_patch16_224", pretrained=False, depth=1, img_size=32)
-    model = create(vit, num_classes=10, state_dim=state_dim)
+    model = create(vit, num_classes=10, state_dim=state_dim, form="residual")
     R, D = state_dim, 768
     assert model.num_trainable() == two_ends == 2 * (2 * R * D + R * R + R + D)
     assert model.num_trainable(head=True) == two_ends + 7_690
-    tied = create(vit, num_classes=10, state_dim=state_dim, recurrence="tied", ends="input")
+    options = {"form": "residual", "recurrence": "tied", "ends": "input"}
+    tied = create(vit, num_classes=10, state_dim=state_dim, **options)
     assert tied.num_trainable() == 2 * R * D + R + D
 
 
 def test_lion_count_on_a_cnn():
-    model = create(backbone("resnet"), num_classes=2, state_dim=16, pixel_channels=8)
+    model = create(backbone("resnet"), num_classes=2, state_dim=16, pixel_channels=8, form="residual")
     assert sum(p.numel() for p in model.input_end.parameters()) == 9 * 64 + 31 * 8 + 3
     assert model.num_trainable() == 827 + 2 * 16 * 32 + 16 * 16 + 16 + 32
 
 
+@pytest.mark.parametrize("form", ["states", "residual"])
 @pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
-def test_copies_of_a_model_survive(key):
+def test_copies_of_a_model_survive(key, form):
     """On a CNN the input end is the pixel end with its bounded convolution."""
-    model = create(backbone(key), "lion", num_classes=3, seed=0, state_dim=4).eval()
+    model = create(backbone(key), "lion", num_classes=3, seed=0, state_dim=4, form=form).eval()
     x = torch.randn(2, 3, *(model.backbone.img_size,) * 2)
     expected = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -390,9 +394,10 @@ def test_copies_of_a_model_survive(key):
     assert torch.allclose(copy.deepcopy(model).to(torch.float64)(x.double()).float(), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["states", "residual"])
 @pytest.mark.parametrize("key", ["vit", "resnet"])
-def test_diagnostics_hold_no_graph(key):
-    model = create(backbone(key), num_classes=2)
+def test_diagnostics_hold_no_graph(key, form):
+    model = create(backbone(key), num_classes=2, form=form, ends=("input", "output"))
     assert model.diagnostics() == {}
     saved = []
 
@@ -430,7 +435,13 @@ def test_lion_on_failure():
 def test_lion_input_end_carries_gradients_through_the_backbone():
     """Input-end gradients against finite differences of the whole frozen model, in float64."""
     model = create(
-        backbone("vit"), num_classes=2, state_dim=4, tol=1e-13, max_iter=300, backward="exact"
+        backbone("vit"),
+        num_classes=2,
+        form="residual",
+        state_dim=4,
+        tol=1e-13,
+        max_iter=300,
+        backward="exact",
     ).double()
     x, g = images(model, 2, torch.float64), torch.randn(2, 2, dtype=torch.float64)
     _, grads = gradients(model, x, g)
@@ -761,5 +772,5 @@ def test_vpt_saves_nothing_per_image_for_the_prefix():
 
 
 def test_lion_layers_are_the_public_layer():
-    model = create(backbone("swin"), num_classes=2)
+    model = create(backbone("swin"), num_classes=2, form="residual")
     assert type(model.input_end) is LionLayer is lion_fast.LionLayer

@@ -21,6 +21,7 @@ from lion_fast.bench.memory import cuda_activations, resident_bytes, saved_bytes
 from lion_fast.bench.rows import FLOOR, Contender, Setting, context
 from lion_fast.errors import BackboneError, LionError, OptionError
 from lion_fast.methods import TunedModel, available, create, method_options
+from lion_fast.methods.lion import FORMS as LION_FORMS
 from lion_fast.training.memory import PeakMemory
 
 NUM_CLASSES = 100
@@ -147,7 +148,7 @@ def _batch(backbone: Backbone, size: int, device: torch.device) -> tuple[Tensor,
 def build(backbone: Backbone, contender: Contender) -> TunedModel:
     """The model of a contender, drawn from the seed; merged where that is its form."""
     options = dict(contender.options)
-    if contender.form in ("exact", "naive"):
+    if contender.form not in ("", "merged"):
         options["form"] = contender.form
     model = create(backbone, contender.method, num_classes=NUM_CLASSES, seed=SEED, **options)
     move_off_start(model)
@@ -356,9 +357,12 @@ def describe_model(model: TunedModel, contender: Contender) -> dict[str, Any]:
 
 
 def forms_of(method: str) -> list[str]:
-    """The forms a method is measured in: "exact" and "naive" by its options, "merged" where it merges."""
+    """The forms a method is measured in: those of its option `form`, and "merged" where it merges."""
     cls = available()[method]
-    forms = ["exact", "naive"] if "form" in method_options(cls) else [""]
+    forms = [""]
+    if "form" in method_options(cls):
+        # LION's two are two functions, the others' two ways to compute one
+        forms = list(LION_FORMS) if method == "lion" else ["exact", "naive"]
     # a method that trains the backbone's own weights is the bare backbone once trained: nothing to merge
     if cls.merge is not TunedModel.merge and method not in frozen.OWNERS:
         forms.append("merged")
@@ -372,6 +376,8 @@ def check(contender: Contender, backbones: _Backbones) -> str:
     trained parameter. Methods without another form have nothing to compare here; the tests do that.
     """
     other = {"exact": "naive", "naive": "exact", "merged": ""}.get(contender.form)
+    if contender.form in LION_FORMS:
+        return "one way to compute it"
     if other is None:
         return "one form only"
     if contender.form in ("exact", "naive") and not _has_both(contender):

@@ -163,7 +163,7 @@ def _present(*methods: str) -> tuple[str, ...]:
 
 
 def _plain(contender: Contender) -> bool:
-    return contender.form in ("", "exact") and dict(contender.options).get("depth") is None
+    return contender.form not in ("naive", "merged") and dict(contender.options).get("depth") is None
 
 
 def run(

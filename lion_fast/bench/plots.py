@@ -39,12 +39,12 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
     rows = [row for row in rows if _memory(row) is not None and not _longer(row)]
     if len(rows) < 3:
         return False
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    names = list(dict.fromkeys(_name(row) for row in rows))
     with _figure(path, (8.0, 5.0)) as figure:
         axes = figure.subplots()
         for name, colour, marker in _styles(names):
-            colour = "0.45" if name == "floor" else colour
-            for i, row in enumerate(r for r in rows if r["method"] == name):
+            colour = {"floor": "0.45", "lion, states": _PARTS["method"]}.get(name, colour)
+            for i, row in enumerate(r for r in rows if _name(r) == name):
                 slow = row["batch_size"] / row["seconds_q80"]
                 fast = row["batch_size"] / row["seconds_q20"]
                 y = row["images_per_second"]
@@ -89,7 +89,7 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
     lines = {name: sorted(some, key=lambda s: s[0]) for name, some in lines.items() if len(some) > 1}
     if not lines:
         return False
-    level = [row for row in rows if row["label"] in ("lion", "floor")]
+    level = [row for row in rows if row["label"] in ("lion", "lion:residual", "lion:states", "floor")]
     with _figure(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
         methods = list(dict.fromkeys(some[0][1]["method"] for some in lines.values()))
@@ -113,12 +113,12 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
                 label=name,
             )
         for row in level:
-            lion = row["label"] == "lion"
+            lion = row["method"] == "lion"
             axes.axhline(
                 row["ratio"],
                 color="#d55e00" if lion else "0.5",
-                linestyle="-" if lion else ":",
-                label="lion (no prompts)" if lion else "floor",
+                linestyle={"floor": ":", "lion:states": "-."}.get(row["label"], "-"),
+                label=f"{_name(row)} (no prompts)" if lion else "floor",
             )
         axes.set(xlabel="prompts per layer", ylabel="time over the floor's", title=_title(rows[0]))
         axes.set_xticks(sorted({length for some in lines.values() for length, _ in some}))
@@ -158,6 +158,11 @@ def _memory(row: Mapping[str, Any]) -> float | None:
     if row["mode"] == "train":
         return sum(v for k, v in kept.items() if k != "by_allocator") / 2**20 if kept else None
     return row["peak_bytes"] / 2**20
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """The method, and of LION the form too; rows from before it had two are of its residual form."""
+    return f"lion, {row['form'] or 'residual'}" if row["method"] == "lion" else row["method"]
 
 
 def _longer(row: Mapping[str, Any]) -> bool:

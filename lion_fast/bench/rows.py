@@ -52,8 +52,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """One method with options in one form: "exact" or "naive" where it has both, "merged", or "" where it
-    has only one. `floor` is the name of the bare backbone."""
+    """One method with options in one form: "exact" or "naive" where it has both, "merged", LION's "states" or
+    "residual" (two functions), or "" where it has only one. `floor` is the name of the bare backbone.
+
+    Rows taken before LION had forms are labelled `lion`: they are of its residual form.
+    """
 
     method: str
     options: tuple[tuple[str, Any], ...] = ()

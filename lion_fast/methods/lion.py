@@ -104,7 +104,8 @@ class LionModel(TunedModel):
         ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
         if not ends or set(ends) - set(ENDS) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
-        if pool is None and states and backbone.family == "vit" and backbone.model.cls_token is not None:
+        reads_states = states and "output" in ends
+        if pool is None and reads_states and backbone.family == "vit" and backbone.model.cls_token is not None:
             self.pool = "cls+mean"
         activation = activation or ("tanh" if states else "relu")
         solve = {
@@ -132,7 +133,7 @@ class LionModel(TunedModel):
                 self.input_end = LionLayer(backbone.width_in, recurrence=recurrence, **layer)
         if "output" in ends and not states:
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
-        if "output" in ends and states:
+        if reads_states:
             widths = backbone.map_widths
             if isinstance(self.at, bool) or not isinstance(self.at, int) or not 0 <= self.at < len(widths):
                 raise OptionError(
@@ -148,6 +149,9 @@ class LionModel(TunedModel):
             y, maps = self.backbone.body_and_map(x, self.at)
             return coarse_rows(self.backbone.pool(y, self.pool), maps, self.grid)
         return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
+
+    def encoding(self) -> tuple:
+        return (*super().encoding(), self.form, self.at, self.grid)
 
     def behind(self) -> nn.Module:
         if isinstance(self.output_end, ReadOut):

@@ -9,12 +9,13 @@ from lion_fast.states import StateLayer
 
 
 def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
-    """Features (B, F) and a map (B, H, W, C) to one row per image, (B, F + grid^2 C), in float32.
+    """Features (B, F) and a map (B, H, W, C) to one row per image, (B, F + grid^2 C), float32 at least.
 
     The map is averaged to `grid` x `grid` cells. Nothing here is trained, so it can be computed once.
     """
-    cells = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2).float(), grid).flatten(2).transpose(1, 2)
-    return torch.cat([features.float(), cells.flatten(1)], 1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    cells = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2).to(dtype), grid).flatten(2).transpose(1, 2)
+    return torch.cat([features.to(dtype), cells.flatten(1)], 1)
 
 
 class ReadOut(nn.Module):

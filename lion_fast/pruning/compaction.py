@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lion_fast.contraction import contraction_scale
 from lion_fast.errors import OptionError
 from lion_fast.layer import LionLayer
+from lion_fast.states import StateLayer
 from lion_kernels.reference import ACTIVATIONS
 
 # Applications that the constant units get to come to rest, at their rate of at most gamma.
@@ -55,7 +56,7 @@ def compact(layer: LionLayer) -> LionLayer:
     becomes a free one with W = Wh, R x R numbers more, where not. Element masks are cut to size. A layer
     without dead units comes back as a copy; one without live ones keeps a single unit of zeros.
 
-    Raises OptionError for something else than a LionLayer.
+    Raises OptionError for something else than a LionLayer, a `StateLayer` among it: its states are outputs.
 
     >>> from lion_fast import pruning
     >>> layer = LionLayer(8, 4)
@@ -63,6 +64,11 @@ def compact(layer: LionLayer) -> LionLayer:
     >>> layer.compact().state_dim
     2
     """
+    if isinstance(layer, StateLayer):
+        raise OptionError(
+            "a StateLayer cannot be compacted: every state is an output, which the head reads by its place. "
+            "Masks are saved packed; for fewer units train with a smaller state_dim"
+        )
     if not isinstance(layer, LionLayer):
         raise OptionError(f"only a LionLayer can be compacted; got {type(layer).__name__}")
     live, constant = find_units(layer)
@@ -165,6 +171,8 @@ def restore_compacted(model: nn.Module, described: Mapping[str, Mapping]) -> Non
 
 def compact_model(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Compact every LionLayer inside a model, in place; (units before, units now) by the layer's name.
+
+    A `StateLayer` stays as it is, see `compact`.
 
     Raises OptionError where the model is itself a layer, which cannot be replaced.
     """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.layer import LionLayer
 from lion_fast.masked import Masked
+from lion_fast.states import StateLayer
 
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")
@@ -59,7 +60,7 @@ def find_layers(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> 
 
 
 def find_matrices(layers: Mapping[str, Masked]) -> list[Matrix]:
-    """Every matrix of the layers that can be pruned: A, V and, unless it is tied, W. Biases are exempt."""
+    """Every matrix of the layers that can be pruned: A, V and W where they have it. Biases are exempt."""
     return [
         Matrix(layer, module, name)
         for layer, module in layers.items()
@@ -91,9 +92,9 @@ def check_target(
             raise OptionError(
                 f"{matrix.full_name} is frozen (requires_grad is False); set requires_grad_() on its layer"
             )
-        if granularity != "element" and not isinstance(matrix.module, LionLayer):
+        if granularity != "element" and not isinstance(matrix.module, (LionLayer, StateLayer)):
             raise OptionError(
-                f"granularity {granularity!r} needs LionLayer ends; {matrix.full_name} belongs to a "
+                f"granularity {granularity!r} needs LionLayer or StateLayer ends; {matrix.full_name} belongs to a "
                 f"{type(matrix.module).__name__}, which takes 'element' only"
             )
         if granularity == "2:4" and shape[1] % 4:
@@ -119,9 +120,14 @@ def _blocks(values: Tensor, block: int) -> Tensor:
 
 
 def _units(values: Mapping[str, Tensor]) -> Tensor:
-    """The mean over what belongs to each hidden unit: its row of A, row and column of W, column of V."""
-    A, V, W = values["A"], values["V"], values.get("W")
-    total, size = A.sum(1) + V.sum(0), A.shape[1] + V.shape[0]
+    """The mean over what belongs to each hidden unit: its row of A, row and column of W, column of V.
+
+    A tied layer has no W, a `StateLayer` no V.
+    """
+    A, V, W = values["A"], values.get("V"), values.get("W")
+    total, size = A.sum(1), A.shape[1]
+    if V is not None:
+        total, size = total + V.sum(0), size + V.shape[0]
     if W is not None:
         total = total + W.sum(0) + W.sum(1) - W.diagonal()
         size += 2 * W.shape[0] - 1
