@@ -13,11 +13,12 @@ import torch
 
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.bench.rows import context
-from lion_fast.data import ImageSet, Splits, load_data
+from lion_fast.data import ImageSet, Splits, load_data, transforms
 from lion_fast.experiments.grid import Grid, Item, digest
 from lion_fast.experiments.rows import pack_bits, pack_integers
 from lion_fast.methods import TunedModel, create
-from lion_fast.training import Metrics, TrainConfig, TrainingError, fit, predict
+from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
+from lion_fast.training.features import encode
 
 RANDOM_SEED = 0
 # Draws of images kept in memory by a worker
@@ -41,6 +42,7 @@ class Workshop:
     grid: Grid
     backbones: dict[str, Backbone] = field(default_factory=dict)
     draws: dict[tuple[str, int], Splits] = field(default_factory=dict)
+    store: FeatureStore = field(default_factory=FeatureStore)
     where: dict[str, Any] | None = None
 
     def backbone(self, label: str) -> Backbone:
@@ -91,6 +93,7 @@ class Workshop:
         started = time.perf_counter()
         options, _ = self.grid.settings(item.set, item.label, item.index)
         config = self.grid.config(item.set, item.label, item.index, item.seed)
+        config = replace(config, checkpoint_epochs=0)  # an interrupted run is run again
         backbone, splits = self.backbone(item.backbone), self.splits(item.set, item.seed)
         test = splits.test if item.stage == "final" else None
         splits = replace(splits, test=None)  # nothing below can read it by mistake
@@ -132,7 +135,7 @@ class Workshop:
             },
         }
         try:
-            row |= _train_and_judge(model, splits, test, config)
+            row |= _train_and_judge(model, splits, test, config, self.store)
         except TrainingError as error:
             # the message may name a folder that is gone
             row["failed"] = str(error).split(";")[0]
@@ -148,17 +151,19 @@ class Workshop:
 
 
 def _train_and_judge(
-    model: TunedModel, splits: Splits, test: ImageSet | None, config: TrainConfig
+    model: TunedModel, splits: Splits, test: ImageSet | None, config: TrainConfig, store: FeatureStore
 ) -> dict[str, Any]:
     # Only a choice among epochs needs the validation images in every epoch
     needed = config.keep == "best" or config.early_stop
     with tempfile.TemporaryDirectory(prefix="lion-fast-", ignore_cleanup_errors=True) as folder:
-        fitted = fit(model, splits if needed else replace(splits, val=None), config, folder, progress=False)
+        chosen = splits if needed else replace(splits, val=None)
+        fitted = fit(model, chosen, config, folder, progress=False, store=store)
+    kept = store if fitted.cached_features else None
     row: dict[str, Any] = {"val": None, "test": None}
     if splits.val is not None:
-        row["val"] = _judge(model, splits.val, config)[0]
+        row["val"] = _judge(model, splits.val, config, kept)[0]
     if test is not None:
-        row["test"], correct = _judge(model, test, config)
+        row["test"], correct = _judge(model, test, config, kept)
         row |= {"correct": pack_bits(correct), "labels": pack_integers(test.labels.numpy())}
     return row | {
         "training_seconds": fitted.seconds,
@@ -173,13 +178,21 @@ def _train_and_judge(
     }
 
 
-def _judge(model: TunedModel, images: ImageSet, config: TrainConfig) -> tuple[dict, np.ndarray]:
-    """Metrics of one pass over the images, and which are right."""
+def _judge(
+    model: TunedModel, images: ImageSet, config: TrainConfig, store: FeatureStore | None
+) -> tuple[dict, np.ndarray]:
+    """Metrics of one pass over the images, and which are right; `store` has rows where those are constant."""
     batch = config.eval_batch_size or config.batch_size
+    reading = {"num_workers": config.num_workers, "mixed_precision": config.mixed_precision}
     started = time.perf_counter()
-    probabilities = predict(
-        model, images, batch, num_workers=config.num_workers, mixed_precision=config.mixed_precision
-    )
+    if store is None:
+        probabilities = predict(model, images, batch, **reading)
+    else:
+        view = images.with_transform(transforms(model.backbone))
+        rows = store.rows(
+            model, images, config.mixed_precision, lambda: encode(model, view, batch, **reading)
+        )
+        probabilities = predict(model.behind(), rows, 1024)
     if not torch.isfinite(probabilities).all():
         raise TrainingError("the trained model's outputs are not finite")
     classes, labels = model.num_classes, images.labels

@@ -145,6 +145,10 @@ class TunedModel(nn.Module):
         """Images (B, 3, H, W) to what stands in front of `behind`, a row each; the frozen backbone here."""
         return self.backbone.pool(self.backbone.body(self.backbone.enter(images)), self.pool)
 
+    def encoding(self) -> tuple:
+        """What tells rows of `encode` apart from those of other methods on the same backbone."""
+        return (type(self).encode, self.pool)
+
     def behind(self) -> nn.Module:
         """The part that turns rows of `encode` into logits: the head here.
 

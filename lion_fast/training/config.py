@@ -10,7 +10,15 @@ from lion_fast.pruning.masks import CRITERIA, GRANULARITIES
 
 # Options that change speed or what is written, never the numbers: they may differ when a run is resumed.
 FREE_ON_RESUME = frozenset(
-    {"num_workers", "eval_batch_size", "checkpoint_every", "log_every", "tensorboard", "device"}
+    {
+        "num_workers",
+        "eval_batch_size",
+        "checkpoint_epochs",
+        "checkpoint_every",
+        "log_every",
+        "tensorboard",
+        "device",
+    }
 )
 
 
@@ -50,7 +58,8 @@ class TrainConfig:
             and augment is "none".
         num_workers: Processes that read images; 0 reads in the training process.
         eval_batch_size: Images per forward pass in evaluation; None: as many as in training.
-        checkpoint_every: Also write a checkpoint every so many steps; 0: after each epoch only.
+        checkpoint_epochs: Write a checkpoint after every so many epochs; 0: only when interrupted.
+        checkpoint_every: Also write a checkpoint every so many steps; 0: after epochs only.
         log_every: Steps between rows of steps.csv and checks of the loss.
         tensorboard: Also write TensorBoard events (needs the extra `lion-fast[tensorboard]`).
         device: "cpu", or None for the accelerator that Accelerate finds.
@@ -84,6 +93,7 @@ class TrainConfig:
     cache_features: bool = True
     num_workers: int = 0
     eval_batch_size: int | None = None
+    checkpoint_epochs: int = 1
     checkpoint_every: int = 0
     log_every: int = 10
     tensorboard: bool = False
@@ -99,7 +109,7 @@ class TrainConfig:
             raise OptionError(f"device must be cpu or None (what Accelerate finds); got {self.device!r}")
         for name in ("epochs", "batch_size", "grad_accumulation", "log_every"):
             self._check_int(name, 1)
-        for name in ("seed", "early_stop", "num_workers", "checkpoint_every"):
+        for name in ("seed", "early_stop", "num_workers", "checkpoint_epochs", "checkpoint_every"):
             self._check_int(name, 0)
         if self.eval_batch_size is not None:
             self._check_int("eval_batch_size", 1)

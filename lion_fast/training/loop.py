@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lion_fast.errors import CheckpointError, DataError, LionError, OptionError
 from lion_fast.pruning import RobustPruner
 from lion_fast.training import checkpoints
 from lion_fast.training.config import TrainConfig
+from lion_fast.training.features import FeatureStore, encode
 from lion_fast.training.memory import PeakMemory
-from lion_fast.training.metrics import Metrics, autocast, check_labels, evaluate, evaluating
+from lion_fast.training.metrics import Metrics, autocast, check_labels, evaluate
 from lion_fast.training.order import (
     Plan,
     SeededItems,
@@ -99,6 +100,7 @@ def fit(
     resume: bool | str = False,
     overwrite: bool = False,
     progress: bool | None = None,
+    store: FeatureStore | None = None,
 ) -> FitResult:
     """Train the method and the head of a model; the backbone stays as it is.
 
@@ -115,6 +117,7 @@ def fit(
         resume: True or "latest", "previous", or the name of a checkpoint. False: a new run.
         overwrite: Allow a new run to delete the checkpoints of an earlier one in `out_dir`.
         progress: Show a progress bar on stderr; None: where stderr is a terminal, else a line an epoch.
+        store: Rows of the frozen part from earlier runs on these images, for further ones; None: this run's.
 
     Raises:
         CheckpointError: The output cannot be written, a checkpoint is damaged or of another run, or
@@ -134,7 +137,7 @@ def fit(
     which = "latest" if resume is True else (resume or None)
     prepare_output(out_dir, resume=resume, overwrite=overwrite)
     with private_generators(), _Interruption() as interruption, _deterministic(config.deterministic):
-        return _Run(model, splits, config, Path(out_dir), interruption, progress).run(which, overwrite)
+        return _Run(model, splits, config, Path(out_dir), interruption, progress, store).run(which, overwrite)
 
 
 def prepare_output(
@@ -184,7 +187,9 @@ class _Progress:
 
 
 class _Run:
-    def __init__(self, model, splits, config: TrainConfig, out_dir: Path, interruption, progress) -> None:
+    def __init__(
+        self, model, splits, config: TrainConfig, out_dir: Path, interruption, progress, store
+    ) -> None:
         self.model, self.splits, self.config, self.out_dir = model, splits, config, out_dir
         self.interruption = interruption
         self.accelerator = _make_accelerator(config)
@@ -201,6 +206,7 @@ class _Run:
             accumulation=config.grad_accumulation,
         )
         self.cached = _features_are_constant(model, config)
+        self.store = FeatureStore() if store is None else store
         self.at = _Progress()
         self.best: dict[str, torch.Tensor] | None = None
 
@@ -284,7 +290,10 @@ class _Run:
                         self._end_epoch(bar)
                     except _Leave:
                         raise self._interrupted(folder) from None
-                    self._save(folder)
+                    self._check_finite()
+                    epochs = self.config.checkpoint_epochs
+                    if epochs and len(at.history) % epochs == 0:
+                        self._save(folder)
                 if len(at.history) == ended and self._patience_is_over():
                     return True
                 if at.step == plan.steps:
@@ -430,9 +439,9 @@ class _Run:
         self.model.to(self.device).train()
         if self.cached:
             started = time.perf_counter()
-            train = self._cache(train)
+            train = self._cache(self.splits.train, train)
             self.at.seconds = time.perf_counter() - started
-            val = self._cache(val)
+            val = self._cache(self.splits.val, val)
         self.train_items, self.val_items = train, val
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(_make_optimizer(self.model, self.trained, config))
@@ -458,24 +467,33 @@ class _Run:
         # that is needed of its preparation, and a single process needs none.
         self.net = self.accelerator.prepare_model(net) if self.accelerator.num_processes > 1 else net
 
-    def _cache(self, items: Dataset | None) -> Dataset | None:
+    def _cache(self, images: Dataset | None, items: Dataset | None) -> Dataset | None:
+        """The rows of `images`, of which `items` are the transformed view."""
         if items is None:
             return None
-        batch = self.config.eval_batch_size or self.config.batch_size
-        loader = DataLoader(items, batch, num_workers=self.config.num_workers, worker_init_fn=_quiet_worker)
-        features, labels = [], []
-        with evaluating(self.model), autocast(self.device, self.config.mixed_precision):
-            for images, targets in tqdm(loader, desc="features", leave=False, disable=not self.progress):
-                features.append(self.model.encode(images.to(self.device)).float())
-                labels.append(targets)
-                if self.interruption.asked:
-                    raise KeyboardInterrupt
-        return TensorDataset(torch.cat(features), torch.cat(labels))
+
+        def compute() -> Dataset:
+            return encode(
+                self.model,
+                items,
+                self.config.eval_batch_size or self.config.batch_size,
+                num_workers=self.config.num_workers,
+                mixed_precision=self.config.mixed_precision,
+                progress=self.progress,
+                check=self._raise_if_asked,
+                worker_init_fn=_quiet_worker,
+            )
+
+        return self.store.rows(self.model, images, self.config.mixed_precision, compute)
+
+    def _raise_if_asked(self) -> None:
+        if self.interruption.asked:
+            raise KeyboardInterrupt
 
     def _loader(self, step: int) -> DataLoader:
         workers = 0 if self.cached else self.config.num_workers
         return DataLoader(
-            SeededItems(self.train_items, self.config.seed),
+            SeededItems(self.train_items, None if self.cached else self.config.seed),
             batch_sampler=ShareSampler(self.plan, self.accelerator.process_index, step),
             num_workers=workers,
             worker_init_fn=_quiet_worker,
@@ -509,10 +527,13 @@ class _Run:
 
     # -- checkpoints
 
-    def _save(self, folder: Path) -> Path:
+    def _check_finite(self) -> None:
         for name, parameter in self.trained.items():
             if not torch.isfinite(parameter).all():
                 raise self._not_finite(self.at.step - 1, f"the parameter {name} is not finite")
+
+    def _save(self, folder: Path) -> Path:
+        self._check_finite()
         loss, correct = self.accelerator.reduce(self.sums.loss), self.accelerator.reduce(self.sums.correct)
         if self.main:
             tensors = {f"model/{name}": tensor for name, tensor in self.model.adapter_state_dict().items()}

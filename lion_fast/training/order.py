@@ -130,10 +130,11 @@ class ShareSampler:
 class SeededItems(Dataset):
     """A data set read by (epoch, index), each item under its own seed.
 
-    Random augmentation is then the same in the training process, in any worker, and after a resume.
+    Random augmentation is then the same in the training process, in any worker, and after a resume. Items
+    that nothing random is in need no seed.
     """
 
-    def __init__(self, items: Dataset, seed: int) -> None:
+    def __init__(self, items: Dataset, seed: int | None) -> None:
         self.items, self.seed = items, seed
 
     def __len__(self) -> int:
@@ -141,6 +142,8 @@ class SeededItems(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
+        if self.seed is None:
+            return self.items[index]
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, "item", epoch, index)

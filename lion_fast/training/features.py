@@ -1,0 +1,71 @@
+"""Rows of the frozen part, computed once where nothing in front of them is trained."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm import tqdm
+
+from lion_fast.training.metrics import autocast, evaluating
+
+
+class FeatureStore:
+    """Keeps the rows of `TunedModel.encode` between runs on the same images and the same backbone.
+
+    Give one to several calls of `fit`: models that read the backbone alike, such as a linear probe with other
+    learning rates, then share one pass over the images. Entries belong to a data set, a backbone and what
+    the method reads (`TunedModel.encoding`), all told apart by identity and not by content; the
+    `limit` most recently used ones stay.
+
+    >>> FeatureStore(limit=4)
+    FeatureStore(0 of 4)
+    """
+
+    def __init__(self, limit: int = 16) -> None:
+        self.limit = limit
+        self._found: OrderedDict[tuple, tuple[object, object, TensorDataset]] = OrderedDict()
+
+    def rows(
+        self, model, dataset: Dataset, precision: str, compute: Callable[[], TensorDataset]
+    ) -> TensorDataset:
+        """The rows of a data set, from `compute` where they are not there yet."""
+        key = (id(dataset), id(model.backbone), precision, *model.encoding())
+        found = self._found.get(key)
+        # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
+        if found is None:
+            found = self._found[key] = (dataset, model.backbone, compute())
+        self._found.move_to_end(key)
+        while len(self._found) > self.limit:
+            self._found.popitem(last=False)
+        return found[2]
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({len(self._found)} of {self.limit})"
+
+
+def encode(
+    model,
+    dataset: Dataset,
+    batch_size: int = 64,
+    *,
+    num_workers: int = 0,
+    mixed_precision: str = "no",
+    progress: bool = False,
+    check: Callable[[], None] | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> TensorDataset:
+    """What `model.behind()` reads of every image: (rows float32 (n, E) on the model's device, labels).
+
+    dataset: items (image tensor, label). check: called after each batch; may raise to leave.
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
+    rows, labels = [], []
+    with evaluating(model), autocast(device, mixed_precision), model.backbone.autocast(device):
+        for images, targets in tqdm(loader, desc="features", leave=False, disable=not progress):
+            rows.append(model.encode(images.to(device)).float())
+            labels.append(targets)
+            if check is not None:
+                check()
+    return TensorDataset(torch.cat(rows), torch.cat(labels))
