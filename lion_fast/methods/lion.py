@@ -27,6 +27,18 @@ def middle_of(backbone: Backbone) -> int:
     return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
 
 
+class _Behind(nn.Module):
+    """Output end and head alone; what the solver says goes where the model keeps it."""
+
+    def __init__(self, end: ReadOut, head: nn.Linear, told: dict[str, SolveInfo]):
+        super().__init__()
+        self.end, self.head, self._told = end, head, told
+
+    def forward(self, rows: Tensor) -> Tensor:
+        features, self._told["output"] = self.end(rows, return_info=True)
+        return self.head(features.to(self.head.weight.dtype))
+
+
 @register("lion")
 class LionModel(TunedModel):
     """enter -> input end -> frozen blocks and norm -> output end -> head.
@@ -155,7 +167,7 @@ class LionModel(TunedModel):
 
     def behind(self) -> nn.Module:
         if isinstance(self.output_end, ReadOut):
-            return nn.Sequential(self.output_end, self.head)
+            return _Behind(self.output_end, self.head, self._info)
         return self.head
 
     def features(self, images: Tensor) -> Tensor:

@@ -366,11 +366,10 @@ class _Run:
         if not log:
             return
         row = {"step": step + 1, "epoch": self.plan.epoch_of(step) + 1, "lr": lr, "loss": loss}
-        if not self.cached:
-            found = {name: float(value) for name, value in self.model.diagnostics().items()}
-            for name, value in found.items():
-                self.at.diagnostics.setdefault(name, []).append(value)
-            row.update(found)
+        found = {name: float(value) for name, value in self.model.diagnostics().items()}
+        for name, value in found.items():
+            self.at.diagnostics.setdefault(name, []).append(value)
+        row.update(found)
         if self.main:
             self.steps_log.add(row)
             self._tensorboard(

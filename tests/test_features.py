@@ -1,0 +1,141 @@
+"""What stands in front of every trained part is computed once, and kept between runs."""
+
+import pytest
+import torch
+from training_helpers import random_splits, tiny_backbone, tiny_model
+
+import lion_fast
+from lion_fast.training import FeatureStore, TrainConfig, evaluate, fit, loop
+from lion_fast.training.features import encode
+
+QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu", "log_every": 1}
+STATES = {"state_dim": 4, "grid": 2}
+
+
+class Counting(torch.utils.data.Dataset):
+    """A data set that counts what is read of it."""
+
+    def __init__(self, items):
+        self.items, self.reads = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return self.items[i]
+
+
+@pytest.mark.parametrize("method,options", [("probe", {}), ("lion", STATES)])
+def test_rows_and_their_head_are_the_model(method, options):
+    model = tiny_model(method, **options).eval()
+    splits = random_splits()
+    rows = encode(model, splits.val, 3)
+    images = torch.stack([splits.val[i][0] for i in range(len(splits.val))])
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    torch.testing.assert_close(model.behind()(rows.tensors[0]), model(images), rtol=1e-5, atol=1e-5)
+    assert rows.tensors[1].tolist() == splits.val.labels.tolist()
+
+
+def test_the_states_form_trains_on_rows_as_it_does_on_images(tmp_path):
+    splits, found = random_splits(), []
+    for cached in (True, False):
+        model = tiny_model(**STATES)
+        told = fit(model, splits, TrainConfig(**QUICK, cache_features=cached), tmp_path / str(cached))
+        assert told.cached_features == cached
+        assert {"output_iterations", "output_residual"} <= told.history[-1].keys()
+        found.append((model.adapter_state_dict(), [row["train_loss"] for row in told.history]))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+    assert found[0][1][-1] < found[0][1][0]
+    for name, tensor in found[0][0].items():
+        torch.testing.assert_close(tensor, found[1][0][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "residual"}, {**STATES, "ends": ("input", "output")}, {**STATES, "ends": "input"}]
+)
+def test_nothing_is_cached_where_the_input_end_is_trained(options):
+    assert not loop._features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
+
+
+def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):
+    splits, store, backbone = random_splits(), FeatureStore(), tiny_backbone()
+    splits.train, splits.val = Counting(splits.train), Counting(splits.val)
+
+    def run(method, name, **options):
+        model = lion_fast.create(backbone, method, num_classes=3, seed=0, **options)
+        fit(model, splits, TrainConfig(**QUICK), tmp_path / name, store=store)
+        return model
+
+    first = run("lion", "a", **STATES)
+    run("lion", "b", **STATES | {"state_dim": 8})
+    assert (splits.train.reads, splits.val.reads) == (23, 7)
+    run("lion", "c", **STATES | {"grid": 1})
+    assert splits.train.reads == 46
+    run("probe", "d")
+    run("probe", "e")
+    assert splits.train.reads == 69 and repr(store) == "FeatureStore(6 of 16)"
+    alone = lion_fast.create(backbone, "lion", num_classes=3, seed=0, **STATES)
+    fit(alone, splits, TrainConfig(**QUICK), tmp_path / "f")
+    for name, tensor in alone.adapter_state_dict().items():
+        assert torch.equal(tensor, first.adapter_state_dict()[name])
+
+
+def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
+    store = FeatureStore(limit=2)
+    model, other = tiny_model("probe"), tiny_model("probe")
+    items = random_splits().train
+    made = []
+
+    def compute(name):
+        made.append(name)
+        return name
+
+    for turn in (model, other, model):
+        store.rows(turn, items, "no", lambda turn=turn: compute(turn))
+    assert made == [model, other]
+    store.rows(model, items, "bf16", lambda: compute("bf16"))  # drops the other backbone's
+    store.rows(model, items, "no", lambda: compute("never"))
+    store.rows(other, items, "no", lambda: compute("again"))
+    assert made == [model, other, "bf16", "again"]
+
+
+def test_without_checkpoints_a_run_ends_with_the_same_weights(tmp_path):
+    splits, models = random_splits(), [tiny_model(**STATES) for _ in range(2)]
+    for epochs, model in zip((1, 0), models, strict=True):
+        config = TrainConfig(**QUICK, checkpoint_epochs=epochs)
+        fit(model, splits, config, tmp_path / str(epochs))
+        found = list((tmp_path / str(epochs) / "checkpoints").glob("step-*"))
+        assert bool(found) == bool(epochs)
+    for name, tensor in models[0].adapter_state_dict().items():
+        assert torch.equal(tensor, models[1].adapter_state_dict()[name])
+
+
+def test_weights_that_are_not_finite_are_told_without_checkpoints_too(tmp_path, monkeypatch):
+    model = tiny_model(**STATES)
+    plain = loop._Run._step
+
+    def step(self, batches):
+        plain(self, batches)
+        if self.at.step == 2:
+            with torch.no_grad():
+                model.output_end.layer.A[0, 0] = float("inf")
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    splits = replace_val(random_splits())
+    with pytest.raises(lion_fast.training.TrainingError, match="output_end.layer.A is not finite"):
+        fit(model, splits, TrainConfig(**QUICK, checkpoint_epochs=0), tmp_path)
+
+
+def replace_val(splits):
+    splits.val = None
+    return splits
+
+
+def test_evaluate_on_rows_is_evaluate_on_images(tmp_path):
+    model, splits = tiny_model(**STATES), random_splits()
+    rows = encode(model, splits.val, 4)
+    on_rows = evaluate(model.behind(), rows, num_classes=3)
+    on_images = evaluate(model, splits.val)
+    assert on_rows.accuracy == on_images.accuracy
+    assert on_rows.loss == pytest.approx(on_images.loss, rel=1e-5)
