@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 
 _COLOURS = {"lion": "#d55e00", "vpt": "#0072b2", "probe": "#009e73"}  # Okabe and Ito: apart for every eye
-_MORE = ("#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+_MORE = ("#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 _MARKERS = "osD^vP*X"
 
 
@@ -144,7 +145,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _styles(names) -> list[tuple[str, str, str]]:
-    more = iter(_MORE * 3)
+    more = cycle(_MORE)
     return [
         (name, _COLOURS.get(name) or next(more), _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)
     ]
