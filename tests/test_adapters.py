@@ -26,11 +26,22 @@ MODELS = [
     (
         "lion",
         "vit",
-        {"state_dim": 6, "recurrence": "tied", "ends": ("output",), "pool": "cls+mean", "tol": 1e-3},
+        {
+            "form": "residual",
+            "state_dim": 6,
+            "recurrence": "tied",
+            "ends": ("output",),
+            "pool": "cls+mean",
+            "tol": 1e-3,
+        },
     ),
     ("lion", "vit", {}),
+    ("lion", "vit", {"at": 0, "grid": 2, "ends": ("input", "output"), "pool": "mean"}),
+    ("lion", "vit", {"form": "residual"}),
+    ("lion", "swin", {"activation": "gelu", "form": "residual"}),
+    ("lion", "cnn", {"pixel_channels": 4, "gamma": 0.7, "form": "residual"}),
     ("lion", "swin", {"activation": "gelu"}),
-    ("lion", "cnn", {"pixel_channels": 4, "gamma": 0.7}),
+    ("lion", "cnn", {"gamma": 0.7}),
     ("vpt", "vit", {"length": 3, "dropout": 0.1, "form": "naive"}),
     ("vpt", "vit", {"depth": "shallow"}),
     ("probe", "swin", {"head_bias": False}),
@@ -81,7 +92,7 @@ def test_round_trip_is_bit_exact(method, key, options, tmp_path):
 
 def test_description_and_size(tmp_path):
     vit = load_backbone("vit_base_patch16_224", pretrained=False, depth=1)
-    model = create(vit, num_classes=10, state_dim=51)
+    model = create(vit, num_classes=10, state_dim=51, form="residual")
     model.classes = [f"class {i}" for i in range(10)]
     save_adapter(model, tmp_path)
     found, state = read_adapter(tmp_path)
@@ -162,7 +173,7 @@ def test_unwritable_places(tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    model = trained()
+    model = trained(form="residual")
     model.output_end.V.data[0, 0] = float("nan")
     with pytest.raises(AdapterError, match="output_end.V hold NaN or Inf"):
         save_adapter(model, tmp_path / "new")
@@ -173,7 +184,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_another_backbone_is_refused(tmp_path):
-    model, other = trained(), frozen()
+    model, other = trained(form="residual"), frozen()
     save_adapter(model, tmp_path)
     with pytest.raises(
         AdapterError, match=f"weights {model.backbone.weights_sha256[:12]}.*allow_other_backbone=True"
@@ -346,8 +357,18 @@ def replace_tensors(directory, state):
     rewrite(directory, tensors_sha256=hashlib.sha256(raw).hexdigest())
 
 
+def test_an_adapter_from_before_lion_had_forms_is_residual(tmp_path):
+    model = trained(form="residual")
+    save_adapter(model, tmp_path)
+    options = json.loads((tmp_path / DESCRIPTION).read_text())["options"]
+    rewrite(tmp_path, options={k: v for k, v in options.items() if k not in ("form", "at", "grid")})
+    again = load_adapter(tmp_path, backbone=model.backbone)
+    x = images(model)
+    assert again.form == "residual" and torch.equal(again(x), model(x))
+
+
 def test_tensors_that_do_not_fit(tmp_path):
-    model = trained()
+    model = trained(form="residual")
     save_adapter(model, tmp_path)
     state = {k: v.detach().clone() for k, v in model.adapter_state_dict().items()}
     for change, match in (

@@ -29,7 +29,10 @@ def vit(depth=1, size=32, **options):
 def measured():
     """One small training and one inference run, shared by the tests that look at rows."""
     torch.manual_seed(0)
-    some = [Contender("lion", form="residual"), *(Contender("vpt", (("length", 3),), form) for form in ("exact", "naive"))]
+    some = [
+        Contender("lion", form="residual"),
+        *(Contender("vpt", (("length", 3),), form) for form in ("exact", "naive")),
+    ]
     train = measure.measure(SETTING, [*some, Contender("probe")], rounds=3)
     return train + measure.measure(Setting(TINY, "infer", 2, img_size=32), some, rounds=3)
 
@@ -413,7 +416,10 @@ def test_rows_come_back_from_their_files(tmp_path, measured):
         table = list(csv.DictReader(file))
     assert len(table) == len(measured)
     lion = next(line for line in table if line["label"] == "lion:residual" and line["mode"] == "train")
-    assert int(lion["activation_bytes.backbone"]) == row_of(measured, "lion:residual")["activation_bytes"]["backbone"]
+    assert (
+        int(lion["activation_bytes.backbone"])
+        == row_of(measured, "lion:residual")["activation_bytes"]["backbone"]
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
     (tmp_path / "rows.json").write_text("[]")
     with pytest.raises(DataError, match="holds no measurement rows"):
@@ -564,11 +570,14 @@ def test_comparing_rows():
 def test_the_report(measured):
     text = report.markdown(measured, ["throughput-x.png"])
     assert (
-        "| `lion:residual` |" in text and "vpt(length=3):naive" in text and "![throughput x](throughput-x.png)" in text
+        "| `lion:residual` |" in text
+        and "vpt(length=3):naive" in text
+        and "![throughput x](throughput-x.png)" in text
     )
     assert "weights random, sha256 " + row_of(measured, "lion:residual")["weights_sha256"][:12] in text
     assert (
-        "`vpt(length=3):exact` exact = naive to" in text and "Mean iterations per token: `lion:residual` input" in text
+        "`vpt(length=3):exact` exact = naive to" in text
+        and "Mean iterations per token: `lion:residual` input" in text
     )
     cells = next(line for line in text.splitlines() if line.startswith("| `lion:residual` |")).split(" | ")
     assert cells[1] == f"{row_of(measured, 'lion')['ratio']:.3f}" and len(cells) == 11

@@ -50,9 +50,8 @@ TRAIN = ["--epochs", "3", "--batch-size", "16", "--lr", "1e-2", "--device", "cpu
 @pytest.fixture(scope="session")
 def trained(images, model_flags, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    assert (
-        main(["finetune", str(images), "--out", str(out), "--set", "state_dim=8", *model_flags, *TRAIN]) == 0
-    )
+    lion = ["--set", "state_dim=8", "--set", "form=residual"]
+    assert main(["finetune", str(images), "--out", str(out), *lion, *model_flags, *TRAIN]) == 0
     return out
 
 
@@ -67,7 +66,11 @@ def test_finetune_writes_everything(trained, images):
     splits = json.loads((trained / "splits.json").read_text())
     assert splits["seed"] == 0 and splits["sizes"] == {"train": 36, "val": 12, "test": 12}
     config = yaml.safe_load((trained / "config.yaml").read_text())
-    assert config["lr"] == 0.01 and config["options"] == {"state_dim": 8} and config["seed"] == 0
+    assert (
+        config["lr"] == 0.01
+        and config["options"] == {"state_dim": 8, "form": "residual"}
+        and config["seed"] == 0
+    )
 
 
 def test_the_saved_adapter_is_the_evaluated_one(trained, images, capsys):

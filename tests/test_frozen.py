@@ -64,6 +64,9 @@ def swin(name="swin_tiny_patch4_window7_224", dtype=torch.float64, **options):
 
 
 def make(backbone, method, **options):
+    """A method by name; "lion:residual" is LION with both ends."""
+    method, _, form = method.partition(":")
+    options |= {"form": form} if form else {}
     model = create(backbone, method, num_classes=4, seed=5, **options).to(next(backbone.parameters()).dtype)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -101,7 +104,7 @@ def assert_same(first, second, rtol):
 
 
 def methods_on(family):
-    return [name for name, cls in available().items() if family in cls.families]
+    return [*(name for name, cls in available().items() if family in cls.families), "lion:residual"]
 
 
 # -- memory="save"
@@ -140,21 +143,21 @@ def test_saved_memory_on_a_swin(method):
 
 def test_saved_memory_on_a_swin_v2():
     name = "swinv2_tiny_window8_256"
-    expected = outputs_and_gradients(make(swin(name), "lion"))
-    assert_same(outputs_and_gradients(make(swin(name, memory="save"), "lion")), expected, 1e-12)
+    expected = outputs_and_gradients(make(swin(name), "lion:residual"))
+    assert_same(outputs_and_gradients(make(swin(name, memory="save"), "lion:residual")), expected, 1e-12)
 
 
 def test_rows_are_recomputed_in_chunks(monkeypatch):
-    expected = outputs_and_gradients(make(vit(), "lion"))
+    expected = outputs_and_gradients(make(vit(), "lion:residual"))
     monkeypatch.setattr(frozen, "CHUNK_ROWS", 4)  # 15 rows: three whole chunks and a shorter one
-    assert_same(outputs_and_gradients(make(vit(memory="save"), "lion")), expected, 1e-12)
+    assert_same(outputs_and_gradients(make(vit(memory="save"), "lion:residual")), expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_saved_memory_under_autocast_is_the_plain_autocast(dtype):
     found = []
     for memory in ("plain", "save"):
-        model = make(vit(dtype=torch.float32, memory=memory), "lion")
+        model = make(vit(dtype=torch.float32, memory=memory), "lion:residual")
         x = images(model.backbone).requires_grad_()
         with torch.autocast("cpu", dtype):
             logits = model(x)
@@ -186,9 +189,9 @@ def test_what_a_block_keeps_by_hand():
         out.sum().backward()
 
 
-@pytest.mark.parametrize("method", ["lion", "vpt", "full", "ssf", "lora"])
+@pytest.mark.parametrize("method", ["lion:residual", "vpt", "full", "ssf", "lora"])
 def test_saved_memory_keeps_less_for_every_method(method):
-    if method not in available():
+    if method.split(":")[0] not in available():
         pytest.skip(f"{method} is not there")
     sizes = []
     for memory in ("plain", "save"):
@@ -206,7 +209,7 @@ def test_vit_b_keeps_at_most_0_55_of_the_plain_step():
     sizes = []
     for memory in ("plain", "save"):
         backbone = load_backbone("vit_base_patch16_224", pretrained=False, depth=4, memory=memory)
-        model = create(backbone, "lion", num_classes=10)
+        model = create(backbone, "lion", num_classes=10, form="residual")
         x = torch.randn(1, 3, 224, 224)
         with SavedTensors(model, [x]) as kept:
             model(x)
@@ -231,7 +234,7 @@ def test_what_a_block_keeps_with_a_prefix_by_hand(memory, wide):
 
 
 def test_a_compiled_model_with_saved_memory():
-    model = make(vit(dtype=torch.float32, memory="save"), "lion")
+    model = make(vit(dtype=torch.float32, memory="save"), "lion:residual")
     expected = outputs_and_gradients(model)
     model.zero_grad()
     compiled = torch.compile(model, backend="aot_eager")
@@ -244,7 +247,7 @@ def test_a_compiled_model_with_saved_memory():
 
 
 def test_nothing_is_kept_or_built_without_gradients():
-    model = make(vit(memory="save"), "lion").eval()
+    model = make(vit(memory="save"), "lion:residual").eval()
     with torch.no_grad(), SavedTensors(model) as kept:
         out = model(images(model.backbone))
     assert kept.total == 0 and out.grad_fn is None
@@ -283,7 +286,7 @@ def test_saved_memory_refuses_what_it_does_not_know():
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "save"}, {"fold": True}, {"precision": "bf16"}])
-@pytest.mark.parametrize("method", ["lion", "vpt", "probe"])
+@pytest.mark.parametrize("method", ["lion", "lion:residual", "vpt", "probe"])
 def test_no_gradient_buffer_for_frozen_weights(method, options):
     """Neither in .grad nor on the way: no tensor of a frozen weight's shape is made by the backward."""
     model = make(vit(dtype=torch.float32, **options), method)
@@ -321,8 +324,8 @@ def test_folding_changes_no_output_and_no_gradient(method, kind):
 
 
 def test_folding_in_float32():
-    expected = outputs_and_gradients(make(vit("layerscale", torch.float32), "lion"))
-    found = outputs_and_gradients(make(vit("layerscale", torch.float32, fold=True), "lion"))
+    expected = outputs_and_gradients(make(vit("layerscale", torch.float32), "lion:residual"))
+    found = outputs_and_gradients(make(vit("layerscale", torch.float32, fold=True), "lion:residual"))
     assert (found[0] - expected[0]).norm() <= 1e-6 * expected[0].norm()
     assert_same(found, expected, 5e-6)
 
@@ -349,7 +352,7 @@ def test_the_hash_is_that_of_the_weights_as_loaded(tmp_path):
     plain = vit(dtype=torch.float32)
     for options in ({"fold": True}, {"precision": "bf16"}, {"memory": "save"}):
         assert vit(dtype=torch.float32, **options).weights_sha256 == plain.weights_sha256
-    make(vit(dtype=torch.float32, fold=True, memory="save"), "lion").save_adapter(tmp_path)
+    make(vit(dtype=torch.float32, fold=True, memory="save"), "lion:residual").save_adapter(tmp_path)
     other = lion_fast.load_adapter(tmp_path, backbone=plain)
     assert other.backbone.memory == "plain"
 
@@ -387,7 +390,7 @@ def test_held_norms_keep_half_rows_under_autocast():
     """Autocast alone keeps a float32 copy of every norm's input."""
     sizes = {}
     for precision in ("fp32", "bf16"):
-        model = make(vit(dtype=torch.float32, precision=precision), "lion")
+        model = make(vit(dtype=torch.float32, precision=precision), "lion:residual")
         with SavedTensors(model) as kept, torch.autocast("cpu", torch.bfloat16):
             model(images(model.backbone))
         sizes[precision] = [

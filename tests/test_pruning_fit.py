@@ -86,7 +86,8 @@ def test_the_command_line(tmp_path, capsys):
     flags += [f"--backbone-set={key}={value}" for key, value in TINY.items()]
     out = tmp_path / "run"
     command = ["finetune", images, "--out", str(out), *flags, "--epochs", "4", "--device", "cpu"]
-    assert main([*command, "--set", "state_dim=8", "--prune", "0.5", "--batch-size", "8"]) == 0
+    command += ["--set", "state_dim=8", "--set", "form=residual"]
+    assert main([*command, "--prune", "0.5", "--batch-size", "8"]) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["fit"]["pruning"]["kept_share"] == pytest.approx(0.5, abs=1e-3)
     assert results["parameters"]["kept"] < results["parameters"]["dense"]

@@ -582,7 +582,8 @@ def test_other_data_and_another_backbone_are_foreign_too(tmp_path):
     splits.train.labels = splits.train.labels.flip(0)
     with pytest.raises(CheckpointError, match="data.train.sha256 was"):
         fit(tiny_model(), splits, config, tmp_path, resume=True)
-    other = lion_fast.create(tiny_backbone(seed=1), "lion", num_classes=3, seed=0, state_dim=8)
+    options = {"form": "residual", "state_dim": 8}
+    other = lion_fast.create(tiny_backbone(seed=1), "lion", num_classes=3, seed=0, **options)
     with pytest.raises(CheckpointError, match="backbone.sha256 was"):
         fit(other, random_splits(), config, tmp_path, resume=True)
 

@@ -21,8 +21,9 @@ def tiny_backbone(seed: int = 0):
 
 
 def tiny_model(method: str = "lion", num_classes: int = 3, seed: int = 0, **options):
+    """LION with both ends, whose gradients pass through the backbone, unless `options` say otherwise."""
     if method == "lion":
-        options = {"state_dim": 8} | options
+        options = {"state_dim": 8, "form": "residual"} | options
     return lion_fast.create(tiny_backbone(), method, num_classes=num_classes, seed=seed, **options)
 
 
