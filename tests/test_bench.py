@@ -580,7 +580,7 @@ def test_the_report(measured):
         and "Mean iterations per token: `lion:residual` input" in text
     )
     cells = next(line for line in text.splitlines() if line.startswith("| `lion:residual` |")).split(" | ")
-    assert cells[1] == f"{row_of(measured, 'lion')['ratio']:.3f}" and len(cells) == 11
+    assert cells[1] == f"{row_of(measured, 'lion:residual')['ratio']:.3f}" and len(cells) == 11
     bad = {**row_of(measured, "probe"), "status": "failed", "reason": "out of paper"}
     assert "- failed: `probe`: out of paper" in report.markdown([*measured, bad])
 

@@ -111,7 +111,9 @@ def test_whole_plan_tunes_on_validation_and_tests_the_best(whole):
         labels = unpack_integers(row["labels"])
         recalls = [correct[labels == k].mean() for k in np.unique(labels)]
         assert np.mean(recalls) == pytest.approx(row["test"]["balanced_accuracy"], abs=1e-12)
-        assert row["parameters"]["with_head"] == row["parameters"]["method"] + 32 * 3 + 3
+        # class token and mean of the patches, and 8 states of each of 16 cells
+        width = 32 if row["label"] == "probe" else 2 * 32 + 16 * 8
+        assert row["parameters"]["with_head"] == row["parameters"]["method"] + width * 3 + 3
         assert row["versions"]["torch"] == torch.__version__ and row["device"] == "cpu"
     assert len({r["data"]["fingerprint"] for r in final}) == 2  # a draw each seed, shared by the methods
     draws = [r for r in rows if r["stage"] == "draw"]
