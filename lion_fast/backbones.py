@@ -226,7 +226,7 @@ class Backbone(nn.Module):
     def _grid(self, patches: int) -> tuple[int, int]:
         """Rows and columns of a ViT's patches."""
         sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,) * 2
-        height, width = (-(-side // patch) for side, patch in zip(sides, self.patch_size, strict=True))
+        height, width = self.model.patch_embed.dynamic_feat_size(sides)
         if height * width != patches:
             raise BackboneError(
                 f"{self.name} gave {patches} patch rows; "

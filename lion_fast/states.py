@@ -85,12 +85,14 @@ class StateLayer(Masked):
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         check_input(x, self.dim)
         q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
-        # with A = V = 1 and b = c = 0 the whole solve's output is its state
-        one = torch.eye(self.state_dim, dtype=self.A.dtype, device=self.A.device)
-        zero = torch.zeros_like(self.b)
+        # with A = V = 1 and b = c = 0 the whole solve's output is its state; each a tensor of its own, since
+        # torch.compile leaves the graph where an autograd.Function gets one twice
+        new = {"dtype": self.A.dtype, "device": self.A.device}
+        A, V = (torch.eye(self.state_dim, **new) for _ in range(2))
+        b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
         inspect = self.on_failure != "ignore" and not torch.compiler.is_compiling()
         out = equilibrium(
-            q, one, self.recurrence_matrix(), zero, one, zero,
+            q, A, self.recurrence_matrix(), b, V, c,
             activation=self.activation, **self.solve, backend=self.backend, residual=False,
             return_info=return_info or inspect,
         )  # fmt: skip
