@@ -6,6 +6,7 @@ from kernel_helpers import DEVICE, problem
 
 from lion_fast import LionLayer
 from lion_fast.functional import equilibrium
+from lion_fast.states import StateLayer
 from lion_kernels import ops, reference
 from lion_kernels.adjoint import adjoint
 
@@ -76,6 +77,22 @@ def test_the_layer_agrees_with_its_torch_backend(recurrence, backward):
         x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
         out, info = layer(x, return_info=True)
         out.backward(torch.randn(2, 35, 30, device=DEVICE))
+        results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
+        assert info.converged.all()
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", [12, 32])
+@pytest.mark.parametrize("backward", ["neumann", "exact"])
+def test_a_state_layer_agrees_with_its_torch_backend(backward, state):
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        layer = StateLayer(30, state, backward=backward, tol=1e-6, backend=backend).to(DEVICE)
+        x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
+        out, info = layer(x, return_info=True)
+        out.backward(torch.randn(2, 35, state, device=DEVICE))
         results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
         assert info.converged.all()
     for expected, got in zip(*results, strict=True):
