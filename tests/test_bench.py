@@ -320,6 +320,30 @@ def test_a_row_says_everything(measured):
     json.dumps(row)
 
 
+def test_the_two_forms_of_lion():
+    """States keep nothing in the backbone and run no backward through it: by hand, against the floor."""
+    assert measure.forms_of("lion") == ["states", "residual"]
+    assert [c.label() for c in plan.contenders(TINY, "train", methods=("lion",))] == [
+        "lion:states",
+        "lion:residual",
+    ]
+    found = measure.measure(SETTING, plan.contenders(TINY, "train", methods=("lion",)), rounds=1)
+    states, residual = row_of(found, "lion:states"), row_of(found, "lion:residual")
+    assert [row["status"] for row in found] == ["ok"] * 3
+    D, R, K = 192, 32, measure.NUM_CLASSES
+    assert states["parameters"] == R * D + R * R + R
+    assert states["parameters_with_head"] == states["parameters"] + K * (2 * D + 16 * R + 1)
+    assert states["activation_bytes"]["backbone"] == 0 < residual["activation_bytes"]["backbone"]
+    assert {name.split("_")[0] for name in states["diagnostics"]} == {"output"}
+    assert states["macs_per_image"] < residual["macs_per_image"]
+    # rows from before there was a choice are residual, and nothing new has their key
+    assert plots._name({"method": "lion", "form": ""}) == "lion, residual" == plots._name(residual)
+    assert plots._name(states) == "lion, states" and plots._name(found[0]) == "floor"
+    old = {**residual, "key": residual["key"].removesuffix(":residual"), "label": "lion", "form": ""}
+    worse, remarks = report.compare([old], [states, residual])
+    assert worse == [] and remarks[-1].endswith("/lion: not in the new rows") and len(remarks) == 3
+
+
 def test_floors_and_training(measured):
     floor = row_of(measured, "floor")
     assert measured[0] is floor and floor["ratio"] == floor["ratio_q80"] == 1.0

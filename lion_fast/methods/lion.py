@@ -117,7 +117,8 @@ class LionModel(TunedModel):
         if not ends or set(ends) - set(ENDS) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         reads_states = states and "output" in ends
-        if pool is None and reads_states and backbone.family == "vit" and backbone.model.cls_token is not None:
+        class_token = backbone.family == "vit" and backbone.model.cls_token is not None
+        if pool is None and reads_states and class_token:
             self.pool = "cls+mean"
         activation = activation or ("tanh" if states else "relu")
         solve = {

@@ -94,8 +94,8 @@ def check_target(
             )
         if granularity != "element" and not isinstance(matrix.module, (LionLayer, StateLayer)):
             raise OptionError(
-                f"granularity {granularity!r} needs LionLayer or StateLayer ends; {matrix.full_name} belongs to a "
-                f"{type(matrix.module).__name__}, which takes 'element' only"
+                f"granularity {granularity!r} needs LionLayer or StateLayer ends; {matrix.full_name} belongs "
+                f"to a {type(matrix.module).__name__}, which takes 'element' only"
             )
         if granularity == "2:4" and shape[1] % 4:
             raise OptionError(

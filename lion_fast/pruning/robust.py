@@ -35,7 +35,8 @@ class RobustPruner:
         keep: share 1 - tau of the entries, hidden units or blocks to keep, in (0, 1].
         total_steps: optimiser steps of the whole training.
         granularity: "element"; "unit" (row of A, row and column of W, column of V together: what
-            `compact` takes away; in a StateLayer, which has no V, the unit's state stays at phi(b)); "block" (squares of `block`: what the block-sparse kernels skip); "2:4".
+            `compact` takes away; in a StateLayer, which has no V, the unit's state stays at phi(b));
+            "block" (squares of `block`: what the block-sparse kernels skip); "2:4".
         block: 16, 32 or 64.
         criterion: "saliency" (the score above), "magnitude" or "random" (drawn once, from `seed`).
         scope: rank over all layers ("global"), or within each "layer" or "matrix".
