@@ -9,7 +9,7 @@ from lion_fast.training import FeatureStore, TrainConfig, evaluate, fit, loop
 from lion_fast.training.features import encode
 
 QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu", "log_every": 1}
-STATES = {"state_dim": 4, "grid": 2}
+STATES = {"form": "states", "state_dim": 4, "grid": 2}
 
 
 class Counting(torch.utils.data.Dataset):
