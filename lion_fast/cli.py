@@ -27,6 +27,13 @@ _MODEL_OPTIONS = {
     "resize": (str, "crop (short side, then the centre) or direct (both sides, as VTAB-1k does) [crop]"),
     "method": (str, "tuning method, see `lion-fast info --methods` [lion]"),
 }
+_PRESET_OPTION = {
+    "preset": (
+        str,
+        "options and training settings to start from: paper, common, for lion few, small, large or auto (by "
+        "the number of training images); what is given wins [auto for lion's default form, else none]",
+    ),
+}
 _DATA_OPTIONS = {
     "data": (str, "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits"),
     "val": (float, "share of validation images where the data has no such split [0.2]"),
@@ -59,7 +66,7 @@ Settings: flags win over --config, which wins over the defaults. Ctrl-C writes a
   lion-fast predict runs/photos holiday/ > classes.csv
   lion-fast predict runs/photos a.jpg b.jpg --top-k 3 --out classes.csv""",
     "prune": """examples:
-  lion-fast prune runs/photos --keep 0.3                       the largest weights of both ends
+  lion-fast prune runs/photos --keep 0.3                       the largest weights of its ends
   lion-fast prune runs/photos --keep 0.5 --granularity unit --compact
 
 One shot, without training. To train while pruning: lion-fast finetune photos/ --prune 0.5""",
@@ -176,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--progress", action=argparse.BooleanOptionalAction, help="progress bar [on a terminal]"
     )
     group = finetune.add_argument_group("model")
-    _add_options(group, _MODEL_OPTIONS)
+    _add_options(group, _MODEL_OPTIONS | _PRESET_OPTION)
     _add_settings(group)
     _add_options(finetune.add_argument_group("data"), {k: v for k, v in _DATA_OPTIONS.items() if k != "data"})
     _add_options(finetune.add_argument_group("training"), _training_options())
@@ -332,7 +339,15 @@ def _settings(args: argparse.Namespace) -> dict:
     from lion_fast.training.config import refuse_unknown
 
     training = _training_options()
-    known = [*_DATA_OPTIONS, *_MODEL_OPTIONS, *training, "out", "options", "backbone_options"]
+    known = [
+        *_DATA_OPTIONS,
+        *_MODEL_OPTIONS,
+        *_PRESET_OPTION,
+        *training,
+        "out",
+        "options",
+        "backbone_options",
+    ]
     settings: dict = {}
     if "config" in args:
         settings = _read_yaml(Path(args.config))
@@ -349,6 +364,37 @@ def _settings(args: argparse.Namespace) -> dict:
     _name_backbone(settings)
     settings.setdefault("out", f"runs/{settings['method']}")
     return settings
+
+
+def _check_training(settings: dict):
+    """The training settings among all, as a config; OptionError for a value out of its range."""
+    from lion_fast.training import TrainConfig
+
+    return TrainConfig.from_dict({name: settings[name] for name in _training_options() if name in settings})
+
+
+def _apply_preset(settings: dict, images: int, classes: int) -> None:
+    """Put the preset's values where the settings say nothing; `auto` becomes the preset it stands for.
+
+    `seed` stays the caller's: a published seed would say which images are drawn.
+    """
+    from lion_fast.methods.presets import preset, size_of
+
+    name = settings.get("preset") or ("auto" if settings["method"] == "lion" else "none")
+    if name == "none":
+        return
+    if name == "auto":
+        if settings["method"] != "lion":
+            raise OptionError(f"preset auto is for lion; {settings['method']} has paper and common")
+        if settings["options"].get("form") == "residual":
+            return
+        name = size_of(images, classes)
+    chosen = preset(settings["method"], name)
+    settings["preset"] = name
+    settings["options"] = {**chosen.options, **settings["options"]}
+    for key, value in chosen.train.items():
+        if key != "seed":
+            settings.setdefault(key, value)
 
 
 def _name_backbone(settings: dict) -> None:
@@ -404,16 +450,17 @@ def run_finetune(args: argparse.Namespace) -> dict:
 
     import lion_fast
     from lion_fast.data import load_data, transforms
-    from lion_fast.training import Interrupted, TrainConfig, evaluate, fit, prepare_output
+    from lion_fast.training import Interrupted, evaluate, fit, prepare_output
 
     settings = _settings(args)
     resume, overwrite = getattr(args, "resume", False), getattr(args, "overwrite", False)
-    training = {name: settings[name] for name in _training_options() if name in settings}
-    config = TrainConfig.from_dict(training)
     out = Path(settings["out"])
+    _check_training(settings)
     prepare_output(out, resume=resume, overwrite=overwrite)
     split_options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None}
     splits = load_data(settings["data"], seed=_data_seed(settings), **split_options)
+    _apply_preset(settings, len(splits.train), len(splits.classes))
+    config = _check_training(settings)
     backbone = _load_backbone(settings, config.seed)
     model = lion_fast.create(
         backbone, settings["method"], num_classes=len(splits.classes), seed=config.seed, **settings["options"]

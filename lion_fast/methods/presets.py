@@ -1,4 +1,5 @@
-"""Presets: a method's options and training settings, as published ("paper") or alike for all ("common").
+"""Presets: a method's options and training settings, as published ("paper"), alike for all ("common"), or
+for LION by the number of training images ("few", "small", "large"; docs/accuracy.md).
 
 Settings are plain data with the names of `create`'s options and of `lion_fast.training.TrainConfig`:
 
@@ -44,9 +45,10 @@ class Preset:
 
 
 def preset(method: str, name: str = "paper", task: str | None = None) -> Preset:
-    """The preset `name`, "paper" or "common", of a method; with `task`, a task of `VTAB`, its own values.
+    """The preset `name` of a method: "paper", "common" or, for "lion", one of `SIZES` (see `size_of`).
 
-    `OptionError` for an unknown method, preset or task, and where the paper says nothing about single tasks.
+    With `task`, a task of `VTAB`, the paper's values for it. `OptionError` for an unknown method, preset or
+    task, and where the paper says nothing about single tasks.
 
     >>> preset("cvpt", task="kitti").options["length"], preset("cvpt", task="kitti").train["lr"]
     (20, 0.005)
@@ -55,12 +57,16 @@ def preset(method: str, name: str = "paper", task: str | None = None) -> Preset:
     """
     if method not in available():
         raise OptionError(f"no method named {method!r}; the methods are {', '.join(available())}")
-    check_choice("preset", name, ("paper", "common"))
-    options, train, grid, note = _PAPER[method] if name == "paper" else _common(method)
+    by_size = _BY_SIZE.get(method, {})
+    check_choice("preset", name, ("paper", "common", *by_size))
+    if name in by_size:
+        options, train, grid, note = by_size[name]
+    else:
+        options, train, grid, note = _PAPER[method] if name == "paper" else _common(method)
     options, train = dict(options), dict(train)
     if task is not None:
-        if name == "common":
-            raise OptionError("the common preset is the same for every task; leave task out")
+        if name != "paper":
+            raise OptionError(f"the {name} preset is the same for every task; leave task out")
         check_choice("task", task, VTAB)
         if method not in TASKS:
             raise OptionError(f"no values by task are known for {method}; use its preset without task")
@@ -143,6 +149,31 @@ _PAPER: dict[str, tuple[dict, dict, dict, str]] = {
     "houlsby": ({"rank": 8}, _ADAMW, {}, "as NOAH trains its (single, sequential) adapter"),
     "lora": ({"rank": 8, "target": "qkv"}, _ADAMW, {}, "as NOAH trains its LoRA"),
 }
+
+
+# By the number of training images. The rate and the decay were chosen on validation images of the sets of
+# docs/accuracy.md, up to 1,570 of them; "large" follows from its longer epochs and was not tuned.
+_LION_GRID = {"lr": (2e-3, 5e-3), "state_dim": (32, 64)}
+_LION = {**_ADAMW, "warmup_epochs": 1.0, "lr": 5e-3, "weight_decay": 0.3, "batch_size": 32}
+_BY_SIZE: dict[str, dict[str, tuple[dict, dict, dict, str]]] = {
+    "lion": {
+        "few": ({}, {**_LION, "epochs": 60}, _LION_GRID, "up to 20 images a class"),
+        "small": ({}, {**_LION, "epochs": 20}, _LION_GRID, "up to 5,000 images"),
+        "large": ({}, {**_LION, "lr": 2e-3, "batch_size": 64, "epochs": 20}, _LION_GRID, "more; not tuned"),
+    }
+}
+SIZES = ("few", "small", "large")
+
+
+def size_of(images: int, classes: int) -> str:
+    """The preset of `SIZES` for so many training images of so many classes.
+
+    >>> size_of(160, 10), size_of(1_000, 10), size_of(50_000, 100)
+    ('few', 'small', 'large')
+    """
+    if images <= 20 * classes:
+        return "few"
+    return "small" if images <= 5_000 else "large"
 
 
 def _common(method: str) -> tuple[dict, dict, dict, str]:
