@@ -22,6 +22,7 @@ from training_helpers import TINY, write_images
 import lion_fast
 from lion_fast.cli import main
 from lion_fast.data import load_data, transforms
+from lion_fast.methods.presets import preset
 
 
 @pytest.fixture(scope="session")
@@ -391,3 +392,45 @@ def test_an_adapter_from_before_resize_was_a_choice_loads(trained, tmp_path):
     tensors = (trained / "adapter" / "adapter.safetensors").read_bytes()
     (tmp_path / "old" / "adapter.safetensors").write_bytes(tensors)
     assert lion_fast.load_adapter(tmp_path / "old").backbone.resize == "crop"
+
+
+SHORT = ["--epochs", "1", "--device", "cpu", "--no-progress"]
+
+
+def _config(out: Path) -> dict:
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+def test_lion_starts_from_the_preset_of_its_number_of_images(images, model_flags, tmp_path):
+    assert main(["finetune", str(images), "--out", str(tmp_path / "a"), *model_flags, *SHORT]) == 0
+    config, few = _config(tmp_path / "a"), preset("lion", "few").train
+    assert config["preset"] == "few" and config["epochs"] == 1  # what is given wins
+    for name in ("lr", "weight_decay", "batch_size", "keep"):
+        assert config[name] == few[name]
+    # a config that a run wrote says everything: the same again
+    again = ["finetune", "--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")]
+    assert main(again) == 0
+    assert _config(tmp_path / "b") == config | {"out": str(tmp_path / "b")}
+
+
+def test_presets_of_other_methods_and_none(images, model_flags, tmp_path, capsys):
+    vpt = ["--method", "vpt", "--set", "length=3", "--preset", "paper"]
+    assert main(["finetune", str(images), "--out", str(tmp_path / "v"), *vpt, *model_flags, *SHORT]) == 0
+    config = _config(tmp_path / "v")
+    assert config["optimizer"] == "sgd" and config["options"] == {
+        "depth": "deep",
+        "length": 3,
+        "dropout": 0.1,
+    }
+    assert config["seed"] == 0
+    for flags in (["--preset", "none"], ["--set", "form=residual"], ["--method", "probe"]):
+        out = tmp_path / flags[-1]
+        assert main(["finetune", str(images), "--out", str(out), *flags, *model_flags, *SHORT]) == 0
+        assert _config(out)["lr"] == 1e-3 and _config(out)["batch_size"] == 64
+    for flags, told in (
+        (["--preset", "huge"], "preset must be one of paper, common, few, small, large; got 'huge'"),
+        (["--method", "vpt", "--preset", "auto"], "preset auto is for lion"),
+    ):
+        out = str(tmp_path / "no")
+        assert main(["finetune", str(images), "--out", out, *flags, *model_flags, *SHORT]) == 2
+        assert told in capsys.readouterr().err

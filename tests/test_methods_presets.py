@@ -7,7 +7,7 @@ from test_methods import backbone
 
 from lion_fast.errors import OptionError
 from lion_fast.methods import available, create
-from lion_fast.methods.presets import TASKS, VTAB, preset
+from lion_fast.methods.presets import SIZES, TASKS, VTAB, preset, size_of
 from lion_fast.training import TrainConfig
 
 
@@ -80,3 +80,24 @@ def test_presets_are_not_shared():
     preset("vpt").options["length"] = 3
     preset("vpt").train["lr"] = 3
     assert preset("vpt").options["length"] == 10 and preset("vpt").train["lr"] == 0.25
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_lions_presets_by_size(name):
+    chosen = preset("lion", name)
+    model = create(backbone("vit"), "lion", num_classes=2, **chosen.options)
+    assert model.form == "states"
+    config = TrainConfig(**chosen.train)
+    assert config.lr in chosen.grid["lr"]
+    with pytest.raises(OptionError, match="preset must be one of paper, common; got"):
+        preset("vpt", name)
+    with pytest.raises(OptionError, match="the same for every task"):
+        preset("lion", name, task="kitti")
+
+
+@pytest.mark.parametrize(
+    "images,classes,name",
+    [(1, 1, "few"), (200, 10, "few"), (201, 10, "small"), (5_000, 10, "small"), (5_001, 10, "large")],
+)
+def test_the_preset_of_a_size(images, classes, name):
+    assert size_of(images, classes) == name
