@@ -84,7 +84,9 @@ class StateLayer(Masked):
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         check_input(x, self.dim)
-        q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
+        # as a LionLayer's, the state does not depend on whether autocast is on
+        with torch.autocast(x.device.type, enabled=False):
+            q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
         # with A = V = 1 and b = c = 0 the whole solve's output is its state; each a tensor of its own, since
         # torch.compile leaves the graph where an autograd.Function gets one twice
         new = {"dtype": self.A.dtype, "device": self.A.device}

@@ -53,8 +53,8 @@ def test_every_method_has_a_row_that_its_adapter_confirms(ran):
             "device",
         ):
             assert row[name] != "", name
-    # 2RD + R^2 + R + D an end, D = 32, R = 32; two blocks of ten prompts; a head of 32 x 3 + 3
-    assert [int(row["parameters"]) for row in rows] == [0, 2 * 10 * 32, 2 * (2 * 32 * 32 + 32 * 32 + 32 + 32)]
+    # R D + R^2 + R, D = 32, R = 32; two blocks of ten prompts; a head of 32 x 3 + 3
+    assert [int(row["parameters"]) for row in rows] == [0, 2 * 10 * 32, 32 * 32 + 32 * 32 + 32]
     assert int(rows[0]["parameters_with_head"]) == 99
     assert [row["method"] for row in told["rows"]] == ["probe", "vpt", "lion"]
 

@@ -14,6 +14,7 @@ from lion_fast.errors import OptionError
 from lion_fast.layer import LionLayer
 from lion_fast.pruning.compaction import find_units
 from lion_fast.pruning.two_of_four import is_two_of_four
+from lion_fast.states import StateLayer
 from lion_kernels.launch import padded_state
 from lion_kernels.sparse import BLOCKS, find_pattern
 
@@ -111,9 +112,15 @@ def choose_form(
 
 
 def describe_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """`choose_form` of every LionLayer inside a model, by name; JSON-able."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LionLayer)}
-    return {name: choose_form(layer)._asdict() for name, layer in layers.items()}
+    """`choose_form` of every LionLayer inside a model, by name; JSON-able. A StateLayer runs dense."""
+    forms = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LionLayer):
+            forms[name] = choose_form(module)._asdict()
+        elif isinstance(module, StateLayer):
+            reason = "its states are what the head reads, so none can go, and its solve is on narrow rows"
+            forms[name] = Form("dense", reason)._asdict()
+    return forms
 
 
 def _device_name(device: torch.device) -> str:
