@@ -5,7 +5,6 @@ import gc
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 
 import lion_fast
 from lion_fast import plots
+from lion_fast.bench.rows import git_revision
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.methods import TunedModel
 from lion_fast.training import TrainConfig, checkpoints, evaluate, fit
@@ -297,17 +297,14 @@ def _circumstances(backbone, device: str, seed: int) -> dict:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
-        "revision": git_revision(),
+        "revision": _revision(),
     }
 
 
-def git_revision() -> str | None:
-    """Revision of the checkout this package runs from, with "-dirty" where files differ; None elsewhere."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _revision() -> str | None:
+    """Revision of the checkout this package runs from, with "-dirty" where its code differs; None elsewhere."""
+    found = git_revision()
+    return found["git"] and found["git"][:12] + ("-dirty" if found["git_changed"] else "")
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
