@@ -302,7 +302,7 @@ def _circumstances(backbone, device: str, seed: int) -> dict:
 
 
 def _revision() -> str | None:
-    """Revision of the checkout this package runs from, with "-dirty" where its code differs; None elsewhere."""
+    """Revision of the checkout this runs from, with "-dirty" where its code differs; None elsewhere."""
     found = git_revision()
     return found["git"] and found["git"][:12] + ("-dirty" if found["git_changed"] else "")
 
