@@ -5,7 +5,7 @@ import torch
 from training_helpers import random_splits, tiny_backbone, tiny_model
 
 import lion_fast
-from lion_fast.training import FeatureStore, TrainConfig, evaluate, fit, loop
+from lion_fast.training import FeatureStore, TrainConfig, evaluate, fit, loop, predict
 from lion_fast.training.features import encode
 
 QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu", "log_every": 1}
@@ -56,6 +56,38 @@ def test_the_states_form_trains_on_rows_as_it_does_on_images(tmp_path):
 )
 def test_nothing_is_cached_where_the_input_end_is_trained(options):
     assert not loop._features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
+
+
+@pytest.mark.parametrize(
+    "method,options", [("vpt", {}), ("ssf", {}), ("lion", {**STATES, "ends": ("input", "output")})]
+)
+def test_what_a_method_has_in_front_counts_when_it_is_frozen(tmp_path, method, options):
+    """A head trained anew on an adapter: its rows are those of the method, not of the bare backbone."""
+    found = []
+    for cache in (True, False):
+        model = tiny_model(method, **options)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone"):
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.requires_grad_(name.startswith("head"))
+        fit(model, random_splits(), TrainConfig(**QUICK, cache_features=cache), tmp_path / str(cache))
+        found.append(model.head.weight.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["features", "forward", "loss_terms"])
+def test_nothing_is_cached_where_a_method_overrides_what_rows_leave_out(name):
+    model = tiny_model("probe")
+    model.__class__ = type("Own", (type(model),), {name: lambda self, *args: getattr(super(), name)(*args)})
+    assert not loop._features_are_constant(model, TrainConfig(**QUICK))
+
+
+def test_the_part_behind_has_the_mode_of_its_model():
+    model = tiny_model(**STATES).eval()
+    rows = encode(model, random_splits().val)
+    predict(model.behind(), rows)
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):

@@ -65,7 +65,10 @@ def random_splits(n: int = 23, n_val: int = 7, classes: int = 3, seed: int = 0) 
 
 
 def main() -> None:
-    """Train on an image folder: script.py DATA OUT RESULT.safetensors METHOD RESUME key=value..."""
+    """Train on an image folder: script.py DATA OUT RESULT.safetensors METHOD RESUME key=value...
+
+    METHOD "states" is LION in that form.
+    """
     data, out, result, method, resume, *settings = sys.argv[1:]
     from safetensors.torch import save_file
 
@@ -75,7 +78,7 @@ def main() -> None:
     for setting in settings:
         key, value = setting.split("=")
         values[key] = type(getattr(TrainConfig(), key))(int(value) if value.isdigit() else value)
-    model = tiny_model(method)
+    model = tiny_model("lion", form="states", grid=2) if method == "states" else tiny_model(method)
     fit(model, load_data(data), TrainConfig(**values), out, resume=resume != "no" and resume, progress=False)
     if torch.distributed.is_initialized():
         if torch.distributed.get_rank() == 0:

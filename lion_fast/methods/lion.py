@@ -168,7 +168,7 @@ class LionModel(TunedModel):
 
     def behind(self) -> nn.Module:
         if isinstance(self.output_end, ReadOut):
-            return _Behind(self.output_end, self.head, self._info)
+            return _Behind(self.output_end, self.head, self._info).train(self.training)
         return self.head
 
     def features(self, images: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class TrainConfig:
         prune_criterion: "saliency", "magnitude" or "random".
         prune_decay: Shrinking of pruned entries per step, as a multiple of the learning rate.
         augment: Training augmentation: "none", "flip" or "crop".
-        cache_features: Compute the features once where nothing before the head is trained (the linear probe)
-            and augment is "none".
+        cache_features: Run the backbone once over the images where nothing in front of its features is
+            trained (the linear probe, LION's default form) and augment is "none"; the rows stay in memory.
         num_workers: Processes that read images; 0 reads in the training process.
         eval_batch_size: Images per forward pass in evaluation; None: as many as in training.
         checkpoint_epochs: Write a checkpoint after every so many epochs; 0: only when interrupted.

@@ -292,7 +292,8 @@ class _Run:
                         raise self._interrupted(folder) from None
                     self._check_finite()
                     epochs = self.config.checkpoint_epochs
-                    if epochs and len(at.history) % epochs == 0:
+                    every = self.config.checkpoint_every
+                    if (epochs and len(at.history) % epochs == 0) or (every and at.step % every == 0):
                         self._save(folder)
                 if len(at.history) == ended and self._patience_is_over():
                     return True
@@ -462,9 +463,13 @@ class _Run:
         self.net_precision = (
             "no" if self.cached else config.mixed_precision
         )  # heads compute in their own dtype
-        # Accelerate also wraps the forward for autocast, which is done here where the loss is; DDP is all
-        # that is needed of its preparation, and a single process needs none.
-        self.net = self.accelerator.prepare_model(net) if self.accelerator.num_processes > 1 else net
+        self.net = net
+        if self.accelerator.num_processes > 1:
+            # Accelerate would also wrap the forward for autocast, which is done here where the loss is; DDP
+            # is all that is needed of its preparation, and a single process needs none.
+            amp, self.accelerator.native_amp = self.accelerator.native_amp, False
+            self.net = self.accelerator.prepare_model(net)
+            self.accelerator.native_amp = amp
 
     def _cache(self, images: Dataset | None, items: Dataset | None) -> Dataset | None:
         """The rows of `images`, of which `items` are the transformed view."""
@@ -745,10 +750,14 @@ def _best(history: list[dict], monitor: str) -> int:
 
 
 def _features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
-    """Nothing in front of `behind` is trained, and the images do not change from epoch to epoch."""
-    behind = {id(parameter) for parameter in model.behind().parameters()}
-    only_behind = all(id(p) in behind for p in model.parameters() if p.requires_grad)
-    return config.cache_features and config.augment == "none" and only_behind
+    """In front of `behind` is the frozen backbone alone, and the images do not change from epoch to epoch."""
+    known = {id(p) for p in model.behind().parameters()}
+    known |= {id(p) for p in model.backbone.parameters() if not p.requires_grad}
+    alone = all(id(p) in known for p in model.parameters())
+    # what a method overrides without `encode` is not in the rows: prompts that are frozen by now, say
+    place = {name: i for i, kind in reversed([*enumerate(type(model).__mro__)]) for name in vars(kind)}
+    overridden = any(place[name] < place["encode"] for name in ("features", "forward", "loss_terms"))
+    return config.cache_features and config.augment == "none" and alone and not overridden
 
 
 def _with_transforms(model: nn.Module, splits, config: TrainConfig) -> tuple[Dataset, Dataset | None]:
