@@ -127,6 +127,9 @@ class Backbone(nn.Module):
         self.model = model
         config = resolve_model_data_config(model)
         self.name = name or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+        if img_size is None:
+            # a model built for another size than its weights' says so in its patches alone
+            img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = config["input_size"][1:] if img_size is None else img_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         self.img_size = size[0] if size[0] == size[1] else size

@@ -473,3 +473,13 @@ def test_resize_is_part_of_the_backbone():
     assert direct.resize == direct.request["resize"] == "direct"
     with pytest.raises(OptionError, match="resize must be one of crop, direct; got 'pad'"):
         load_backbone("vit_tiny_patch16_224", pretrained=False, resize="pad", **VIT)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_wrapped_model_of_another_size_is_of_that_size(name):
+    """Its pretrained configuration still names 224."""
+    few = {"depth": 1} if name.startswith("vit") else {"depths": (1, 1, 1, 1)}
+    backbone = Backbone(timm.create_model(name, num_classes=0, img_size=(64, 96), **few))
+    assert backbone.img_size == (64, 96)
+    y, maps = backbone.body_and_map(backbone.enter(torch.zeros(1, 3, 64, 96)), 0)
+    assert maps.shape[1:3] == ((4, 6) if name.startswith("vit") else (16, 24))
