@@ -32,8 +32,7 @@ from lion_fast.bench.rows import context  # noqa: E402
 from lion_fast.data import ImageSet, Splits, load_data, transforms  # noqa: E402
 from lion_fast.errors import OptionError  # noqa: E402
 from lion_fast.methods import TunedModel  # noqa: E402
-from lion_fast.plots import _MORE as COLOURS  # noqa: E402
-from lion_fast.plots import _figure as figure_at  # noqa: E402
+from lion_fast.plots import COLOURS, figure_at  # noqa: E402
 from lion_fast.pruning import kept_shares, prune_once  # noqa: E402
 from lion_fast.pruning.masks import GRANULARITIES  # noqa: E402
 from lion_fast.training import FeatureStore, FitResult, Metrics, TrainConfig, evaluate, fit  # noqa: E402

@@ -2,12 +2,13 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 
-_COLOURS = {"lion": "#d55e00", "vpt": "#0072b2", "probe": "#009e73"}  # Okabe and Ito: apart for every eye
-_MORE = ("#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+# Okabe and Ito: apart for every eye
+_OWN_COLOURS = {"lion": "#d55e00", "vpt": "#0072b2", "probe": "#009e73"}
+COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 _MARKERS = "osD^vP*X"
 
 
@@ -24,9 +25,9 @@ def accuracy_over_epochs(
         path: File to write; its ending names the format.
         labels: Names to show for the methods.
     """
-    with _figure(path, (7.0, 4.4)) as figure:
+    with figure_at(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
-        for name, colour, marker in _styles(histories):
+        for name, colour, marker in styles_of(histories):
             rows = histories[name]
             epochs = [row["epoch"] for row in rows]
             axes.plot(epochs, [row["train_accuracy"] for row in rows], ":", color=colour, linewidth=1.2)
@@ -58,9 +59,9 @@ def accuracy_against_parameters(
         title: Title of the plot.
     """
     by_name = {row["method"]: row for row in rows}
-    with _figure(path, (7.0, 4.4)) as figure:
+    with figure_at(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
-        for name, colour, marker in _styles(by_name):
+        for name, colour, marker in styles_of(by_name):
             row = by_name[name]
             x, y = row["parameters_with_head"], row["accuracy"]
             low, high = wilson(y, row["n"])
@@ -104,7 +105,7 @@ def solver_over_training(
     """
     steps = [int(row["step"]) for row in rows]
     present = [end for end in ("input", "output") if f"{end}_iterations" in rows[0]]
-    with _figure(path, (7.0, 5.4)) as figure:
+    with figure_at(path, (7.0, 5.4)) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         residuals: list[float] = []
         highest = 1.0
@@ -144,15 +145,15 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _styles(names) -> list[tuple[str, str, str]]:
-    more = cycle(_MORE)
-    return [
-        (name, _COLOURS.get(name) or next(more), _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)
-    ]
+def styles_of(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(name, colour, marker) of each; lion, vpt and probe have colours of their own, the others repeat."""
+    more, markers = cycle(COLOURS), cycle(_MARKERS)
+    return [(name, _OWN_COLOURS.get(name) or next(more), next(markers)) for name in names]
 
 
 @contextmanager
-def _figure(path: str | os.PathLike, size: tuple[float, float]):
+def figure_at(path: str | os.PathLike, size: tuple[float, float]):
+    """A matplotlib figure of that size in inches, written to `path` where the context ends."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

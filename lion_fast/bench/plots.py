@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.plots import _figure, _styles
+from lion_fast.plots import figure_at, styles_of
 
 _PARTS = {
     "backbone": "#999999",
@@ -40,9 +40,9 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
     if len(rows) < 3:
         return False
     names = list(dict.fromkeys(_name(row) for row in rows))
-    with _figure(path, (8.0, 5.0)) as figure:
+    with figure_at(path, (8.0, 5.0)) as figure:
         axes = figure.subplots()
-        for name, colour, marker in _styles(names):
+        for name, colour, marker in styles_of(names):
             colour = {"floor": "0.45", "lion, states": _PARTS["method"]}.get(name, colour)
             for i, row in enumerate(r for r in rows if _name(r) == name):
                 slow = row["batch_size"] / row["seconds_q80"]
@@ -90,10 +90,10 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
     if not lines:
         return False
     level = [row for row in rows if row["label"] in ("lion", "lion:residual", "lion:states", "floor")]
-    with _figure(path, (7.0, 4.4)) as figure:
+    with figure_at(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
         methods = list(dict.fromkeys(some[0][1]["method"] for some in lines.values()))
-        styles = {method: (colour, marker) for method, colour, marker in _styles(methods)}
+        styles = {method: (colour, marker) for method, colour, marker in styles_of(methods)}
         for name, some in lines.items():
             colour, marker = styles[some[0][1]["method"]]
             naive = some[0][1]["form"] == "naive"
@@ -131,7 +131,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
     rows = [row for row in rows if row.get("activation_bytes") and not _longer(row)]
     if len(rows) < 2:
         return False
-    with _figure(path, (8.0, 1.4 + 0.28 * len(rows))) as figure:
+    with figure_at(path, (8.0, 1.4 + 0.28 * len(rows))) as figure:
         axes = figure.subplots()
         left = [0.0] * len(rows)
         for part, colour in _PARTS.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lion_fast.experiments.statistics import Estimate
 from lion_fast.experiments.tables import Results
-from lion_fast.plots import _figure, _styles
+from lion_fast.plots import figure_at, styles_of
 
 _COLUMNS = 4
 
@@ -32,14 +32,14 @@ def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> 
     """Mean over the sets of the test accuracy, with intervals, against trained parameters, head included."""
     grid = results.grid
     points = []
-    for label, colour, marker in _styles(grid.methods):
+    for label, colour, marker in styles_of(grid.methods):
         estimate = results.mean_estimate(backbone, label)
         ends = results.parameters(backbone, label, "with_head")
         if estimate is not None and ends is not None:
             points.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
     if not points:
         return False
-    with _figure(path, (7.6, 4.6)) as figure:
+    with figure_at(path, (7.6, 4.6)) as figure:
         axes = figure.subplots()
         for label, colour, marker, x, estimate in points:
             axes.errorbar(
@@ -73,7 +73,7 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
     grid = results.grid
     if grid.reference is None:
         return False
-    styles = [s for s in _styles(grid.methods) if s[0] != grid.reference]
+    styles = [s for s in styles_of(grid.methods) if s[0] != grid.reference]
     panels: list[tuple[str, list[Estimate | None]]] = []
     for set_label in grid.sets:
         found = [results.difference(backbone, set_label, s[0], grid.reference) for s in styles]
@@ -86,7 +86,7 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
     columns = min(_COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
     height = lines * (0.9 + 0.27 * len(styles)) + 0.7
-    with _figure(path, (2.2 + 2.3 * columns, max(2.6, height))) as figure:
+    with figure_at(path, (2.2 + 2.3 * columns, max(2.6, height))) as figure:
         grid_of_axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
         flat = list(grid_of_axes.flat)
         for axes, (title, column) in zip(flat, panels, strict=False):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.methods.presets import VTAB
-from lion_fast.plots import _figure, wilson
+from lion_fast.plots import figure_at, wilson
 from lion_fast.vtab.protocol import LARGEST_GRID
 from lion_fast.vtab.rows import Rows
 from lion_fast.vtab.tasks import GROUPS, absent
@@ -192,7 +192,7 @@ def accuracy_by_task(summary: dict[str, Any], path: str | os.PathLike, *, title:
     Whiskers: the 95 % interval of that many test images (Wilson) for one seed, else the standard deviation
     over seeds.
     """
-    with _figure(path, (8.0, 1.6 + 0.27 * summary["n"])) as figure:
+    with figure_at(path, (8.0, 1.6 + 0.27 * summary["n"])) as figure:
         axes = figure.subplots()
         names = [task for task in VTAB if task in summary["tasks"]]
         kinds = {summary["tasks"][task]["sd"] is not None for task in names}
