@@ -17,8 +17,8 @@ class StateLayer(Masked):
     """Z = phi(Z Wh^T + x A^T + b), per token: the equilibrium of a `LionLayer` without its read-out.
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
-    in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype. The injection is a product
-    of its own, in half precision inside autocast; the solve then runs on rows of width R, by the kernels of
+    in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype, under autocast too. The
+    injection is a product of its own in x's dtype; the solve then runs on rows of width R, by the kernels of
     `LionLayer`.
 
     Args:
