@@ -64,8 +64,8 @@ def _protocol(results: Results) -> list[str]:
         f"± is the standard deviation over seeds. [low, high] is the 95 % interval of a paired bootstrap "
         f"({RESAMPLES:,} resamples of seeds and, within each, of test images, both methods on the same); "
         "an interval that holds 0 decides nothing. With few seeds such intervals are too narrow where seeds "
-        "differ more than the images of one explain, and too wide where they do not. The mean is over these sets, as "
-        "they are. No correction is made for the number of comparisons.",
+        "differ more than the images of one explain, and too wide where they do not. The mean is over these "
+        "sets, as they are. No correction is made for the number of comparisons.",
     ]
     lines += [
         f"- {m.label}: {len(m.configurations)} configuration{'s' * (len(m.configurations) > 1)}: {m.fewer}"
