@@ -206,6 +206,28 @@ def test_other_weights_are_other_runs(whole, tmp_path, monkeypatch):
     assert runner.run(make_grid(given), tmp_path, minutes=0).held == 0
 
 
+@pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])
+def test_rows_taken_with_other_defaults_are_taken_again_and_not_shown(whole, tmp_path, part, name, value):
+    """What a grid leaves out is not in a run's key, but in its row."""
+    given, out, rows = whole
+    grid, old = make_grid(given), copy.deepcopy(rows)
+    for row in runs_of(old):
+        if row["label"] == "lion-8":
+            row[part][name] = value
+    with RowFile(tmp_path) as file:
+        for row in old:
+            file.add(row)
+    results = Results(grid, old)
+    assert not results.cells["tiny", "noise", "lion-8"].rows
+    assert len(results.cells["tiny", "noise", "probe"].rows) == 2
+    assert any("other defaults" in remark for remark in results.remarks)
+    told = runner.run(grid, tmp_path, minutes=0)
+    assert (told.done, told.held, told.left) == (0, 4, 4)
+    assert runner.run(grid, tmp_path).done == 4
+    assert comparable(read_rows(tmp_path)) == comparable(rows)
+    assert len(Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"].rows) == 2
+
+
 def test_a_training_option_spelt_out_at_its_default_is_the_same_run(images):
     plain = make_grid(small_grid(images))
     train = small_grid(images)["train"]

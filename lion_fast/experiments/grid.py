@@ -140,6 +140,29 @@ class Grid:
         """The runs of a cell that read the test images, with its chosen configuration."""
         return [self.item("final", backbone, set_label, label, index, seed) for seed in self.seeds]
 
+    def everything(self, cells: Iterable[tuple[str, str, str]]) -> list[Item]:
+        """Every run that could be asked for in these cells, whichever configurations are chosen."""
+        found: list[Item] = []
+        for cell in cells:
+            found += self.tuning(*cell)
+            for index in range(len(self.methods[cell[2]].configurations)):
+                found += self.final(*cell, index)
+        return found
+
+    def is_current(self, item: Item, row: Mapping[str, Any]) -> bool:
+        """Whether the row of a run was taken with the defaults of today; `run` knows what is given alone.
+
+        A default that the row does not name counts as the same: options come with a value that changes
+        nothing. So does None, which stands for what the method makes of it.
+        """
+        options, train = self.settings(item.set, item.label, item.index)
+        known = method_options(available()[self.methods[item.label].method])
+        left = {k: v for k, v in known.items() if k not in options and v is not None}
+        same = all(row["options"].get(k, v) == v for k, v in json.loads(json.dumps(left)).items())
+        given = {*train, *FREE_ON_RESUME, "seed"}
+        left = {k: v for k, v in TrainConfig().to_dict().items() if k not in given}
+        return same and all(row["train"].get(k, v) == v for k, v in left.items())
+
     def choose(self, backbone: str, set_label: str, label: str, rows: Mapping[str, Mapping]) -> int | None:
         """The configuration best on the validation images, the earlier one of equals; None: not tuned yet.
 

@@ -133,22 +133,15 @@ class _Plan:
         self.images = images
         there = {row["key"]: row for row in file.rows}
         self.keys = set(there)
-        self.rows: dict[str, dict] = {}  # by run, where the weights are those of the backbone that is loaded
+        self.rows: dict[str, dict] = {}  # by run, where weights and defaults are those of now
         self.under_way: set[str] = set()
         self.tunes: dict[str, Item] = {}
         for cell in cells:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
-        for item in self._everything():
-            if (row := there.get(self.home.key(item))) is not None:
+        for item in grid.everything(cells):
+            row = there.get(self.home.key(item))
+            if row is not None and grid.is_current(item, row):
                 self.rows[item.run] = row
-
-    def _everything(self) -> list[Item]:
-        """Every run that could be asked for, whichever configuration is chosen."""
-        found = list(self.tunes.values())
-        for cell in self.cells:
-            for index in range(len(self.grid.methods[cell[2]].configurations)):
-                found += self.grid.final(*cell, index)
-        return found
 
     def _wanted(self) -> tuple[dict[str, Item], int]:
         """The runs of this call that are known, and how many wait for a choice."""

@@ -57,6 +57,10 @@ class Results:
                     f"({earlier['backbone_settings']['weights_sha256'][:12]}); the later rows are shown"
                 )
             runs[row["run"]] = row
+        for item in grid.everything(grid.cells()):
+            if item.run in runs and not grid.is_current(item, runs[item.run]):
+                del runs[item.run]
+                self.remarks.append(f"{item.label}: rows taken with other defaults are not shown")
         self.remarks = list(dict.fromkeys(self.remarks))
         self._seen: set[tuple[str, str]] = set()  # draws of images that tuning saw
         self._estimates: dict[tuple, Any] = {}
