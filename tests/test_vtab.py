@@ -517,3 +517,17 @@ def test_a_damaged_checkpoint_begins_the_run_again(root, tmp_path, capsys):
     ours, clean = (read(folder / "rows.json")[1] for folder in (tmp_path, tmp_path / "clean"))
     assert steady(ours) == steady(clean)
     assert torch.isfinite(torch.tensor(ours[-1]["loss"]))
+
+
+@pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])
+def test_rows_taken_with_other_defaults_are_refused(root, tmp_path, part, name, value):
+    """What no one gave is not in a row; a later version may mean something else by it."""
+    given = {"method": "lion", "grid": {"lr": (1e-2,)}, "options": {"state_dim": 4}, "tasks": ["kitti"]}
+    run(root, tmp_path, **given)
+    path = tmp_path / "rows.json"
+    body = json.loads(path.read_text())
+    assert body["protocol"]["protocol"]["defaults"][part].get(name) != value
+    body["protocol"]["protocol"]["defaults"][part][name] = value
+    path.write_text(json.dumps(body))
+    with pytest.raises(OptionError, match=f"defaults.{part}.{name} is {value} there"):
+        run(root, tmp_path, resume=True, **given)

@@ -128,5 +128,10 @@ class Protocol:
             "grid": None if self.grid is None else {k: list(v) for k, v in self.grid.items()},
             "options": dict(self.options),
             "train": {k: v for k, v in self.train.items() if k not in FREE_ON_RESUME},
+            # what nobody gave decides numbers too, and may be another thing in a later version
+            "defaults": {
+                "options": method_options(available()[self.method]),
+                "train": TrainConfig().to_fingerprint(),
+            },
             "tuning_seed": self.seeds[0],
         }
