@@ -190,7 +190,7 @@ def _judge(
     else:
         view = images.with_transform(transforms(model.backbone))
         rows = store.rows(
-            model, images, config.mixed_precision, lambda: encode(model, view, batch, **reading)
+            model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
         )
         probabilities = predict(model.behind(), rows, 1024)
     if not torch.isfinite(probabilities).all():

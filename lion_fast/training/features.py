@@ -15,8 +15,8 @@ class FeatureStore:
 
     Give one to several calls of `fit`: models that read the backbone alike, such as a linear probe with other
     learning rates, then share one pass over the images. Entries belong to a data set, a backbone and what
-    the method reads (`TunedModel.encoding`), all told apart by identity and not by content; the
-    `limit` most recently used ones stay.
+    the method reads (`TunedModel.encoding`), all told apart by identity and not by content, and to a
+    precision and a batch size, which move the last bits; the `limit` most recently used ones stay.
 
     >>> FeatureStore(limit=4)
     FeatureStore(0 of 4)
@@ -27,10 +27,10 @@ class FeatureStore:
         self._found: OrderedDict[tuple, tuple[object, object, TensorDataset]] = OrderedDict()
 
     def rows(
-        self, model, dataset: Dataset, precision: str, compute: Callable[[], TensorDataset]
+        self, model, dataset: Dataset, precision: str, batch_size: int, compute: Callable[[], TensorDataset]
     ) -> TensorDataset:
         """The rows of a data set, from `compute` where they are not there yet."""
-        key = (id(dataset), id(model.backbone), precision, *model.encoding())
+        key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
         found = self._found.get(key)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
         if found is None:

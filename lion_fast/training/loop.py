@@ -475,20 +475,21 @@ class _Run:
         """The rows of `images`, of which `items` are the transformed view."""
         if items is None:
             return None
+        batch, precision = self.config.eval_batch_size or self.config.batch_size, self.config.mixed_precision
 
         def compute() -> Dataset:
             return encode(
                 self.model,
                 items,
-                self.config.eval_batch_size or self.config.batch_size,
+                batch,
                 num_workers=self.config.num_workers,
-                mixed_precision=self.config.mixed_precision,
+                mixed_precision=precision,
                 progress=self.progress,
                 check=self._raise_if_asked,
                 worker_init_fn=_quiet_worker,
             )
 
-        return self.store.rows(self.model, images, self.config.mixed_precision, compute)
+        return self.store.rows(self.model, images, precision, batch, compute)
 
     def _raise_if_asked(self) -> None:
         if self.interruption.asked:
