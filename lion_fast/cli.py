@@ -376,7 +376,8 @@ def _check_training(settings: dict):
 def _apply_preset(settings: dict, images: int, classes: int) -> None:
     """Put the preset's values where the settings say nothing; `auto` becomes the preset it stands for.
 
-    `seed` stays the caller's: a published seed would say which images are drawn.
+    `seed` stays the caller's: a published seed would say which images are drawn. Who asks for early stopping
+    gets the best epoch and not, as presets have it, the last.
     """
     from lion_fast.methods.presets import preset, size_of
 
@@ -393,7 +394,7 @@ def _apply_preset(settings: dict, images: int, classes: int) -> None:
     settings["preset"] = name
     settings["options"] = {**chosen.options, **settings["options"]}
     for key, value in chosen.train.items():
-        if key != "seed":
+        if key != "seed" and not (key == "keep" and settings.get("early_stop")):
             settings.setdefault(key, value)
 
 

@@ -413,6 +413,14 @@ def test_lion_starts_from_the_preset_of_its_number_of_images(images, model_flags
     assert _config(tmp_path / "b") == config | {"out": str(tmp_path / "b")}
 
 
+def test_early_stopping_keeps_the_best_epoch_whatever_the_preset_has(images, model_flags, tmp_path):
+    flags = [*model_flags, *SHORT, "--early-stop", "2"]
+    assert main(["finetune", str(images), "--out", str(tmp_path / "a"), *flags]) == 0
+    assert _config(tmp_path / "a")["preset"] == "few" and _config(tmp_path / "a")["keep"] == "best"
+    assert main(["finetune", str(images), "--out", str(tmp_path / "b"), *flags, "--keep", "last"]) == 0
+    assert _config(tmp_path / "b")["keep"] == "last"
+
+
 def test_presets_of_other_methods_and_none(images, model_flags, tmp_path, capsys):
     vpt = ["--method", "vpt", "--set", "length=3", "--preset", "paper"]
     assert main(["finetune", str(images), "--out", str(tmp_path / "v"), *vpt, *model_flags, *SHORT]) == 0
