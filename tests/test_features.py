@@ -1,5 +1,7 @@
 """What stands in front of every trained part is computed once, and kept between runs."""
 
+import time
+
 import pytest
 import torch
 from training_helpers import random_splits, tiny_backbone, tiny_model
@@ -13,16 +15,17 @@ STATES = {"form": "states", "state_dim": 4, "grid": 2}
 
 
 class Counting(torch.utils.data.Dataset):
-    """A data set that counts what is read of it."""
+    """A data set that counts what is read of it, and takes its time over the first item."""
 
-    def __init__(self, items):
-        self.items, self.reads = items, 0
+    def __init__(self, items, first_takes=0.0):
+        self.items, self.reads, self.first_takes = items, 0, first_takes
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         self.reads += 1
+        time.sleep(self.first_takes if i == 0 else 0)
         return self.items[i]
 
 
@@ -92,12 +95,13 @@ def test_the_part_behind_has_the_mode_of_its_model():
 
 def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):
     splits, store, backbone = random_splits(), FeatureStore(), tiny_backbone()
-    splits.train, splits.val = Counting(splits.train), Counting(splits.val)
+    splits.train, splits.val = Counting(splits.train, 0.3), Counting(splits.val)
+    seconds = []
 
     def run(method, name, batch_size=8, **options):
         model = lion_fast.create(backbone, method, num_classes=3, seed=0, **options)
         config = TrainConfig(**QUICK | {"batch_size": batch_size})
-        fit(model, splits, config, tmp_path / name, store=store)
+        seconds.append(fit(model, splits, config, tmp_path / name, store=store).seconds)
         return model
 
     first = run("lion", "a", **STATES)
@@ -110,6 +114,7 @@ def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):
     assert splits.train.reads == 69 and repr(store) == "FeatureStore(6 of 16)"
     run("probe", "g", batch_size=4)  # the last bits of a row depend on the batch it was computed in
     assert splits.train.reads == 92
+    assert min(seconds) >= 0.3  # reading belongs to the time of every run that trains on it
     alone = lion_fast.create(backbone, "lion", num_classes=3, seed=0, **STATES)
     fit(alone, splits, TrainConfig(**QUICK), tmp_path / "f")
     for name, tensor in alone.adapter_state_dict().items():

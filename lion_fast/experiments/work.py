@@ -189,7 +189,7 @@ def _judge(
         probabilities = predict(model, images, batch, **reading)
     else:
         view = images.with_transform(transforms(model.backbone))
-        rows = store.rows(
+        rows, _ = store.rows(
             model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
         )
         probabilities = predict(model.behind(), rows, 1024)

@@ -1,5 +1,6 @@
 """Rows of the frozen part, computed once where nothing in front of them is trained."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -24,21 +25,23 @@ class FeatureStore:
 
     def __init__(self, limit: int = 16) -> None:
         self.limit = limit
-        self._found: OrderedDict[tuple, tuple[object, object, TensorDataset]] = OrderedDict()
+        self._found: OrderedDict[tuple, tuple[object, object, TensorDataset, float]] = OrderedDict()
 
     def rows(
         self, model, dataset: Dataset, precision: str, batch_size: int, compute: Callable[[], TensorDataset]
-    ) -> TensorDataset:
-        """The rows of a data set, from `compute` where they are not there yet."""
+    ) -> tuple[TensorDataset, float]:
+        """The rows of a data set, from `compute` where they are not there yet, and the seconds that took."""
         key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
         found = self._found.get(key)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
         if found is None:
-            found = self._found[key] = (dataset, model.backbone, compute())
+            started = time.perf_counter()
+            rows = compute()
+            found = self._found[key] = (dataset, model.backbone, rows, time.perf_counter() - started)
         self._found.move_to_end(key)
         while len(self._found) > self.limit:
             self._found.popitem(last=False)
-        return found[2]
+        return found[2:]
 
     def __repr__(self) -> str:
         return f"FeatureStore({len(self._found)} of {self.limit})"

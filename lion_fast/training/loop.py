@@ -64,7 +64,8 @@ class FitResult:
         epochs: Epochs that were run.
         steps: Optimiser steps that were run.
         stopped_early: Early stopping ended the run.
-        seconds: Time in optimiser steps (and in computing features once), reading included, validation not.
+        seconds: Time in optimiser steps (and in computing features once, be it by an earlier run with the
+            same store), reading included, validation not.
         peak_memory_bytes: Most memory in use during training, see `memory_measured`.
         memory_measured: How the memory was measured.
         cached_features: The features were computed once.
@@ -438,10 +439,8 @@ class _Run:
         train, val = _with_transforms(self.model, self.splits, config)
         self.model.to(self.device).train()
         if self.cached:
-            started = time.perf_counter()
-            train = self._cache(self.splits.train, train)
-            self.at.seconds = time.perf_counter() - started
-            val = self._cache(self.splits.val, val)
+            train, self.at.seconds = self._cache(self.splits.train, train)
+            val, _ = self._cache(self.splits.val, val)
         self.train_items, self.val_items = train, val
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(_make_optimizer(self.model, self.trained, config))
@@ -471,10 +470,10 @@ class _Run:
             self.net = self.accelerator.prepare_model(net)
             self.accelerator.native_amp = amp
 
-    def _cache(self, images: Dataset | None, items: Dataset | None) -> Dataset | None:
-        """The rows of `images`, of which `items` are the transformed view."""
+    def _cache(self, images: Dataset | None, items: Dataset | None) -> tuple[Dataset | None, float]:
+        """The rows of `images`, of which `items` are the transformed view, and the seconds they took."""
         if items is None:
-            return None
+            return None, 0.0
         batch, precision = self.config.eval_batch_size or self.config.batch_size, self.config.mixed_precision
 
         def compute() -> Dataset:
