@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lion_fast.errors import DataError, LionError, OptionError
+from lion_fast.yaml_values import numbers
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -421,16 +422,7 @@ def _read_yaml(path: Path) -> dict:
         raise OptionError(f"the config file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise OptionError(f"the config file {path} must hold `name: value` lines")
-    return {name: _number(value) for name, value in settings.items()}
-
-
-def _number(value: object) -> object:
-    """YAML reads 1e-3 as text; everybody else as a number."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
+    return numbers(settings)
 
 
 def _key_value(text: str, flag: str) -> tuple[str, object]:
@@ -440,7 +432,7 @@ def _key_value(text: str, flag: str) -> tuple[str, object]:
     if not equals or not key.strip():
         raise OptionError(f"--{flag.replace('_', '-')} takes KEY=VALUE; got {text!r}")
     try:
-        return key.strip().replace("-", "_"), _number(yaml.safe_load(value))
+        return key.strip().replace("-", "_"), numbers(yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise OptionError(f"the value of {text!r} cannot be read") from error
 

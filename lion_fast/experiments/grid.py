@@ -16,6 +16,7 @@ from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig, refuse_unknown
+from lion_fast.yaml_values import numbers
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -208,7 +209,7 @@ def read_grid(path: str | os.PathLike) -> Grid:
 
 def make_grid(given: Mapping[str, Any]) -> Grid:
     """A grid from the mapping a YAML file holds; `OptionError` naming what is wrong."""
-    given = _numbers(given)
+    given = numbers(given)
     refuse_unknown(given, _GRID, "part of a grid")
     for part in ("backbones", "sets", "methods"):
         if not isinstance(given.get(part), dict) or not given[part]:
@@ -337,14 +338,3 @@ def _pairs(given: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or any(not isinstance(p, list) or len(p) != 2 for p in given):
         raise OptionError(f"pairs must be a list of [method, method]; got {given!r}")
     return tuple((str(a), str(b)) for a, b in given)
-
-
-def _numbers(value: object) -> Any:
-    """YAML reads 1e-3 as text; everybody else as a number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value

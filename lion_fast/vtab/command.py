@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.errors import OptionError
+from lion_fast.yaml_values import numbers
 
 # What the protocol decides, and so neither a grid nor a setting can.
 DECIDED = {
@@ -67,7 +68,7 @@ def parse_grid(given: Sequence[str]) -> dict[str, tuple]:
             raise OptionError(f"--grid takes KEY=V1,V2; got {text!r}")
         if key in grid:
             raise OptionError(f"--grid names {key} twice; give all its values once, as {key}=V1,V2")
-        grid[key] = tuple(map(_number, found))
+        grid[key] = tuple(numbers(found))
     return grid
 
 
@@ -82,10 +83,3 @@ def make_protocol(args: argparse.Namespace, method: str, options: Mapping[str, A
 def default_out(method: str) -> Path:
     """Where rows go when nothing is said."""
     return Path("runs") / f"vtab-{method}"
-
-
-def _number(value: object) -> object:
-    # YAML reads 1e-3 as text
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
