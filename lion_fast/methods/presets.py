@@ -92,7 +92,12 @@ _OWNED = f"{_SEARCHED}; dropout and stochastic depth of the backbone stay off"
 
 # method: options, training, grid, note
 _PAPER: dict[str, tuple[dict, dict, dict, str]] = {
-    "lion": ({}, _ADAMW, {}, "LION's training settings are not published; this is the common preset"),
+    "lion": (
+        {"form": "residual"},
+        _ADAMW,
+        {},
+        "the form of the public text; LION's training settings are not published: the common preset",
+    ),
     "probe": (
         {},
         {**_SGD, "batch_size": 2048, "lr": 8.0, "weight_decay": 1e-3},
@@ -181,7 +186,10 @@ def _common(method: str) -> tuple[dict, dict, dict, str]:
     rank = {name: {"rank": 8} for name in ("adaptformer", "houlsby", "lora", "dyt")}
     length = {name: {"length": 10} for name in ("vpt", "e2vpt", "vfpt", "cvpt", "apt")}
     options = (rank | length).get(method, {})
-    return options, _ADAMW, {"lr": (1e-3, 5e-3, 1e-2), "weight_decay": (1e-4, 1e-2)}, ""
+    # six configurations for each; LION's default form wants a stronger decay than methods that tune blocks
+    grid = {"lr": (1e-3, 5e-3, 1e-2), "weight_decay": (1e-4, 1e-2)}
+    grid = {"lr": (1e-3, 5e-3), "weight_decay": (1e-4, 0.1, 0.3)} if method == "lion" else grid
+    return options, _ADAMW, grid, ""
 
 
 def _by_task(names: tuple[str, ...], *rows: tuple) -> dict[str, dict[str, Any]]:
