@@ -7,7 +7,7 @@ import torch
 from training_helpers import random_splits, tiny_backbone, tiny_model
 
 import lion_fast
-from lion_fast.training import FeatureStore, TrainConfig, evaluate, fit, loop, predict
+from lion_fast.training import FeatureStore, TrainConfig, evaluate, features, fit, loop, predict
 from lion_fast.training.features import encode
 
 QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu", "log_every": 1}
@@ -179,3 +179,12 @@ def test_evaluate_on_rows_is_evaluate_on_images(tmp_path):
     on_images = evaluate(model, splits.val)
     assert on_rows.accuracy == on_images.accuracy
     assert on_rows.loss == pytest.approx(on_images.loss, rel=1e-5)
+
+
+def test_rows_that_would_not_fit_are_computed_in_every_epoch(tmp_path, monkeypatch):
+    splits, width = random_splits(), 64 + 4 * 32  # class token and mean, 2 x 2 cells of a width of 32
+    bytes_needed = 4 * width * 23
+    for limit, cached in ((bytes_needed, True), (bytes_needed - 1, False)):
+        monkeypatch.setattr(features, "MEMORY_LIMIT", limit)
+        told = fit(tiny_model(**STATES), splits, TrainConfig(**QUICK), tmp_path / str(limit))
+        assert told.cached_features == cached

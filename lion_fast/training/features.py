@@ -8,7 +8,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
+from lion_fast.errors import LionError
 from lion_fast.training.metrics import autocast, evaluating
+
+# Bytes of rows that a run keeps; with more, the frozen part computes in every epoch.
+MEMORY_LIMIT = 4 * 2**30
 
 
 class FeatureStore:
@@ -47,6 +51,10 @@ class FeatureStore:
         return f"FeatureStore({len(self._found)} of {self.limit})"
 
 
+class RowsTooLarge(LionError, MemoryError):
+    """The rows of a data set would take more than `MEMORY_LIMIT`."""
+
+
 def encode(
     model,
     dataset: Dataset,
@@ -58,16 +66,21 @@ def encode(
     check: Callable[[], None] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> TensorDataset:
-    """What `model.behind()` reads of every image: (rows float32 (n, E) on the model's device, labels).
+    """What `model.behind()` reads of every image: (rows float32 (n, E) in main memory, labels).
 
-    dataset: items (image tensor, label). check: called after each batch; may raise to leave.
+    dataset: items (image tensor, label). check: called after each batch; may raise to leave. Raises
+    `RowsTooLarge` at the first batch where the rows would be.
     """
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
     rows, labels = [], []
     with evaluating(model), autocast(device, mixed_precision), model.backbone.autocast(device):
         for images, targets in tqdm(loader, desc="features", leave=False, disable=not progress):
-            rows.append(model.encode(images.to(device)).float())
+            rows.append(model.encode(images.to(device)).float().cpu())
+            if 4 * rows[0].shape[1] * len(dataset) > MEMORY_LIMIT:
+                raise RowsTooLarge(
+                    f"{len(dataset)} rows of {rows[0].shape[1]} numbers are above MEMORY_LIMIT"
+                )
             labels.append(targets)
             if check is not None:
                 check()

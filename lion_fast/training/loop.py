@@ -23,7 +23,7 @@ from lion_fast.errors import CheckpointError, DataError, LionError, OptionError
 from lion_fast.pruning import RobustPruner
 from lion_fast.training import checkpoints
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeatureStore, encode
+from lion_fast.training.features import FeatureStore, RowsTooLarge, encode
 from lion_fast.training.memory import PeakMemory
 from lion_fast.training.metrics import Metrics, autocast, check_labels, evaluate
 from lion_fast.training.order import (
@@ -439,8 +439,11 @@ class _Run:
         train, val = _with_transforms(self.model, self.splits, config)
         self.model.to(self.device).train()
         if self.cached:
-            train, self.at.seconds = self._cache(self.splits.train, train)
-            val, _ = self._cache(self.splits.val, val)
+            try:
+                rows, self.at.seconds = self._cache(self.splits.train, train)
+                train, val = rows, self._cache(self.splits.val, val)[0]
+            except RowsTooLarge:
+                self.cached, self.at.seconds = False, 0.0
         self.train_items, self.val_items = train, val
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = self.accelerator.prepare(_make_optimizer(self.model, self.trained, config))
