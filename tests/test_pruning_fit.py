@@ -41,6 +41,18 @@ def test_fit_prunes_and_reports(tmp_path, granularity):
     assert model.num_trainable(True, kept=True) == report["parameters"]["kept_with_head"]
 
 
+def test_the_scope_of_the_ranking_is_the_settings(tmp_path):
+    shares = {}
+    for scope in ("global", "matrix"):
+        model = tiny_model()
+        fit(model, random_splits(), config(prune_scope=scope), tmp_path / scope, progress=False)
+        shares[scope] = list(kept_shares(model).values())
+    assert shares["matrix"] == pytest.approx([0.4] * 6, abs=0.01)
+    assert max(shares["global"]) - min(shares["global"]) > 0.05
+    with pytest.raises(OptionError, match="prune_scope must be one of global, layer, matrix; got 'row'"):
+        config(prune_scope="row")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("step", [2, 5, 10])
 def test_a_pruned_run_resumes_with_the_same_bits(tmp_path, step, optimizer, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from lion_fast.errors import OptionError, check_choice
-from lion_fast.pruning.masks import CRITERIA, GRANULARITIES
+from lion_fast.pruning.masks import CRITERIA, GRANULARITIES, SCOPES
 
 # Options that change speed or what is written, never the numbers: they may differ when a run is resumed.
 FREE_ON_RESUME = frozenset(
@@ -52,6 +52,7 @@ class TrainConfig:
         prune_granularity: What is kept or pruned: "element", "unit", "block" or "2:4".
         prune_block: Side of the blocks where prune_granularity is "block": 16, 32 or 64.
         prune_criterion: "saliency", "magnitude" or "random".
+        prune_scope: "global" ranks all matrices together, "layer" and "matrix" each apart.
         prune_decay: Shrinking of pruned entries per step, as a multiple of the learning rate.
         augment: Training augmentation: "none", "flip" or "crop".
         cache_features: Run the backbone once over the images where nothing in front of its features is
@@ -89,6 +90,7 @@ class TrainConfig:
     prune_granularity: str = "element"
     prune_block: int = 32
     prune_criterion: str = "saliency"
+    prune_scope: str = "global"
     prune_decay: float = 1e-2
     augment: str = "none"
     cache_features: bool = True
@@ -116,6 +118,7 @@ class TrainConfig:
             self._check_int("eval_batch_size", 1)
         check_choice("prune_granularity", self.prune_granularity, GRANULARITIES)
         check_choice("prune_criterion", self.prune_criterion, CRITERIA)
+        check_choice("prune_scope", self.prune_scope, SCOPES)
         self._check_float("prune_decay", 0.0)
         if self.prune is not None and self.prune != 1:
             self._check_float("prune", 0.0, open_low=True, below=1.0)

@@ -457,6 +457,7 @@ class _Run:
                 granularity=config.prune_granularity,
                 block=config.prune_block,
                 criterion=config.prune_criterion,
+                scope=config.prune_scope,
                 decay=config.prune_decay,
                 seed=config.seed,
             )
