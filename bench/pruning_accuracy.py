@@ -192,6 +192,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             axes.set_xscale("log")
             axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0], ["5 %", "10 %", "20 %", "50 %", "all"])
             axes.minorticks_off()
+            axes.set_xlim(0.045, 1.1)
             axes.set(title=granularity, xlabel="kept share")
         flat[0].set_ylabel("test accuracy, %")
         flat[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
