@@ -22,9 +22,10 @@ def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch, capsys):
     """As they stand, but for the weights: random ones stand in for those of timm's hub."""
     page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^<!-- needs photos.*?-->\n```python\n(.*?)^```", page, re.S | re.M)
-    name, epochs = '"vit_base_patch16_224"', "TrainConfig(epochs=20)"
-    assert name in code and epochs in code
-    code = code.replace(name, '"test_vit", pretrained=False').replace(epochs, "TrainConfig(epochs=1)")
+    name, settings = '"vit_base_patch16_224"', "TrainConfig(**few.train)"
+    assert name in code and settings in code
+    code = code.replace(name, '"test_vit", pretrained=False')
+    code = code.replace(settings, 'TrainConfig(**{**few.train, "epochs": 1})')
     write_images(tmp_path / "photos", each=40, size=20)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "page"})
