@@ -34,7 +34,7 @@ def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> 
     points = []
     for label, colour, marker in styles_of(grid.methods):
         estimate = results.mean_estimate(backbone, label)
-        ends = results.parameters(backbone, label, "with_head")
+        ends = results.parameters(backbone, label, "kept_with_head")
         if estimate is not None and ends is not None:
             points.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
     if not points:

@@ -123,7 +123,7 @@ def _accuracies(results: Results, backbone: str, metric: str) -> list[str]:
         row = [label, *(_cell(cell, metric) for cell in cells), _mean(cells, metric)]
         if metric == "accuracy":
             seconds = results.seconds(backbone, label)
-            row += [_range(results.parameters(backbone, label, n)) for n in ("method", "with_head")]
+            row += [_range(results.parameters(backbone, label, n)) for n in ("kept", "kept_with_head")]
             row.append(MISSING if seconds is None else f"{seconds:,.1f}")
         rows.append(row)
     return _table(head, rows)
