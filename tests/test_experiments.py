@@ -31,7 +31,7 @@ from lion_fast.experiments.rows import (
 )
 from lion_fast.experiments.statistics import accuracy, mean_over_sets, paired_difference
 from lion_fast.experiments.tables import Results
-from lion_fast.training import TrainConfig, TrainingError, evaluate, fit
+from lion_fast.training import TrainConfig, TrainingError, evaluate, features, fit
 
 TINY = {
     "name": "vit_tiny_patch16_224",
@@ -143,6 +143,21 @@ def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
     assert found.loss == pytest.approx(row["test"]["loss"], rel=1e-5)
     assert evaluate(model, splits.val, 8).accuracy == row["val"]["accuracy"]
     assert splits.description["fingerprint"] == row["data"]["fingerprint"]
+
+
+def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
+    """The training images' rows fit into the limit, those of the test images do not."""
+    sets = {"noise": {"source": str(images), "n_train": 6, "n_val": 9, "n_test": 12}}
+    grid = make_grid(small_grid(images, sets=sets, methods={"probe": {}}))
+    found = []
+    for name in ("free", "limited"):
+        runner.run(grid, tmp_path / name)
+        found.append(runs_of(read_rows(tmp_path / name), "final"))
+        monkeypatch.setattr(features, "MEMORY_LIMIT", 4 * TINY["embed_dim"] * 6)
+    for free, limited in zip(*found, strict=True):
+        assert limited["cached_features"] and limited["correct"] == free["correct"]
+        for part in ("val", "test"):
+            assert limited[part]["loss"] == pytest.approx(free[part]["loss"], rel=1e-5)
 
 
 def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """One run of an experiment: train a configuration, judge it, and what a row says about it."""
 
+import contextlib
 import gc
 import hashlib
 import tempfile
@@ -18,7 +19,7 @@ from lion_fast.experiments.grid import Grid, Item, digest
 from lion_fast.experiments.rows import pack_bits, pack_integers
 from lion_fast.methods import TunedModel, create
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
-from lion_fast.training.features import encode
+from lion_fast.training.features import RowsTooLarge, encode
 
 RANDOM_SEED = 0
 # Draws of images kept in memory by a worker
@@ -185,13 +186,16 @@ def _judge(
     batch = config.eval_batch_size or config.batch_size
     reading = {"num_workers": config.num_workers, "mixed_precision": config.mixed_precision}
     started = time.perf_counter()
-    if store is None:
+    rows = None
+    if store is not None:
+        view = images.with_transform(transforms(model.backbone))
+        with contextlib.suppress(RowsTooLarge):  # there may be more of these images than of training ones
+            rows, _ = store.rows(
+                model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
+            )
+    if rows is None:
         probabilities = predict(model, images, batch, **reading)
     else:
-        view = images.with_transform(transforms(model.backbone))
-        rows, _ = store.rows(
-            model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
-        )
         probabilities = predict(model.behind(), rows, 1024)
     if not torch.isfinite(probabilities).all():
         raise TrainingError("the trained model's outputs are not finite")
