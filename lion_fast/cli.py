@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lion_fast.errors import DataError, LionError, OptionError
-from lion_fast.yaml_values import numbers
+from lion_fast.yaml_values import numbers, read_settings
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -351,7 +351,7 @@ def _settings(args: argparse.Namespace) -> dict:
     ]
     settings: dict = {}
     if "config" in args:
-        settings = _read_yaml(Path(args.config))
+        settings = read_settings(Path(args.config), "config file")
         refuse_unknown(settings, known, f"setting in {args.config}")
     settings |= {name: value for name, value in vars(args).items() if name in known}
     for name, flag in (("options", "set"), ("backbone_options", "backbone_set")):
@@ -409,20 +409,6 @@ def _name_backbone(settings: dict) -> None:
 def _data_seed(settings: dict) -> int:
     seed = settings.get("data_seed")
     return settings.get("seed", 0) if seed is None else seed
-
-
-def _read_yaml(path: Path) -> dict:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"the config file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise OptionError(f"the config file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise OptionError(f"the config file {path} must hold `name: value` lines")
-    return numbers(settings)
 
 
 def _key_value(text: str, flag: str) -> tuple[str, object]:
@@ -582,7 +568,7 @@ def _load(args: argparse.Namespace):
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     config = folder.parent / "config.yaml"
-    settings = _read_yaml(config) if config.is_file() else {}
+    settings = read_settings(config, "config file") if config.is_file() else {}
     weights, backbone = getattr(args, "weights", None), None
     if weights is None and settings.get("pretrained") is False and settings.get("weights") is None:
         backbone = _load_backbone(settings, settings.get("seed", 0))  # random: its seed makes it again

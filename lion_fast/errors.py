@@ -57,6 +57,19 @@ def check_number(name: str, value: object) -> None:
         raise OptionError(f"{name} must be a number; got {value!r}")
 
 
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise `OptionError` unless `value` is a whole number of at least `least`; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least}; got {value!r}")
+
+
+def check_gamma(gamma: object) -> None:
+    """Raise `OptionError` unless `gamma` is a bound under which the iteration contracts, in (0, 1)."""
+    check_number("gamma", gamma)
+    if not 0 < gamma < 1:
+        raise OptionError(f"gamma must be in (0, 1) for a contraction; got {gamma!r}")
+
+
 def names_options(call: _Call) -> _Call:
     """Decorate a call: an unknown keyword raises `UnknownOptionError`, which lists the valid ones."""
     parameters = inspect.signature(call).parameters.values()

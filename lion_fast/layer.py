@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.contraction import bounded, contraction_scale
-from lion_fast.errors import OptionError, check_choice, check_number, names_options
+from lion_fast.errors import OptionError, check_choice, check_number, check_whole, names_options
 from lion_fast.functional import adjoint_options, equilibrium
 from lion_fast.masked import Masked
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
@@ -90,9 +90,8 @@ class LionLayer(Masked):
             neumann_terms=neumann_terms,
             on_failure=on_failure,
         )
-        for name, value in (("dim", dim), ("state_dim", state_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_whole("dim", dim)
+        check_whole("state_dim", state_dim)
         check_number("gamma", gamma)
         if not (0 < gamma < 1 or (allow_expansive and gamma >= 1)):
             raise OptionError(

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lion_fast.errors import ConvergenceError, OptionError, check_choice, check_number, names_options
+from lion_fast.errors import (
+    ConvergenceError,
+    OptionError,
+    check_choice,
+    check_number,
+    check_whole,
+    names_options,
+)
 from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
 
 BACKWARDS = ("neumann", "jfb", "exact", "phantom")
@@ -87,10 +94,8 @@ def check_solve_options(
     """Raise `OptionError` on a value outside its range; shared by every layer and call."""
     check_choice("backward", backward, BACKWARDS)
     check_choice("on_failure", on_failure, POLICIES)
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise OptionError(f"max_iter must be a whole number of at least 1; got {max_iter!r}")
-    if isinstance(neumann_terms, bool) or not isinstance(neumann_terms, int) or neumann_terms < 0:
-        raise OptionError(f"neumann_terms must be a whole number of at least 0; got {neumann_terms!r}")
+    check_whole("max_iter", max_iter)
+    check_whole("neumann_terms", neumann_terms, 0)
     if tol is not None:
         check_number("tol", tol)
     check_number("damping", damping)

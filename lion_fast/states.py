@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lion_fast.contraction import bounded
-from lion_fast.errors import OptionError, check_choice, check_number, names_options
+from lion_fast.errors import check_choice, check_gamma, check_whole, names_options
 from lion_fast.functional import check_input, equilibrium
 from lion_fast.masked import Masked
 from lion_fast.solvers import SolveInfo, apply_policy, check_solve_options
@@ -58,12 +58,9 @@ class StateLayer(Masked):
         self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
         self.solve |= {"neumann_terms": neumann_terms}
         check_solve_options(**self.solve, on_failure=on_failure)
-        for name, value in (("dim", dim), ("state_dim", state_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number of at least 1; got {value!r}")
-        check_number("gamma", gamma)
-        if not 0 < gamma < 1:
-            raise OptionError(f"gamma must be in (0, 1) for a contraction; got {gamma!r}")
+        check_whole("dim", dim)
+        check_whole("state_dim", state_dim)
+        check_gamma(gamma)
         self.dim, self.state_dim = dim, state_dim
         self.activation, self.gamma = activation, gamma
         self.backend, self.on_failure = backend, on_failure

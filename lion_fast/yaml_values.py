@@ -1,7 +1,25 @@
-"""Values that YAML read, as everybody means them."""
+"""Settings in YAML files, with values as everybody means them."""
 
 import re
+from pathlib import Path
 from typing import Any
+
+from lion_fast.errors import OptionError
+
+
+def read_settings(path: Path, what: str) -> dict:
+    """The mapping that a YAML file holds; `OptionError` where it holds none, calling it `what`."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"the {what} {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"the {what} {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise OptionError(f"the {what} {path} must hold `name: value` lines")
+    return numbers(settings)
 
 
 def numbers(value: object) -> Any:

@@ -16,7 +16,7 @@ from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig, refuse_unknown
-from lion_fast.yaml_values import numbers
+from lion_fast.yaml_values import numbers, read_settings
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -193,18 +193,8 @@ def digest(value: object) -> str:
 
 def read_grid(path: str | os.PathLike) -> Grid:
     """The grid of a YAML file; `OptionError` naming what it should not hold."""
-    import yaml
-
     path = Path(path)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"the grid {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise OptionError(f"the grid {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise OptionError(f"the grid {path} must hold `name: value` lines")
-    return make_grid({"name": path.stem} | given)
+    return make_grid({"name": path.stem} | read_settings(path, "grid"))
 
 
 def make_grid(given: Mapping[str, Any]) -> Grid:

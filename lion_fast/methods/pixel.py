@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError, check_choice, check_number
+from lion_fast.errors import OptionError, check_choice, check_gamma
 from lion_fast.layer import READ_OUT_STD
 from lion_fast.masked import Masked
 from lion_fast.solvers import ImplicitLayer, SolveInfo, check_solve_options
@@ -103,9 +103,7 @@ class PixelEnd(Masked):
         check_choice("activation", activation, ACTIVATIONS)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise OptionError(f"pixel_channels must be a positive integer; got {channels!r}")
-        check_number("gamma", gamma)
-        if not 0 < gamma < 1:
-            raise OptionError(f"gamma must be in (0, 1) for a contraction; got {gamma!r}")
+        check_gamma(gamma)
         self.activation, self.gamma = activation, gamma
         self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
         self.solve |= {"neumann_terms": neumann_terms, "on_failure": on_failure}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.masked import Masked
 from lion_fast.pruning.masks import CRITERIA, check_target, find_layers, find_matrices, select
 
@@ -76,8 +76,7 @@ def iterative_magnitude(
     Source: Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; rewinding to an early step:
     Frankle et al., ICML 2020.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise OptionError(f"rounds must be a whole number of at least 1; got {rounds!r}")
+    check_whole("rounds", rounds)
     trained = {name: p for name, p in target.named_parameters() if p.requires_grad}
     given = trained if rewind_to is None else rewind_to
     if missing := trained.keys() - given.keys():

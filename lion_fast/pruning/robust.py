@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_fast.errors import CheckpointError, OptionError, check_choice
+from lion_fast.errors import CheckpointError, OptionError, check_choice, check_whole
 from lion_fast.masked import Masked, count_dropped
 from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
 
@@ -91,8 +91,7 @@ class RobustPruner:
         seed: int = 0,
     ) -> None:
         check_choice("criterion", criterion, CRITERIA)
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise OptionError(f"total_steps must be a whole number of at least 1; got {total_steps!r}")
+        check_whole("total_steps", total_steps)
         refresh = max(1, total_steps // 20) if refresh is None else refresh
         ema = refresh if ema is None else ema
         for name, value in (("refresh", refresh), ("ema", ema)):
