@@ -221,13 +221,12 @@ class Backbone(nn.Module):
         for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):
             x = block(x)
             found = x if i == at else found
-        if self.family == "vit":
-            found = found[:, self.num_prefix_tokens :]
-            found = found.unflatten(1, self._grid(found.shape[1]))
-        return model.norm(x), found
+        return model.norm(x), self.map_of(found) if self.family == "vit" else found
 
-    def _grid(self, patches: int) -> tuple[int, int]:
-        """Rows and columns of a ViT's patches."""
+    def map_of(self, rows: Tensor) -> Tensor:
+        """Token rows (B, N, D) of a ViT to the map (B, H, W, D) of its patches, without prefix tokens."""
+        rows = rows[:, self.num_prefix_tokens :]
+        patches = rows.shape[1]
         sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,) * 2
         height, width = self.model.patch_embed.dynamic_feat_size(sides)
         if height * width != patches:
@@ -235,7 +234,7 @@ class Backbone(nn.Module):
                 f"{self.name} gave {patches} patch rows; "
                 f"images of {self.img_size} pixels make {height} x {width}"
             )
-        return height, width
+        return rows.unflatten(1, (height, width))
 
     def pool(self, y: Tensor, how: str = "backbone") -> Tensor:
         """Rows of `body` to features (B, F), as the backbone pools or as `how` says.

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 
 import pytest
 import timm
@@ -19,8 +20,7 @@ from lion_fast.cli import main
 from lion_fast.errors import BackboneError, ConvergenceError, OptionError
 from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
 from lion_fast.methods import LionModel, create
-from lion_fast.methods.lion import middle_of
-from lion_fast.methods.read_out import ReadOut, coarse_rows
+from lion_fast.methods.read_out import ReadOut, coarse_rows, middle_of
 from lion_fast.pruning import (
     RobustPruner,
     compact,
@@ -390,6 +390,74 @@ def test_counts_and_the_heads_width(name, options, width, features):
         head = 10 * (features + grid * grid * state + 1)
         assert model.num_trainable(head=True) == own + head and model.head.in_features * 10 + 10 == head
         assert parameter_counts(model) == {"dense": own, "kept": own, "with_head": own + head}
+
+
+# the same reading behind other methods
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_probe_of_the_map_reads_what_lion_reads(key):
+    """Its logits are linear in LION's rows, normed: a LION whose states are the cells themselves."""
+    net = backbone(key)
+    lion = create(net, num_classes=4, grid=3, pool="mean")
+    probe = create(net, "probe", num_classes=4, grid=3, pool="mean").double()
+    probe.head.weight.data.normal_()
+    x = images(probe, dtype=torch.float64)
+    features, cells = lion.double().encode(x).split((net.width_out, 9 * net.map_widths[lion.at]), 1)
+    cells = cells.view(len(x), 9, -1)
+    rows = [F.layer_norm(r, r.shape[-1:]).flatten(1) for r in (features, cells)]
+    expected = torch.cat(rows, 1) @ probe.head.weight.T + probe.head.bias
+    torch.testing.assert_close(probe(x), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(probe.behind()(probe.encode(x)), expected, rtol=0, atol=1e-10)
+    width = net.width_out + 9 * net.map_widths[lion.at]
+    assert (probe.num_trainable(), probe.num_trainable(head=True)) == (0, 4 * (width + 1))
+    assert probe.encoding() != create(net, "probe", num_classes=4, pool="mean").encoding()
+
+
+@pytest.mark.parametrize("key", ["vit", "registers"])
+def test_vpt_with_lions_output_end(key):
+    """Deep prompts carried through by hand, and the map of the middle block read as LION reads it."""
+    net = backbone(key)
+    model = create(net, "vpt", num_classes=4, length=3, state_dim=R, pool="cls+mean").double().eval()
+    rough(model.output_end.layer), model.head.weight.data.normal_()
+    x, head = images(model, dtype=torch.float64), net.num_prefix_tokens
+    rows, middle = net.enter(x), None
+    for i, block in enumerate(net.blocks):
+        prompts = model.prompts[i].expand(len(x), -1, -1)
+        rows = block(torch.cat([rows[:, :head], prompts, rows[:, head:]], 1))
+        rows = torch.cat([rows[:, :head], rows[:, head + 3 :]], 1)
+        middle = rows if i == len(net.blocks) // 2 else middle
+    rows = net.norm(rows)
+    side = math.isqrt(middle.shape[1] - head)
+    maps = middle[:, head:].unflatten(1, (side, side))
+    features = torch.cat([rows[:, 0], rows[:, head:].mean(1)], 1)
+    expected = model.head(model.output_end(coarse_rows(features, maps, 4)))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+    prompts = len(net.blocks) * 3 * net.width_in
+    assert model.num_trainable() == prompts + R * net.width_out + R * R + R
+    (model(x) * torch.randn(len(x), 4)).sum().backward()
+    assert model.prompts.grad.abs().amax((1, 2)).min() > 0 and model.output_end.layer.A.grad.any()
+
+
+@pytest.mark.parametrize("method, options", [("probe", {"grid": 3}), ("vpt", {"state_dim": 4, "length": 2})])
+def test_those_come_back_from_their_adapter(method, options, tmp_path):
+    model = create(backbone("vit"), method, num_classes=3, **options).eval()
+    save_adapter(model, tmp_path)
+    again = load_adapter(tmp_path, backbone=model.backbone)
+    x = images(model)
+    assert torch.equal(again(x), model(x)) and again.options == model.options
+
+
+def test_what_those_refuse():
+    for key, options in (
+        ("vit", {"depth": "shallow"}), ("vit", {"form": "naive"}), ("swin", {}), ("resnet", {}),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match="goes with deep prompts in their exact form on a ViT"):
+            create(backbone(key), "vpt", num_classes=2, state_dim=4, **options)
+    with pytest.raises(OptionError, match="state_dim must be a whole number of at least 1"):
+        create(backbone("vit"), "vpt", num_classes=2, state_dim=0)
+    with pytest.raises(OptionError, match="grid must be a positive integer"):
+        create(backbone("vit"), "probe", num_classes=2, grid=0)
 
 
 @pytest.mark.parametrize("key", FAMILIES)

@@ -8,23 +8,16 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lion_fast.backbones import Backbone
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.layer import LionLayer
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count
 from lion_fast.methods.pixel import PixelEnd
-from lion_fast.methods.read_out import ReadOut, coarse_rows
+from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, middle_of
 from lion_fast.solvers import SolveInfo
 
 ENDS = ("input", "output")
 FORMS = ("states", "residual")
-
-
-def middle_of(backbone: Backbone) -> int:
-    """Where "states" takes its map by default: block L // 2 of a ViT, else the last stage but one."""
-    depth = len(backbone.map_widths)
-    return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
 
 
 class _Behind(nn.Module):
@@ -88,7 +81,7 @@ class LionModel(TunedModel):
         state_dim: int = 32,
         ends: str | Sequence[str] | None = None,
         at: int | None = None,
-        grid: int = 4,
+        grid: int = GRID,
         recurrence: str = "free",
         activation: str | None = None,
         gamma: float = 0.8,

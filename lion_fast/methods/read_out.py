@@ -1,11 +1,20 @@
-"""What the head reads of a backbone beside its own features: equilibrium states of a coarse map."""
+"""What the head reads of a backbone beside its own features: a coarse map of its middle, cell by cell."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lion_fast.backbones import Backbone
 from lion_fast.solvers import SolveInfo
 from lion_fast.states import StateLayer
+
+GRID = 4  # cells of the map along each side, by default
+
+
+def middle_of(backbone: Backbone) -> int:
+    """Where the map is taken by default: block L // 2 of a ViT, else the last stage but one."""
+    depth = len(backbone.map_widths)
+    return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
 
 
 def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
@@ -18,12 +27,30 @@ def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
     return torch.cat([features.to(dtype), cells.flatten(1)], 1)
 
 
+class Cells(nn.Module):
+    """Rows as `coarse_rows` makes them, (B, F + cells C), with features and each cell normed, no parameters.
+
+    >>> Cells(features=8, cells=4, width=6)(torch.randn(3, 8 + 4 * 6)).shape
+    torch.Size([3, 32])
+    """
+
+    def __init__(self, features: int, cells: int, width: int):
+        super().__init__()
+        self.features, self.cells, self.width = features, cells, width
+        self.out_features = features + cells * width
+
+    def forward(self, rows: Tensor) -> Tensor:
+        features, cells = rows.split((self.features, self.cells * self.width), 1)
+        cells = F.layer_norm(cells.unflatten(1, (self.cells, self.width)), (self.width,))
+        return torch.cat([F.layer_norm(features, (self.features,)), cells.flatten(1)], 1)
+
+
 class ReadOut(nn.Module):
     """The states of each cell of a map, at their places, beside the backbone's own features.
 
-    (B, F + cells C) as `coarse_rows` makes it gives (B, F + cells R): features and cells are normed without
-    parameters, the cells go through a `StateLayer` of width R, and the head that follows has weights of its
-    own for every cell. Options as `StateLayer`.
+    (B, F + cells C) as `coarse_rows` makes it gives (B, F + cells R): the cells of `Cells` go through a
+    `StateLayer` of width R, and the head that follows has weights of its own for every cell. Options as
+    `StateLayer`.
 
     >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape
     torch.Size([3, 16])
@@ -31,14 +58,14 @@ class ReadOut(nn.Module):
 
     def __init__(self, features: int, cells: int, width: int, state_dim: int, **solve):
         super().__init__()
-        self.features, self.cells, self.width = features, cells, width
+        self.cells = Cells(features, cells, width)
         self.layer = StateLayer(width, state_dim, **solve)
         self.out_features = features + cells * state_dim
 
     def forward(self, rows: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
-        features, cells = rows.split((self.features, self.cells * self.width), 1)
-        cells = F.layer_norm(cells.unflatten(1, (self.cells, self.width)), (self.width,))
-        found = self.layer(cells, return_info=return_info)
+        cells = self.cells
+        features, rows = cells(rows).split((cells.features, cells.cells * cells.width), 1)
+        found = self.layer(rows.unflatten(1, (cells.cells, cells.width)), return_info=return_info)
         z, info = found if return_info else (found, None)
-        out = torch.cat([F.layer_norm(features, (self.features,)), z.flatten(1).to(rows.dtype)], 1)
+        out = torch.cat([features, z.flatten(1).to(rows.dtype)], 1)
         return (out, info) if return_info else out

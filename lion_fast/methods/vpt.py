@@ -16,6 +16,7 @@ from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count, check_dropout
 from lion_fast.methods.prefix import KV, PrefixCache
+from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, middle_of
 from lion_fast.methods.vpt_border import PixelBorder
 
 
@@ -40,11 +41,16 @@ class VPT(PrefixCache, TunedModel):
     its shallow ones 0. The naive form drops per image, as published; in the exact form the images of a batch
     share one mask, since they share the keys and values.
 
+    With `state_dim`, deep prompts on a ViT get the reading of LION's default form: states of the middle, cell
+    by cell, of blocks that the prompts changed. That is not VPT as published; it is there to tell what is
+    gained by reading from what is gained by tuning.
+
     Args:
         depth: "deep", "shallow", or None: deep where it exists.
         length: prompts per layer; pixels of border on a CNN.
         dropout: of prompts, while training.
         form: "exact" (deep only), "naive", or None: exact where it exists.
+        state_dim: width R of an output end as LION's with its defaults (`ReadOut`); None: none, as published.
         pool, head_bias: see `TunedModel`.
 
     Initial values are uniform on (-v, v), v = sqrt(6 / (3 h w + D)) for patches of h x w pixels and D the
@@ -65,9 +71,11 @@ class VPT(PrefixCache, TunedModel):
         length: int = 10,
         dropout: float = 0.0,
         form: str | None = None,
+        state_dim: int | None = None,
+        head_bias: bool = True,
         **options,
     ):
-        super().__init__(backbone, num_classes, **options)
+        super().__init__(backbone, num_classes, head_bias=head_bias, **options)
         backbone = self.backbone
         cnn = backbone.family == "cnn"
         depth = depth or ("shallow" if cnn else "deep")
@@ -95,13 +103,23 @@ class VPT(PrefixCache, TunedModel):
                 f'form="exact" knows timm\'s plain blocks; {backbone.name} has '
                 f'{type(backbone.blocks[0]).__name__} blocks. Use form="naive"'
             )
-        self.record(depth=depth, length=length, dropout=dropout, form=form)
+        if state_dim is not None and (backbone.family != "vit" or form != "exact"):
+            raise OptionError(
+                "state_dim goes with deep prompts in their exact form on a ViT; "
+                f"got form={form!r} on {backbone.name}, a {backbone.family} backbone"
+            )
+        self.record(depth=depth, length=length, dropout=dropout, form=form, state_dim=state_dim)
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
         if cnn:
             size = backbone.img_size
             size = (size, size) if isinstance(size, int) else size
             self.border = PixelBorder(length, size, backbone.mean, backbone.std)
             return
+        self.output_end: ReadOut | None = None
+        if state_dim is not None:
+            width = backbone.pooled_width(self.pool)
+            self.output_end = ReadOut(width, GRID * GRID, backbone.width_out, state_dim)
+            self.head = self.new_head(self.output_end.out_features, head_bias)
         bound = prompt_bound(backbone)
 
         def drawn(blocks: int, width: int) -> nn.Parameter:
@@ -125,13 +143,21 @@ class VPT(PrefixCache, TunedModel):
         if self.backbone.family == "swin":
             x = self._swin_exact(x) if self.form == "exact" else self._swin_naive(x)
             return self.backbone.pool(self.backbone.model.norm(x), self.pool)
-        x = self._exact(x) if self.form == "exact" else self._naive(x)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+        if self.form == "naive":
+            return self.backbone.pool(self.backbone.norm(self._naive(x)), self.pool)
+        x, middle = self._exact(x)
+        features = self.backbone.pool(self.backbone.norm(x), self.pool)
+        if self.output_end is None:
+            return features
+        return self.output_end(coarse_rows(features, self.backbone.map_of(middle), GRID))
 
-    def _exact(self, x: Tensor) -> Tensor:
-        for block, (k, v) in zip(self.backbone.blocks, self.prefix(), strict=True):
+    def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows behind the last block, and behind the one that an output end reads."""
+        middle, at = x, middle_of(self.backbone)
+        for i, (block, (k, v)) in enumerate(zip(self.backbone.blocks, self.prefix(), strict=True)):
             x = prefix_block(block, x, k, v)
-        return x
+            middle = x if i == at else middle
+        return x, middle
 
     def _naive(self, x: Tensor) -> Tensor:
         return carry_prompts(
