@@ -26,6 +26,7 @@ TRAIN = [
 
 EXTRAS = {
     "digits": ["scikit-learn>=1.4"],
+    "matlab": ["scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
 }
 # onnx and onnxruntime check the conversion of weights, which itself needs neither

@@ -374,6 +374,17 @@ def _check_training(settings: dict):
     return TrainConfig.from_dict({name: settings[name] for name in _training_options() if name in settings})
 
 
+def _check_preset(settings: dict) -> None:
+    """Refuse a preset that the method does not have, before any image is read."""
+    from lion_fast.methods.presets import preset
+
+    name = settings.get("preset", "none")
+    if name == "auto" and settings["method"] != "lion":
+        raise OptionError(f"preset auto is for lion; {settings['method']} has paper and common")
+    if name not in ("auto", "none"):
+        preset(settings["method"], name)
+
+
 def _apply_preset(settings: dict, images: int, classes: int) -> None:
     """Put the preset's values where the settings say nothing; `auto` becomes the preset it stands for.
 
@@ -386,8 +397,6 @@ def _apply_preset(settings: dict, images: int, classes: int) -> None:
     if name == "none":
         return
     if name == "auto":
-        if settings["method"] != "lion":
-            raise OptionError(f"preset auto is for lion; {settings['method']} has paper and common")
         if settings["options"].get("form") == "residual":
             return
         name = size_of(images, classes)
@@ -435,6 +444,7 @@ def run_finetune(args: argparse.Namespace) -> dict:
     resume, overwrite = getattr(args, "resume", False), getattr(args, "overwrite", False)
     out = Path(settings["out"])
     _check_training(settings)
+    _check_preset(settings)
     prepare_output(out, resume=resume, overwrite=overwrite)
     split_options = {name: settings[name] for name in _LOAD_DATA if settings.get(name) is not None}
     splits = load_data(settings["data"], seed=_data_seed(settings), **split_options)

@@ -439,6 +439,8 @@ def test_presets_of_other_methods_and_none(images, model_flags, tmp_path, capsys
         (["--preset", "huge"], "preset must be one of paper, common, few, small, large; got 'huge'"),
         (["--method", "vpt", "--preset", "auto"], "preset auto is for lion"),
     ):
-        out = str(tmp_path / "no")
-        assert main(["finetune", str(images), "--out", out, *flags, *model_flags, *SHORT]) == 2
-        assert told in capsys.readouterr().err
+        out = tmp_path / "no"
+        # before any image is looked for, and before the folder of results is begun
+        missing = str(tmp_path / "no such images")
+        assert main(["finetune", missing, "--out", str(out), *flags, *model_flags, *SHORT]) == 2
+        assert told in capsys.readouterr().err and not out.exists()

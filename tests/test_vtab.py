@@ -125,6 +125,8 @@ def test_the_protocol_from_the_first_image_to_the_report(root, tmp_path, monkeyp
     assert sorted(reads.of("test")) == sorted(
         str(root / t / f"images/test/{i:06d}.png") for t in TREE for i in range(N_TEST)
     )
+    # nor is a training image read twice in tuning: both rates train on the same rows of the frozen backbone
+    assert len(reads.of("train800")) == len(set(reads.of("train800"))) == N_TASKS * SPLITS["train800"]
     # the better rate was chosen on the validation images, and its row says so
     for task in ("cifar", "eurosat", "kitti"):
         slow, fast, test = (r for r in rows if r["task"] == task)

@@ -17,7 +17,7 @@ from lion_fast.bench.rows import context
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.errors import CheckpointError, DataError, OptionError
 from lion_fast.inspection import parameter_counts
-from lion_fast.training import TrainConfig, TrainingError, evaluate, fit
+from lion_fast.training import FeatureStore, TrainConfig, TrainingError, evaluate, fit
 from lion_fast.training.checkpoints import list_checkpoints
 from lion_fast.vtab import report, tasks
 from lion_fast.vtab.protocol import Configuration, Protocol
@@ -93,6 +93,7 @@ class _Work:
         self.rows, self.out, self.progress = rows, out, progress
         self.reading = {"check": check, "strict": strict}
         self.total, self.at, self.where = 0, 0, {}
+        self.store = FeatureStore(limit=1)  # of the task at hand: its configurations read the same images
 
     def task(self, task: str, plan: list[Configuration]) -> bool:
         """Run what a task lacks; whether there was anything."""
@@ -207,16 +208,17 @@ class _Work:
             **self.where,
         }
         resume = bool(list_checkpoints(folder / "checkpoints"))
+        shared = {"progress": self.progress, "store": self.store}
         started = time.perf_counter()
         try:
             try:
-                fitted = fit(model, train_only, config, folder, resume=resume, progress=self.progress)
+                fitted = fit(model, train_only, config, folder, resume=resume, **shared)
             except CheckpointError as error:
                 if not resume:
                     raise
                 _say(f"{what}: begun again, its checkpoint cannot be used ({error})")
                 model = _create(self.backbone, self.protocol.method, len(splits.classes), seed, one.options)
-                fitted = fit(model, train_only, config, folder, overwrite=True, progress=self.progress)
+                fitted = fit(model, train_only, config, folder, overwrite=True, **shared)
         except TrainingError as error:
             row |= {"status": "diverged", "reason": str(error), "seconds": time.perf_counter() - started}
             self._told(what, f"diverged: {error}", row)
