@@ -44,7 +44,7 @@ DEV = [
 setup(
     name="lion-fast",
     version=VERSION,
-    description="Implicit vision prompt tuning: equilibrium layers around a frozen backbone, made fast",
+    description="Implicit vision prompt tuning: fast equilibrium layers at the ends of a frozen backbone",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

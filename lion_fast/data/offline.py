@@ -212,7 +212,7 @@ def digits(cache: Path) -> Raw:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError('"digits" needs scikit-learn: pip install "lion-fast[digits]"') from error
+        raise DataError('"digits" needs scikit-learn: pip install scikit-learn') from error
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     classes = [str(k) for k in range(10)]

@@ -1,4 +1,4 @@
-"""LION: an equilibrium layer in front of a frozen backbone and one behind it.
+"""LION: equilibria on a map from the middle of a frozen backbone, or (form="residual") a layer at each end.
 
 Source: Wang et al., "LION: Implicit Vision Prompt Tuning", AAAI 2024, arXiv 2303.09992, as this project
 reads it (docs/mathematics.md); the form "states" is this project's own (docs/accuracy.md).

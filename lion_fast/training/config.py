@@ -63,7 +63,7 @@ class TrainConfig:
         checkpoint_epochs: Write a checkpoint after every so many epochs; 0: only when interrupted.
         checkpoint_every: Also write a checkpoint every so many steps; 0: after epochs only.
         log_every: Steps between rows of steps.csv and checks of the loss.
-        tensorboard: Also write TensorBoard events (needs the extra `lion-fast[tensorboard]`).
+        tensorboard: Also write TensorBoard events (needs the extra `tensorboard`).
         device: "cpu", or None for the accelerator that Accelerate finds.
 
     Raises:

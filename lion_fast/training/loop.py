@@ -518,7 +518,7 @@ class _Run:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise OptionError(
-                    "tensorboard is not installed; pip install 'lion-fast[tensorboard]', or leave it out"
+                    "tensorboard is not installed; pip install tensorboard, or leave it out"
                 ) from error
             self.board = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=self.at.step)
 

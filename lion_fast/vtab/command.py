@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("common", "paper"),
         default="common",
-        help="common: alike for every method; paper: as published, by task where known [common]",
+        help="common: six configurations for every method; paper: as published, by task where known [common]",
     )
     parser.add_argument(
         "--grid",
