@@ -353,6 +353,7 @@ def _settings(args: argparse.Namespace) -> dict:
     if "config" in args:
         settings = read_settings(Path(args.config), "config file")
         refuse_unknown(settings, known, f"setting in {args.config}")
+        settings = {name: value for name, value in settings.items() if value is not None}
     settings |= {name: value for name, value in vars(args).items() if name in known}
     for name, flag in (("options", "set"), ("backbone_options", "backbone_set")):
         given = settings.get(name) or {}
@@ -361,6 +362,9 @@ def _settings(args: argparse.Namespace) -> dict:
         settings[name] = given | dict(_key_value(text, flag) for text in getattr(args, flag, []))
     if not settings.get("data"):
         raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
+    for name in ("out", "method", "backbone", "weights"):
+        if not isinstance(settings.get(name, ""), str):
+            raise OptionError(f"{name} must be a text; got {settings[name]!r}")
     settings.setdefault("method", "lion")
     _name_backbone(settings)
     settings.setdefault("out", f"runs/{settings['method']}")

@@ -47,9 +47,15 @@ class _Equilibrium(torch.autograd.Function):
 
 
 def adjoint_options(backward: str, neumann_terms: int, max_iter: int, tol: float) -> tuple[int, float, float]:
-    """(terms, tol, damping) of the adjoint iteration for a backward mode."""
+    """(terms, tol, damping) of the adjoint iteration for a backward mode.
+
+    A gradient of k applications from zero goes through k - 1 recurrences: there are no more Neumann terms,
+    and one application, which is no equilibrium, has none in any mode.
+    """
+    if max_iter == 1:
+        backward = "jfb"
     return {
-        "neumann": (neumann_terms, 0.0, 1.0),
+        "neumann": (min(neumann_terms, max_iter - 1), 0.0, 1.0),
         "jfb": (0, 0.0, 1.0),
         "exact": (EXACT_FACTOR * max_iter, tol, 1.0),
         "phantom": (max(neumann_terms - 1, 0), 0.0, PHANTOM_DAMPING),
@@ -103,8 +109,9 @@ def equilibrium(
 
     tol is the relative residual per token; None takes 1e-2 for half types, 1e-4 for float32 and 1e-8
     for float64; 0 always makes `max_iter` applications. `backward` is the gradient: "neumann" with
-    `neumann_terms` terms after the first, "jfb" without, "exact" to `tol`, "phantom". Nothing
-    synchronises with the device. Second derivatives raise RuntimeError.
+    `neumann_terms` terms after the first, at most max_iter - 1, "jfb" without, "exact" to `tol`, "phantom".
+    max_iter=1 is phi(x A^T + b), with its own gradient. Nothing synchronises with the device. Second
+    derivatives raise RuntimeError.
 
     Raises ValueError on shapes and options that do not fit, TypeError on integer input, RuntimeError
     where `backend="triton"` cannot run.
@@ -120,6 +127,8 @@ def equilibrium(
     )
     check_input(x, A.shape[-1])
     _check_shapes(A, W, b, V, c)
+    if max_iter == 1:
+        W = W * 0  # it stands in no result, so it gets no gradient
     tol = default_tol(x.dtype) if tol is None else tol
     backend = ops.resolve_backend(backend, x.device, x.dtype, A.shape[0])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, W, b, V, c))

@@ -130,7 +130,7 @@ class LionLayer(Masked):
             return bounded(self.masked("W"), limit)
         with torch.autocast(self.A.device.type, enabled=False):
             # V's gradient through A V is the series' next term: a Jacobian-free gradient is without.
-            jacobian_free = adjoint_options(self.backward, self.neumann_terms, 1, 0.0)[0] == 0
+            jacobian_free = adjoint_options(self.backward, self.neumann_terms, self.max_iter, 0.0)[0] == 0
             A, V = self.masked("A"), self.masked("V")
             W = A @ (V.detach() if jacobian_free else V)
             scale = contraction_scale(A @ V, limit)

@@ -13,8 +13,9 @@ def read_settings(path: Path, what: str) -> dict:
 
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"the {what} {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"the {what} {path} cannot be read: {reason}") from error
     except yaml.YAMLError as error:
         raise OptionError(f"the {what} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):

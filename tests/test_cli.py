@@ -444,3 +444,22 @@ def test_presets_of_other_methods_and_none(images, model_flags, tmp_path, capsys
         missing = str(tmp_path / "no such images")
         assert main(["finetune", missing, "--out", str(out), *flags, *model_flags, *SHORT]) == 2
         assert told in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line, told", [("out: 5", "out must be a text; got 5"), ("weights: [1]", "weights must be a text")]
+)
+def test_settings_that_are_no_text(line, told, images, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"data: {images}\n{line}\n")
+    assert main(["finetune", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_null_in_a_file_is_not_given_and_a_file_may_be_unreadable(images, model_flags, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("method: null\nweights: null\npreset: null\nepochs: null\n")
+    flags = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o"), *model_flags, *SHORT]
+    assert main(["finetune", str(images), *flags]) == 0
+    assert _config(tmp_path / "o")["method"] == "lion"
+    (tmp_path / "c.yaml").write_bytes(b"method: \xff\xfe")
+    assert main(["finetune", str(images), "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

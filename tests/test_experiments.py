@@ -721,3 +721,58 @@ def test_pairs_need_the_same_images(whole):
     ] = "other"
     text = report.markdown(Results(make_grid(given), rows))
     assert "saw other images" in text and "(1 of 2 seeds)" in text
+
+
+def test_labels_are_no_part_of_what_a_row_is(whole, tmp_path):
+    """A backbone and a set by other names: the same rows, and nothing that the report says is lost."""
+    given, out, rows = whole
+    named = given | {"backbones": {"other": dict(TINY)}, "sets": {"grains": given["sets"]["noise"]}}
+    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
+    assert runner.run(make_grid(named), tmp_path, minutes=0).held == 8
+    results = Results(make_grid(named), rows)
+    assert results.shared_images("grains") == Results(make_grid(given), rows).shared_images("noise")
+    old, new = (report.markdown(Results(make_grid(g), rows)) for g in (given, named))
+    old = old.replace("noise", "grains").replace("tiny", "other").replace("vit_other", "vit_tiny")
+    assert new.replace("noise", "grains") == old  # the folder of the images is called so too
+
+
+def test_images_that_changed_are_not_mixed_with_those_of_the_rows(tmp_path):
+    source, out = write_images(tmp_path / "noise", classes=2, each=12), tmp_path / "out"
+    given = small_grid(source, sets={"noise": {"source": str(source)}})
+    runner.run(make_grid(given), out)
+    write_images(tmp_path / "more", classes=2, each=16)
+    for kind in ("class0", "class1"):
+        (tmp_path / "more" / kind / "015.png").rename(source / kind / "other.png")
+    before = (out / "rows.jsonl").read_bytes()
+    for change in ({}, {"seeds": [1, 2, 3]}):
+        with pytest.raises(DataError, match="the set noise has other images by now"):
+            runner.run(make_grid(given | change), out)
+    assert (out / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_of_other_weights_are_not_compared(whole, tmp_path, monkeypatch):
+    given, out, _ = whole
+    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
+    monkeypatch.setattr(work, "RANDOM_SEED", 5)
+    assert runner.run(make_grid(given), tmp_path, only={"method": ["lion-8"]}).done == 4
+    results = Results(make_grid(given), read_rows(tmp_path))
+    assert len(results.cells["tiny", "noise", "lion-8"].rows) == 2
+    assert not results.cells["tiny", "noise", "probe"].rows
+    assert any("tiny: rows with other weights" in remark for remark in results.remarks)
+
+
+def test_a_backbones_section_has_its_own_plots(whole, tmp_path):
+    given, _, rows = whole
+    both = given | {"backbones": {"tiny": dict(TINY), "my-tiny": dict(TINY)}}
+    with RowFile(tmp_path) as file:
+        for row in rows:
+            file.add(row)
+    text = report.write(make_grid(both), tmp_path).read_text()
+    section = text[text.index("## tiny") : text.index("## my-tiny")]
+    assert "(accuracy-tiny.png)" in section and "my-tiny.png" not in section
+
+
+def test_a_place_that_cannot_be_written(images, tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(OptionError, match="cannot be written: .*; choose another --out"):
+        runner.run(make_grid(small_grid(images)), tmp_path / "file")

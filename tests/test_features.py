@@ -1,9 +1,11 @@
 """What stands in front of every trained part is computed once, and kept between runs."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 from training_helpers import random_splits, tiny_backbone, tiny_model
 
 import lion_fast
@@ -129,7 +131,7 @@ def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
 
     def compute(name):
         made.append(name)
-        return name
+        return TensorDataset(torch.zeros(4))
 
     for turn in (model, other, model):
         store.rows(turn, items, "no", 8, lambda turn=turn: compute(turn))
@@ -138,6 +140,39 @@ def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
     store.rows(model, items, "no", 8, lambda: compute("never"))
     store.rows(other, items, "no", 8, lambda: compute("again"))
     assert made == [model, other, "bf16", "again"]
+
+
+def test_a_store_forgets_what_is_too_much(monkeypatch):
+    monkeypatch.setattr("lion_fast.training.features.MEMORY_LIMIT", 100)
+    store, model = FeatureStore(), tiny_model("probe")
+    held = [random_splits().train for _ in range(3)]
+    for items, numbers in zip(held, (10, 10, 200), strict=True):  # of 4 bytes
+        store.rows(model, items, "no", 8, lambda numbers=numbers: TensorDataset(torch.zeros(numbers)))
+    assert repr(store) == "FeatureStore(1 of 16)"  # the latest one stays, whatever its size
+    assert store.rows(model, held[2], "no", 8, lambda: None)[0].tensors[0].numel() == 200
+
+
+def test_a_transform_of_the_callers_is_used_in_training_and_may_be_random(tmp_path):
+    """Images with a transform of their own are read by it, anew in every epoch."""
+    splits, seen = random_splits(), []
+
+    class Images(torch.utils.data.Dataset):
+        labels, transform = splits.train.labels, "the caller's"
+
+        def __len__(self):
+            return len(splits.train)
+
+        def with_transform(self, transform):
+            raise AssertionError("the caller's transform would be lost")
+
+        def __getitem__(self, i):
+            seen.append(i)
+            return splits.train[i]
+
+    given = SimpleNamespace(train=Images(), val=None)
+    found = fit(tiny_model(**STATES), given, TrainConfig(**QUICK), tmp_path)
+    assert not found.cached_features
+    assert sorted(seen) == sorted(list(range(len(splits.train))) * TrainConfig(**QUICK).epochs)
 
 
 def test_without_checkpoints_a_run_ends_with_the_same_weights(tmp_path):

@@ -107,6 +107,28 @@ def test_states_and_exact_gradients_are_those_of_the_unrolled_formula(activation
     assert_close_each(gradients(layer, out, upstream, x), gradients(layer, expected, upstream, x), 1e-9)
 
 
+@pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
+def test_one_step_has_its_own_gradient(backward):
+    """max_iter=1 is phi(x A^T + b): the gradient of that, in every mode, and none for W."""
+    layer = rough(StateLayer(D, R, max_iter=1, backward=backward).double())
+    x = torch.randn(3, 4, D, dtype=torch.float64, requires_grad=True)
+    upstream, given = torch.randn(3, 4, R, dtype=torch.float64), (x, layer.A, layer.b)
+    out, expected = layer(x), torch.tanh(x @ layer.A.T + layer.b)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(out, [*given, layer.W], upstream)
+    assert_close_each(found[:3], torch.autograd.grad(expected, given, upstream), 1e-12)
+    assert not found[3].any()
+
+
+def test_a_gradient_has_no_more_terms_than_there_were_recurrences():
+    """Two applications pass one recurrence: one Neumann term, however many are asked for."""
+    x, upstream = torch.randn(6, D, dtype=torch.float64), torch.randn(6, R, dtype=torch.float64)
+    layers = [StateLayer(D, R, max_iter=2, neumann_terms=terms).double() for terms in (1, 8)]
+    layers[1].load_state_dict(rough(layers[0]).state_dict())
+    one, eight = (gradients(layer, layer(x), upstream) for layer in layers)
+    assert all(torch.equal(a, b) for a, b in zip(one, eight, strict=True))
+
+
 @pytest.mark.parametrize("backward, terms", [("jfb", 0), ("neumann", 0), ("neumann", 3), ("neumann", 8)])
 def test_truncated_gradients_are_the_series(backward, terms):
     """dq = g (I + J + ... + J^k) slope, from dense Jacobians per token."""
@@ -446,6 +468,13 @@ def test_those_come_back_from_their_adapter(method, options, tmp_path):
     again = load_adapter(tmp_path, backbone=model.backbone)
     x = images(model)
     assert torch.equal(again(x), model(x)) and again.options == model.options
+
+
+def test_info_of_vpt_with_lions_output_end():
+    model = create(backbone("vit"), "vpt", num_classes=3, state_dim=4, length=2).eval()
+    found = measure_ends(model, images(model))
+    assert found["output"]["rate"] <= found["output"]["certified"] <= 0.8 * (1 + 1e-4)
+    assert 1 <= found["output"]["iterations"] <= found["output"]["max_iterations"] <= 50
 
 
 def test_what_those_refuse():

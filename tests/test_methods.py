@@ -349,6 +349,8 @@ def test_lion_ends(ends, form):
 @pytest.mark.parametrize("ends", [(), "both", ("input", "input"), ("input", "middle")])
 def test_lion_refuses_other_ends(ends):
     with pytest.raises(OptionError, match='ends must be "input", "output" or both'):
+        create(backbone("vit"), num_classes=2, ends=[["input"]])
+    with pytest.raises(OptionError, match='ends must be "input", "output" or both'):
         create(backbone("vit"), num_classes=2, ends=ends)
 
 

@@ -21,6 +21,16 @@ def config(**options):
     return TrainConfig(**values | options)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_too_short_for_the_cut_is_cut_at_its_end(tmp_path, epochs):
+    """The best epoch was dense: what is given back is what the report says, pruned."""
+    model = tiny_model()
+    result = fit(model, random_splits(), config(epochs=epochs, batch_size=32), tmp_path, progress=False)
+    assert result.pruning["kept_share"] == pytest.approx(0.4, abs=1e-3)
+    assert kept_shares(model) == {name: m["share"] for name, m in result.pruning["matrices"].items()}
+    assert model.num_trainable(kept=True) == result.pruning["parameters"]["kept"] < model.num_trainable()
+
+
 @pytest.mark.parametrize("granularity", ["element", "unit"])
 def test_fit_prunes_and_reports(tmp_path, granularity):
     model = tiny_model()

@@ -1,9 +1,11 @@
 """VTAB-1k's protocol on a small copy of three tasks: what is run, read, chosen, kept and reported."""
 
+import itertools
 import json
 import os
 import signal
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -269,6 +271,25 @@ def test_a_configuration_that_diverges_does_not_end_the_rest(root, tmp_path):
     assert none["n"] == 0 and none["mean"] is None and none["mean_of_groups"] is None
     assert len(read(tmp_path / "b" / "rows.json")[1]) == 2
     assert "mean is over 0 of 19" in (tmp_path / "b" / "report.md").read_text()
+
+
+def test_outputs_that_are_not_finite_are_a_divergence_too(root, tmp_path, monkeypatch):
+    real = runner.evaluate
+
+    def evaluate(model, images, *args, **kwargs):
+        found = real(model, images, *args, **kwargs)
+        if len(images) == SPLITS["val200"] and next(calls) == 0 or len(images) == N_TEST:
+            found = replace(found, loss=float("nan"))
+        return found
+
+    calls = itertools.count()
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    run(root, tmp_path, tasks=["kitti"])
+    _, rows = read(tmp_path / "rows.json")
+    assert [row["status"] for row in rows] == ["diverged", "done", "diverged"]
+    assert rows[0]["reason"] == "the trained model's outputs are not finite" and "accuracy" not in rows[2]
+    assert not list(tmp_path.glob("adapters/*"))
+    assert run(root, tmp_path, tasks=["kitti"], resume=True)["n"] == 0
 
 
 def test_ties_are_broken_by_loss_and_then_by_order(monkeypatch):

@@ -40,7 +40,8 @@ def markdown(results: Results, drawn: Sequence[str] = ()) -> str:
             lines += [f"### {title}, %", "", *_accuracies(results, backbone, metric), ""]
         for metric, title in _METRICS.items():
             lines += _differences(results, backbone, metric, title)
-        for plot in (name for name in drawn if name.endswith(f"-{plots.slug(backbone)}.png")):
+        own = [f"{kind}-{plots.slug(backbone)}.png" for kind in ("accuracy", "differences")]
+        for plot in (name for name in own if name in drawn):
             lines += [f"![{plot.removesuffix('.png').replace('-', ' ')}]({plot})", ""]
         lines += ["### Chosen configurations", "", *_chosen(results, backbone), ""]
     lines += ["## Settings", "", *_settings(results), ""]
@@ -89,7 +90,7 @@ def _protocol(results: Results) -> list[str]:
 
 
 def _about_backbone(results: Results, backbone: str) -> list[str]:
-    rows = [row for row in results.rows if row["backbone"] == backbone]
+    rows = [row for (b, _, _), cell in results.cells.items() if b == backbone for row in cell.rows.values()]
     if not rows:
         return ["No final runs yet."]
     lines = []
@@ -203,7 +204,8 @@ def _settings(results: Results) -> list[str]:
     grid = results.grid
     lines = [f"- All: {json.dumps(grid.train)}"]
     for label, images in grid.sets.items():
-        sizes = [row["data"]["sizes"] for row in results.rows if row["set"] == label]
+        cells = [cell for (_, s, _), cell in results.cells.items() if s == label]
+        sizes = [row["data"]["sizes"] for cell in cells for row in cell.rows.values()]
         told = ""
         if sizes:
             told = ", ".join(f"{_range(_ends(s[part] for s in sizes))} {part}" for part in sizes[0])

@@ -19,13 +19,18 @@ class RowFile:
     """`rows.jsonl` of a folder: what it holds, and appending to it. One writer at a time.
 
     A last line that a killed run left half written is cut off, with a notice; any other line that is not
-    JSON raises `DataError`.
+    JSON raises `DataError`; a folder that cannot be written, `OptionError`.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = Path(folder) / NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")  # noqa: SIM115
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise OptionError(
+                f"{self.path} cannot be written: {error.strerror}; choose another --out"
+            ) from error
         _lock(self._file, self.path)
         self.rows, whole = _parse(self.path)
         if whole < self.path.stat().st_size:

@@ -1,5 +1,6 @@
 """Running an experiment: what is left to do, in which order, by how many processes; rows written at once."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lion_fast.errors import LionError, OptionError, check_choice
+from lion_fast.errors import DataError, LionError, OptionError, check_choice
 from lion_fast.experiments.grid import STAGES, Grid, Item
 from lion_fast.experiments.rows import RowFile
 from lion_fast.experiments.work import Workshop, draw_key
@@ -136,12 +137,25 @@ class _Plan:
         self.rows: dict[str, dict] = {}  # by run, where weights and defaults are those of now
         self.under_way: set[str] = set()
         self.tunes: dict[str, Item] = {}
+        self.drawn: dict[tuple[str, int], str] = {}  # fingerprints of the images, by set and seed
+        for set_label, seed in itertools.product(images, {grid.seeds[0], *grid.tuning_seeds[:1]}):
+            self.drawn[set_label, seed] = home.splits(set_label, seed).description["fingerprint"]
         for cell in cells:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
         for item in grid.everything(cells):
             row = there.get(self.home.key(item))
             if row is not None and grid.is_current(item, row):
+                self._check_images(item, row)
                 self.rows[item.run] = row
+
+    def _check_images(self, item: Item, row: Mapping) -> None:
+        """Refuse to put rows of other images beside each other: they would be compared as if of the same."""
+        found = row["data"]["fingerprint"]
+        if self.drawn.setdefault((item.set, item.seed), found) != found:
+            raise DataError(
+                f"the set {item.set} has other images by now than those of the rows in {self.file.path}: "
+                "restore them, or choose another --out"
+            )
 
     def _wanted(self) -> tuple[dict[str, Item], int]:
         """The runs of this call that are known, and how many wait for a choice."""
@@ -182,6 +196,7 @@ class _Plan:
 
     def done(self, item: Item, row: dict) -> None:
         """Write the row, and what its draw of images was where it is the first."""
+        self._check_images(item, row)
         draw = draw_key(item.stage, row["data"]["fingerprint"])
         if draw not in self.keys:
             self.file.add(self.home.draw_row(item))
@@ -197,7 +212,11 @@ Late, Keep = Callable[[], bool], Callable[[Item, dict], None]
 
 def _here(plan: _Plan, home: Workshop, workers: int, late: Late, keep: Keep) -> None:
     while not late() and (item := plan.next()) is not None:
-        keep(item, home.run(item))
+        try:
+            row = home.run(item)
+        except LionError as error:
+            raise ExperimentError(f"{item}: {error}") from error
+        keep(item, row)
 
 
 def _in_processes(plan: _Plan, home: Workshop, workers: int, late: Late, keep: Keep) -> None:

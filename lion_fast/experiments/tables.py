@@ -57,7 +57,16 @@ class Results:
                     f"({earlier['backbone_settings']['weights_sha256'][:12]}); the later rows are shown"
                 )
             runs[row["run"]] = row
+        place = {row["run"]: i for i, row in enumerate(rows) if row["stage"] != "draw"}
+        latest: dict[str, tuple[int, str]] = {}  # of each backbone the last row that counts here, its weights
         for item in grid.everything(grid.cells()):
+            if item.run in runs:
+                found = (place[item.run], _weights(runs[item.run]))
+                latest[item.backbone] = max(latest.get(item.backbone, found), found)
+        for item in grid.everything(grid.cells()):
+            if item.run in runs and _weights(runs[item.run]) != latest[item.backbone][1]:
+                del runs[item.run]
+                self.remarks.append(f"{item.backbone}: rows with other weights than the latest are not shown")
             if item.run in runs and not grid.is_current(item, runs[item.run]):
                 del runs[item.run]
                 self.remarks.append(f"{item.label}: rows taken with other defaults are not shown")
@@ -186,7 +195,7 @@ class Results:
             if s == set_label
             for row in cell.rows.values()
         }
-        draws = [d for d in self.draws if d["set"] == set_label]
+        draws = self.draws  # by fingerprint: what a set was called when they were made is no matter
         final = {
             d["seed"]: unpack_integers(d["images"])
             for d in draws
@@ -208,6 +217,10 @@ class Results:
         ]
         seen = [shares(images, tuned) for images in final.values() if tuned]
         return (float(np.mean(among)) if among else None, float(np.mean(seen)) if seen else None)
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    return row["backbone_settings"]["weights_sha256"]
 
 
 def _correct(row: Mapping[str, Any]) -> np.ndarray:

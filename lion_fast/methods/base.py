@@ -42,7 +42,7 @@ def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
     """The options of a method and their defaults: the keyword-only arguments along its bases.
 
     >>> method_options(available()["probe"])
-    {'pool': 'backbone', 'head_bias': True}
+    {'pool': 'backbone', 'head_bias': True, 'grid': None}
     """
     options: dict[str, Any] = {}
     for base in reversed(cls.__mro__):

@@ -107,7 +107,7 @@ class LionModel(TunedModel):
         backbone = self.backbone
         ends = (("output",) if states else ENDS) if ends is None else ends
         ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
-        if not ends or set(ends) - set(ENDS) or len(set(ends)) < len(ends):
+        if not ends or any(end not in ENDS for end in ends) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         reads_states = states and "output" in ends
         class_token = backbone.family == "vit" and backbone.model.cls_token is not None

@@ -56,8 +56,9 @@ class TrainConfig:
         prune_decay: Shrinking of pruned entries per step, as a multiple of the learning rate.
         augment: Training augmentation: "none", "flip" or "crop".
         cache_features: Run the backbone once over the images where nothing in front of its features is
-            trained (the linear probe, LION's default form) and augment is "none". The rows stay in main
-            memory, up to 4 GiB of them; with more the backbone runs in every epoch.
+            trained (the linear probe, LION's default form), augment is "none" and the images have no
+            transform of their own. The rows of a data set stay in main memory, up to 4 GiB of them; with
+            more the backbone runs in every epoch. False for a data set that gives other tensors each time.
         num_workers: Processes that read images; 0 reads in the training process.
         eval_batch_size: Images per forward pass in evaluation; None: as many as in training.
         checkpoint_epochs: Write a checkpoint after every so many epochs; 0: only when interrupted.

@@ -43,9 +43,12 @@ class FeatureStore:
             rows = compute()
             found = self._found[key] = (dataset, model.backbone, rows, time.perf_counter() - started)
         self._found.move_to_end(key)
-        while len(self._found) > self.limit:
+        while len(self._found) > self.limit or (len(self._found) > 1 and self._bytes() > MEMORY_LIMIT):
             self._found.popitem(last=False)
         return found[2:]
+
+    def _bytes(self) -> int:
+        return sum(t.nbytes for _, _, rows, _ in self._found.values() for t in rows.tensors)
 
     def __repr__(self) -> str:
         return f"FeatureStore({len(self._found)} of {self.limit})"

@@ -206,7 +206,8 @@ class _Run:
             processes=self.accelerator.num_processes,
             accumulation=config.grad_accumulation,
         )
-        self.cached = _features_are_constant(model, config)
+        own = getattr(splits.train, "transform", None)  # of the caller's, and it may be random
+        self.cached = own is None and _features_are_constant(model, config)
         self.store = FeatureStore() if store is None else store
         self.at = _Progress()
         self.best: dict[str, torch.Tensor] | None = None
@@ -240,10 +241,10 @@ class _Run:
                 stopped = self._train(folder)
             finally:
                 self._close()
-        if self.pruner is not None:
-            self.pruner.finalize()
         if self.best is not None and self.config.keep == "best":
             self.model.load_adapter_state_dict(self.best)
+        if self.pruner is not None:  # behind it: the best of a run too short to be cut is not pruned yet
+            self.pruner.finalize()
         self.model.eval()
         history, best = self.at.history, self._best()
         chosen = best if self.best is not None and self.config.keep == "best" else len(history) - 1
@@ -768,8 +769,8 @@ def _with_transforms(model: nn.Module, splits, config: TrainConfig) -> tuple[Dat
     def view(items, train: bool):
         if not items:
             return None
-        if not hasattr(items, "with_transform"):
-            return items  # gives tensors already
+        if not hasattr(items, "with_transform") or items.transform is not None:
+            return items  # gives tensors already, or has a transform of its own
         from lion_fast.data import transforms
 
         return items.with_transform(transforms(model.backbone, train, config.augment if train else "none"))

@@ -1,5 +1,6 @@
 """The protocol, run: what rows there are is not run again, and every row is written when it is there."""
 
+import math
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from lion_fast.bench.rows import context
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.errors import CheckpointError, DataError, OptionError
 from lion_fast.inspection import parameter_counts
-from lion_fast.training import FeatureStore, TrainConfig, TrainingError, evaluate, fit
+from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, evaluate, fit
 from lion_fast.training.checkpoints import list_checkpoints
 from lion_fast.vtab import report, tasks
 from lion_fast.vtab.protocol import Configuration, Protocol
@@ -124,8 +125,7 @@ class _Work:
             seed = self.protocol.seeds[0]
             what = f"{task}, {number + 1} of {len(plan)}: {one.label()}"
             row, model = self._fit(task, "tune", one, seed, splits, f"tune-{number + 1:02d}", what)
-            if model is not None:
-                found = self._evaluate(model, splits.val, one)
+            if model is not None and (found := self._evaluate(model, splits.val, one, row, what)):
                 row |= {"val_accuracy": found.accuracy, "val_loss": found.loss, "val_images": found.n}
                 self._told(what, f"validation {found.accuracy:.4f}", row)
             self._finish(row, f"tune-{number + 1:02d}")
@@ -157,9 +157,8 @@ class _Work:
                 "skipped": splits.description["skipped"]["count"],
                 "differs": tasks.differences(task, len(splits.classes), len(splits.train), len(splits.test)),
             }
-            if model is not None:
+            if model is not None and (found := self._evaluate(model, splits.test, chosen, row, what)):
                 model.save_adapter(self.out / "adapters" / f"{task}-seed{seed}")
-                found = self._evaluate(model, splits.test, chosen)
                 row |= {
                     "accuracy": found.accuracy,
                     "balanced_accuracy": found.balanced_accuracy,
@@ -235,9 +234,10 @@ class _Work:
         }
         return row, model
 
-    def _evaluate(self, model, images, one: Configuration):
+    def _evaluate(self, model, images, one: Configuration, row: dict, what: str) -> Metrics | None:
+        """The metrics; None, said in the row, where the model's outputs are not finite."""
         config = TrainConfig.from_dict(dict(one.train))
-        return evaluate(
+        found = evaluate(
             model,
             images.with_transform(transforms(self.backbone)),
             config.eval_batch_size or config.batch_size,
@@ -245,6 +245,11 @@ class _Work:
             mixed_precision=config.mixed_precision,
             progress=self.progress,
         )
+        if math.isfinite(found.loss):
+            return found
+        row |= {"status": "diverged", "reason": "the trained model's outputs are not finite"}
+        self._told(what, f"diverged: {row['reason']}", row)
+        return None
 
     def _finish(self, row: dict, name: str) -> None:
         self.rows.add(row)
