@@ -10,6 +10,7 @@ from lion_fast.experiments.tables import Results
 from lion_fast.plots import figure_at, styles_of
 
 _COLUMNS = 4
+_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 
 
 def slug(label: str) -> str:
@@ -29,16 +30,18 @@ def draw_all(results: Results, folder: str | os.PathLike) -> list[str]:
 
 
 def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> bool:
-    """Mean over the sets of the test accuracy, with intervals, against trained parameters, head included."""
+    """Mean over the sets of the metric, with intervals, against trained parameters, head included."""
     grid = results.grid
-    points = []
+    metric, points = _metric(results), []
     for label, colour, marker in styles_of(grid.methods):
-        estimate = results.mean_estimate(backbone, label)
+        estimate = results.mean_estimate(backbone, label, metric)
         ends = results.parameters(backbone, label, "kept_with_head")
         if estimate is not None and ends is not None:
             points.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
     if not points:
         return False
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     with figure_at(path, (7.6, 4.6)) as figure:
         axes = figure.subplots()
         for label, colour, marker, x, estimate in points:
@@ -55,12 +58,15 @@ def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> 
                 label=label,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         low, high = min(p[3] for p in points), max(p[3] for p in points)
         axes.set_xlim(low / 1.5, high * 1.5)
         sets = "1 set" if len(grid.sets) == 1 else f"mean of {len(grid.sets)} sets"
         axes.set(
             xlabel="trained parameters, head included (log scale)",
-            ylabel=f"test accuracy, %, {sets}",
+            ylabel=f"{_NAMES[metric]} on test images, %, {sets}",
             title=f"Accuracy against trained parameters, {backbone}\n"
             f"bars: 95 % intervals over {len(grid.seeds)} seeds and their test images",
         )
@@ -73,13 +79,14 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
     grid = results.grid
     if grid.reference is None:
         return False
+    metric = _metric(results)
     styles = [s for s in styles_of(grid.methods) if s[0] != grid.reference]
     panels: list[tuple[str, list[Estimate | None]]] = []
     for set_label in grid.sets:
-        found = [results.difference(backbone, set_label, s[0], grid.reference) for s in styles]
+        found = [results.difference(backbone, set_label, s[0], grid.reference, metric) for s in styles]
         panels.append((set_label, [pair[0] if pair else None for pair in found]))
     if len(grid.sets) > 1:
-        mean = [results.mean_difference(backbone, s[0], grid.reference) for s in styles]
+        mean = [results.mean_difference(backbone, s[0], grid.reference, metric) for s in styles]
         panels.append(("mean of sets", mean))
     if not any(estimate for _, column in panels for estimate in column):
         return False
@@ -123,9 +130,17 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
             axes.locator_params(axis="x", nbins=5)
         for axes in flat[len(panels) :]:
             axes.set_visible(False)
-        figure.suptitle(f"Test accuracy minus that of {grid.reference}, {backbone}", fontsize=11)
+        figure.suptitle(
+            f"{_NAMES[metric].capitalize()} minus that of {grid.reference}, {backbone}", fontsize=11
+        )
         figure.supxlabel("percentage points, with 95 % intervals", fontsize=10)
     return True
+
+
+def _metric(results: Results) -> str:
+    """Balanced accuracy for all sets where one of them is judged by it, else accuracy."""
+    balanced = any(images.monitor == "balanced_accuracy" for images in results.grid.sets.values())
+    return "balanced_accuracy" if balanced else "accuracy"
 
 
 def _bars(estimate: Estimate) -> list[list[float]]:
