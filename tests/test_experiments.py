@@ -111,8 +111,8 @@ def test_whole_plan_tunes_on_validation_and_tests_the_best(whole):
         labels = unpack_integers(row["labels"])
         recalls = [correct[labels == k].mean() for k in np.unique(labels)]
         assert np.mean(recalls) == pytest.approx(row["test"]["balanced_accuracy"], abs=1e-12)
-        # class token and mean of the patches, and 8 states of each of 16 cells
-        width = 32 if row["label"] == "probe" else 2 * 32 + 16 * 8
+        # the class token, and 8 states of each of 16 cells
+        width = 32 if row["label"] == "probe" else 32 + 16 * 8
         assert row["parameters"]["with_head"] == row["parameters"]["method"] + width * 3 + 3
         assert row["versions"]["torch"] == torch.__version__ and row["device"] == "cpu"
     assert len({r["data"]["fingerprint"] for r in final}) == 2  # a draw each seed, shared by the methods
@@ -219,6 +219,20 @@ def test_other_weights_are_other_runs(whole, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     monkeypatch.setattr(work, "RANDOM_SEED", 5)
     assert runner.run(make_grid(given), tmp_path, minutes=0).held == 0
+
+
+def test_rows_of_what_a_method_made_of_an_option_once_are_taken_again(whole, tmp_path):
+    """None stands for what the method makes of it, and that may change: the block that LION reads, say."""
+    given, out, rows = whole
+    with RowFile(tmp_path) as file:
+        for row in copy.deepcopy(rows):
+            if row.get("label") == "lion-8" and row["stage"] == "final":
+                row["options"]["at"] = 7
+            file.add(row)
+    told = runner.run(make_grid(given), tmp_path)
+    assert (told.done, told.held) == (2, 6)
+    found = Results(make_grid(given), read_rows(tmp_path)).cells["tiny", "noise", "lion-8"]
+    assert {row["options"]["at"] for row in found.rows.values()} == {0}
 
 
 @pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])

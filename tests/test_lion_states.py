@@ -20,7 +20,7 @@ from lion_fast.cli import main
 from lion_fast.errors import BackboneError, ConvergenceError, OptionError
 from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
 from lion_fast.methods import LionModel, create
-from lion_fast.methods.read_out import ReadOut, coarse_rows, middle_of
+from lion_fast.methods.read_out import ReadOut, coarse_rows, map_place
 from lion_fast.pruning import (
     RobustPruner,
     compact,
@@ -321,11 +321,11 @@ def test_a_hybrid_has_its_patches_behind_a_cnn():
 
 
 @pytest.mark.parametrize(
-    "key, middle", [("vit", 1), ("swin", 2), ("resnet", 3), ("convnext", 2), ("efficientnet", 3)]
+    "key, place", [("vit", 1), ("swin", 2), ("resnet", 3), ("convnext", 2), ("efficientnet", 3)]
 )
-def test_the_middle(key, middle):
-    assert middle_of(backbone(key)) == middle
-    assert create(backbone(key), num_classes=2).at == middle
+def test_where_the_map_is_taken(key, place):
+    assert map_place(backbone(key)) == place
+    assert create(backbone(key), num_classes=2).at == place
 
 
 # the read-out
@@ -438,20 +438,20 @@ def test_a_probe_of_the_map_reads_what_lion_reads(key):
 
 @pytest.mark.parametrize("key", ["vit", "registers"])
 def test_vpt_with_lions_output_end(key):
-    """Deep prompts carried through by hand, and the map of the middle block read as LION reads it."""
+    """Deep prompts carried through by hand, and the map of a block read as LION reads it."""
     net = backbone(key)
     model = create(net, "vpt", num_classes=4, length=3, state_dim=R, pool="cls+mean").double().eval()
     rough(model.output_end.layer), model.head.weight.data.normal_()
     x, head = images(model, dtype=torch.float64), net.num_prefix_tokens
-    rows, middle = net.enter(x), None
+    rows, inside = net.enter(x), None
     for i, block in enumerate(net.blocks):
         prompts = model.prompts[i].expand(len(x), -1, -1)
         rows = block(torch.cat([rows[:, :head], prompts, rows[:, head:]], 1))
         rows = torch.cat([rows[:, :head], rows[:, head + 3 :]], 1)
-        middle = rows if i == len(net.blocks) // 2 else middle
+        inside = rows if i == len(net.blocks) // 3 else inside
     rows = net.norm(rows)
-    side = math.isqrt(middle.shape[1] - head)
-    maps = middle[:, head:].unflatten(1, (side, side))
+    side = math.isqrt(inside.shape[1] - head)
+    maps = inside[:, head:].unflatten(1, (side, side))
     features = torch.cat([rows[:, 0], rows[:, head:].mean(1)], 1)
     expected = model.head(model.output_end(coarse_rows(features, maps, 4)))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
@@ -529,12 +529,12 @@ def test_both_ends(key):
 def test_options_and_errors():
     vit = backbone()
     model = create(vit, num_classes=2)
-    assert model.form == "states" and model.pool == "cls+mean" == model.options["pool"]
+    assert model.form == "states" and model.pool == "backbone" == model.options["pool"]
     assert model.options["activation"] == "tanh" and (model.options["at"], model.options["grid"]) == (1, 4)
     assert create(vit, num_classes=2, form="residual").options["activation"] == "relu"
-    assert create(vit, num_classes=2, pool="cls").head.in_features == 48 + 16 * 32
+    assert create(vit, num_classes=2).head.in_features == 48 + 16 * 32
+    assert create(vit, num_classes=2, pool="cls+mean").head.in_features == 96 + 16 * 32
     assert create(vit, num_classes=2, ends="input").head.in_features == 48  # pools as the backbone does
-    assert create(backbone("no class token"), num_classes=2).pool == "backbone"
     for option, message in (
         ({"form": "state"}, "form must be one of"),
         ({"at": 3}, "at must be a block or stage of vit_tiny_patch16_224, 0 to 2; got 3"),

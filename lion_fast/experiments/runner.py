@@ -17,7 +17,6 @@ from lion_fast.errors import DataError, LionError, OptionError, check_choice
 from lion_fast.experiments.grid import STAGES, Grid, Item
 from lion_fast.experiments.rows import RowFile
 from lion_fast.experiments.work import Workshop, draw_key
-from lion_fast.methods import create
 
 Only = Mapping[str, Sequence[str]]
 
@@ -104,7 +103,7 @@ def check(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> dict[str, in
 
     Returns the number of training images of each set; raises what is wrong with a setting.
     """
-    grid, images, built = home.grid, {}, set()
+    grid, images = home.grid, {}
     for backbone, set_label, label in cells:
         if set_label not in images:
             splits = home.splits(set_label, grid.seeds[0])
@@ -115,12 +114,8 @@ def check(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> dict[str, in
         method = grid.methods[label]
         for index in range(len(method.configurations)):
             options = grid.settings(set_label, label, index)[0]
-            known = (backbone, method.method, repr(sorted(options.items())))
-            if known in built:
-                continue
-            built.add(known)
             try:
-                create(home.backbone(backbone), method.method, num_classes=2, seed=0, **options)
+                home.resolved(backbone, method.method, options)
             except LionError as error:
                 raise OptionError(f"{label} on {backbone}: {error}") from error
     return images
@@ -144,9 +139,15 @@ class _Plan:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
         for item in grid.everything(cells):
             row = there.get(self.home.key(item))
-            if row is not None and grid.is_current(item, row):
+            if row is not None and grid.is_current(item, row) and self._is_same_model(item, row):
                 self._check_images(item, row)
                 self.rows[item.run] = row
+
+    def _is_same_model(self, item: Item, row: Mapping) -> bool:
+        """Whether what the method makes today of options left to it is what the row was taken with."""
+        options, _ = self.grid.settings(item.set, item.label, item.index)
+        made = self.home.resolved(item.backbone, self.grid.methods[item.label].method, options)
+        return all(row["options"].get(name, value) == value for name, value in made.items())
 
     def _check_images(self, item: Item, row: Mapping) -> None:
         """Refuse to put rows of other images beside each other: they would be compared as if of the same."""

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -45,12 +46,21 @@ class Workshop:
     draws: dict[tuple[str, int], Splits] = field(default_factory=dict)
     store: FeatureStore = field(default_factory=FeatureStore)
     where: dict[str, Any] | None = None
+    made: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
     def backbone(self, label: str) -> Backbone:
         """The backbone of that label, loaded once."""
         if label not in self.backbones:
             self.backbones[label] = open_backbone(self.grid.backbones[label])
         return self.backbones[label]
+
+    def resolved(self, backbone: str, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a model as it records them: those left to the method have their values."""
+        named = (backbone, method, json.dumps(options, sort_keys=True))
+        if named not in self.made:
+            model = create(self.backbone(backbone), method, num_classes=2, seed=0, **options)
+            self.made[named] = json.loads(json.dumps(model.options))
+        return self.made[named]
 
     def splits(self, label: str, seed: int) -> Splits:
         """The images of a set as drawn by a seed."""

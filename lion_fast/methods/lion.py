@@ -1,4 +1,4 @@
-"""LION: equilibria on a map from the middle of a frozen backbone, or (form="residual") a layer at each end.
+"""LION: equilibria on a map from inside a frozen backbone, or (form="residual") a layer at each end.
 
 Source: Wang et al., "LION: Implicit Vision Prompt Tuning", AAAI 2024, arXiv 2303.09992, as this project
 reads it (docs/mathematics.md); the form "states" is this project's own (docs/accuracy.md).
@@ -13,7 +13,7 @@ from lion_fast.layer import LionLayer
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count
 from lion_fast.methods.pixel import PixelEnd
-from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, middle_of
+from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 from lion_fast.solvers import SolveInfo
 
 ENDS = ("input", "output")
@@ -37,7 +37,7 @@ class LionModel(TunedModel):
     """enter -> input end -> frozen blocks and norm -> output end -> head.
 
     form="states", the default: the head reads the backbone's own features and, cell by cell of a coarse
-    map from the middle of the backbone, the states of an equilibrium (`ReadOut`). It trains
+    map from inside the backbone, the states of an equilibrium (`ReadOut`). It trains
     R C + R^2 + R numbers for a map of C channels. Nothing in front of the output end is trained unless
     `ends` asks for it, so `fit` runs the backbone once over the images and no gradient passes through it.
 
@@ -53,16 +53,14 @@ class LionModel(TunedModel):
         form: "states" or "residual".
         state_dim: state width R.
         ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
-        at: the block (ViT) or stage (Swin, CNN) behind which "states" takes its map, from 0; None: the middle
-            (`middle_of`).
+        at: the block (ViT) or stage (Swin, CNN) behind which "states" takes its map, from 0; None:
+            `map_place`, a third of the way through a ViT.
         grid: cells of that map along each side; more than the map has are filled by repeating.
         recurrence: "free" or "tied" ("residual" only).
         activation: None: tanh for "states", relu for "residual".
         gamma, damping, max_iter, tol, backward, neumann_terms, backend, on_failure: see `LionLayer`.
         pixel_channels: channels of a CNN's input end.
-        pool: see `TunedModel`; None: "cls+mean" for "states" where the backbone has a class token, else the
-            backbone's own.
-        head_bias: see `TunedModel`.
+        pool, head_bias: see `TunedModel`.
 
     >>> from lion_fast import load_backbone
     >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
@@ -93,7 +91,6 @@ class LionModel(TunedModel):
         backend: str = "auto",
         on_failure: str = "ignore",
         pixel_channels: int = 8,
-        pool: str | None = None,
         head_bias: bool = True,
         **options,
     ):
@@ -103,16 +100,13 @@ class LionModel(TunedModel):
             raise OptionError(
                 f'recurrence {recurrence!r} needs form="residual": states have no read-out to tie'
             )
-        super().__init__(backbone, num_classes, pool=pool or "backbone", head_bias=head_bias, **options)
+        super().__init__(backbone, num_classes, head_bias=head_bias, **options)
         backbone = self.backbone
         ends = (("output",) if states else ENDS) if ends is None else ends
         ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
         if not ends or any(end not in ENDS for end in ends) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         reads_states = states and "output" in ends
-        class_token = backbone.family == "vit" and backbone.model.cls_token is not None
-        if pool is None and reads_states and class_token:
-            self.pool = "cls+mean"
         activation = activation or ("tanh" if states else "relu")
         solve = {
             "activation": activation,
@@ -127,8 +121,8 @@ class LionModel(TunedModel):
         layer = {**solve, "state_dim": state_dim, "backend": backend}
         check_count("grid", grid)
         self.form, self.grid = form, grid
-        self.at = middle_of(backbone) if at is None else at
-        self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence, pool=self.pool)
+        self.at = map_place(backbone) if at is None else at
+        self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
         self.record(pixel_channels=pixel_channels, **layer)
         self.input_end: nn.Module | None = None
         self.output_end: nn.Module | None = None

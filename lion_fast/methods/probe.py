@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count
-from lion_fast.methods.read_out import Cells, coarse_rows, middle_of
+from lion_fast.methods.read_out import Cells, coarse_rows, map_place
 
 
 @register("probe")
@@ -15,7 +15,7 @@ class Probe(TunedModel):
     K (F + g^2 C + 1) numbers for a map of C channels. What is left of LION's gain beside it is the states'.
 
     Args:
-        grid: cells along each side of a map from the middle of the backbone; None: no map.
+        grid: cells along each side of a map from inside the backbone; None: no map.
         pool, head_bias: see `TunedModel`.
 
     >>> from lion_fast import load_backbone
@@ -32,14 +32,14 @@ class Probe(TunedModel):
         self.record(grid=grid)
         if grid is not None:
             check_count("grid", grid)
-            at = middle_of(self.backbone)
+            at = map_place(self.backbone)
             self.cells = Cells(self.backbone.pooled_width(self.pool), grid**2, self.backbone.map_widths[at])
             self.head = self.new_head(self.cells.out_features, head_bias)
 
     def encode(self, images: Tensor) -> Tensor:
         if self.cells is None:
             return super().encode(images)
-        y, maps = self.backbone.body_and_map(self.backbone.enter(images), middle_of(self.backbone))
+        y, maps = self.backbone.body_and_map(self.backbone.enter(images), map_place(self.backbone))
         return coarse_rows(self.backbone.pool(y, self.pool), maps, self.grid)
 
     def encoding(self) -> tuple:

@@ -1,4 +1,4 @@
-"""What the head reads of a backbone beside its own features: a coarse map of its middle, cell by cell."""
+"""What the head reads of a backbone beside its own features: a coarse map from inside it, cell by cell."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from lion_fast.states import StateLayer
 GRID = 4  # cells of the map along each side, by default
 
 
-def middle_of(backbone: Backbone) -> int:
-    """Where the map is taken by default: block L // 2 of a ViT, else the last stage but one."""
+def map_place(backbone: Backbone) -> int:
+    """Where the map is taken by default: behind block L // 3 of a ViT (from 0), else the last stage but one.
+
+    Found on validation images (docs/accuracy.md): earlier and later blocks of a ViT-S/14 are worse.
+    """
     depth = len(backbone.map_widths)
-    return depth // 2 if backbone.family == "vit" else max(depth - 2, 0)
+    return depth // 3 if backbone.family == "vit" else max(depth - 2, 0)
 
 
 def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:

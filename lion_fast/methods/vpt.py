@@ -16,7 +16,7 @@ from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count, check_dropout
 from lion_fast.methods.prefix import KV, PrefixCache
-from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, middle_of
+from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 from lion_fast.methods.vpt_border import PixelBorder
 
 
@@ -41,8 +41,8 @@ class VPT(PrefixCache, TunedModel):
     its shallow ones 0. The naive form drops per image, as published; in the exact form the images of a batch
     share one mask, since they share the keys and values.
 
-    With `state_dim`, deep prompts on a ViT get the reading of LION's default form: states of the middle, cell
-    by cell, of blocks that the prompts changed. That is not VPT as published; it is there to tell what is
+    With `state_dim`, deep prompts on a ViT get the reading of LION's default form: states of a map from
+    inside, of blocks that the prompts changed. That is not VPT as published; it is there to tell what is
     gained by reading from what is gained by tuning.
 
     Args:
@@ -145,19 +145,19 @@ class VPT(PrefixCache, TunedModel):
             return self.backbone.pool(self.backbone.model.norm(x), self.pool)
         if self.form == "naive":
             return self.backbone.pool(self.backbone.norm(self._naive(x)), self.pool)
-        x, middle = self._exact(x)
+        x, inside = self._exact(x)
         features = self.backbone.pool(self.backbone.norm(x), self.pool)
         if self.output_end is None:
             return features
-        return self.output_end(coarse_rows(features, self.backbone.map_of(middle), GRID))
+        return self.output_end(coarse_rows(features, self.backbone.map_of(inside), GRID))
 
     def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows behind the last block, and behind the one that an output end reads."""
-        middle, at = x, middle_of(self.backbone)
+        inside, at = x, map_place(self.backbone)
         for i, (block, (k, v)) in enumerate(zip(self.backbone.blocks, self.prefix(), strict=True)):
             x = prefix_block(block, x, k, v)
-            middle = x if i == at else middle
-        return x, middle
+            inside = x if i == at else inside
+        return x, inside
 
     def _naive(self, x: Tensor) -> Tensor:
         return carry_prompts(
