@@ -42,6 +42,10 @@ OUT = ROOT / "bench" / "results" / "pruning_accuracy.json"
 DENSE = {"how": "dense", "keep": 1.0, "criterion": None, "granularity": None}
 
 
+# what LION read by default when the committed rows were taken
+READING = {"at": 6, "pool": "cls+mean"}
+
+
 def plan(options: argparse.Namespace) -> list[dict]:
     """Every setting, seed by seed and the dense one first: it is what the others are read against."""
     found = []
@@ -89,6 +93,8 @@ class Bench:
         """A fresh model; everything random in it comes from the seed."""
         classes = len(self.splits(seed).classes)
         options = {"form": self.options.form, "state_dim": self.options.state_dim}
+        if self.options.form == "states":
+            options |= READING
         return lion_fast.create(self.backbone, "lion", num_classes=classes, seed=seed, **options)
 
     def train(self, setting: dict) -> tuple[TunedModel, FitResult]:

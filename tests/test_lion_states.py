@@ -367,7 +367,7 @@ def by_hand(model, x):
     net, timm_model = model.backbone, model.backbone.model
     if net.family == "vit":
         rows = timm_model.forward_features(x)
-        features = torch.cat([rows[:, 0], rows[:, timm_model.num_prefix_tokens :].mean(1)], 1)
+        features = timm_model.forward_head(rows, pre_logits=True)
         (maps,) = timm_model.forward_intermediates(x, indices=[model.at], intermediates_only=True)
     else:
         features = timm_model.forward_head(timm_model.forward_features(x), pre_logits=True)
@@ -397,7 +397,7 @@ def test_the_model_by_hand(key):
 @pytest.mark.parametrize(
     "name, options, width, features",
     [
-        ("vit_base_patch16_224", {"depth": 1, "img_size": 32}, 768, 2 * 768),
+        ("vit_base_patch16_224", {"depth": 1, "img_size": 32}, 768, 768),
         ("vit_base_patch16_siglip_224", {"depth": 1, "img_size": 32}, 768, 768),
         ("resnet18", {}, 256, 512),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 384, 768),
@@ -649,7 +649,7 @@ def test_fit_prunes(tmp_path, granularity):
     own = sum(kept.values()) + 8
     assert report["parameters"]["dense"] == sum(sizes.values()) + 8 == model.num_trainable()
     assert report["parameters"]["kept"] == own == model.num_trainable(kept=True)
-    head = 3 * (2 * 32 + 16 * 8 + 1)
+    head = 3 * (32 + 16 * 8 + 1)
     assert report["parameters"]["kept_with_head"] == own + head
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(tmp_path / "adapter", backbone=model.backbone)
@@ -781,7 +781,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([*command, "--set", "state_dim=8", "--batch-size", "8", "--no-progress"]) == 0
     results = json.loads((out / "results.json").read_text())
     own = 8 * 32 + 8 * 8 + 8
-    head = 3 * (2 * 32 + 16 * 8 + 1)
+    head = 3 * (32 + 16 * 8 + 1)
     assert results["parameters"] == {"dense": own, "kept": own, "with_head": own + head}
     assert results["fit"]["cached_features"] is True
     capsys.readouterr()
