@@ -75,7 +75,8 @@ def measure_ends(model: TunedModel, images: Tensor) -> dict[str, dict[str, float
     for name, end in ends(model).items():
         with torch.no_grad():
             certified, rate = _bound_and_rate(end, inputs[name])
-            told = end(inputs[name], return_info=True)[1].summary()
+            with model.backbone.autocast(images.device):
+                told = end(inputs[name], return_info=True)[1].summary()
         report[name] = {"gamma": end.gamma, "certified": certified, "rate": rate}
         for key in ("iterations", "max_iterations", "residual", "converged"):
             report[name][key] = float(told[key])

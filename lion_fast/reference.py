@@ -56,7 +56,7 @@ class LionLayer(layer.LionLayer):
                 tol=tol,
                 damping=self.damping,
                 backward=self.backward,
-                neumann_terms=self.neumann_terms,
+                neumann_terms=min(self.neumann_terms, self.max_iter - 1),
                 early_exit=True,
             )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c

@@ -410,7 +410,8 @@ def implicit(
 
     `backward`: "neumann" sums `neumann_terms` + 1 terms of the series; "jfb" one (Jacobian-free);
     "exact" iterates to `tol`; "phantom" unrolls `neumann_terms` steps damped by 0.5.
-    Whatever `solver`, only one application of f is recorded (phantom: its steps).
+    Whatever `solver`, only one application of f is recorded (phantom: its steps). Picard with max_iter=1 is
+    f(z0, x), with its own gradient.
     Source: Bai et al., "Deep equilibrium models", 2019; Fung et al., "JFB", 2022; Geng et al., "On
     training implicit models", 2021.
     """
@@ -425,16 +426,17 @@ def implicit(
         )
     if not torch.is_grad_enabled():
         return z, info
-    if backward == "phantom":
+    single = max_iter == 1 and solver == "picard"  # no equilibrium
+    if backward == "phantom" and not single:
         for _ in range(max(neumann_terms, 1)):
             z = z + PHANTOM_DAMPING * (f(z, x) - z)
         return _once_only(z), info
-    applied = f(z, x)
+    applied = f(z0 if single else z, x)
     if not applied.requires_grad:
         return z, info
     finite = torch.isfinite(info.residual).reshape(-1, *[1] * (z.ndim - 1))
     applied = torch.where(finite, applied, z)
-    if backward == "jfb" or neumann_terms == 0 and backward == "neumann":
+    if single or backward == "jfb" or neumann_terms == 0 and backward == "neumann":
         return _once_only(applied), info
 
     def solve_adjoint(transposed: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lion_fast import cli
 from lion_fast.data import ImageSet
 from lion_fast.errors import DataError, OptionError
 from lion_fast.experiments import report, runner, work
-from lion_fast.experiments.grid import make_grid, read_grid
+from lion_fast.experiments.grid import make_grid, read_grid, same_options
 from lion_fast.experiments.rows import (
     RowFile,
     pack_bits,
@@ -223,16 +223,28 @@ def test_other_weights_are_other_runs(whole, tmp_path, monkeypatch):
 
 def test_rows_of_what_a_method_made_of_an_option_once_are_taken_again(whole, tmp_path):
     """None stands for what the method makes of it, and that may change: the block that LION reads, say."""
-    given, out, rows = whole
+    given, _, rows = whole
+    grid, old = make_grid(given), copy.deepcopy(rows)
+    for row in runs_of(old):
+        if row["label"] == "lion-8":
+            row["options"]["at"] = 7
     with RowFile(tmp_path) as file:
-        for row in copy.deepcopy(rows):
-            if row.get("label") == "lion-8" and row["stage"] == "final":
-                row["options"]["at"] = 7
+        for row in old:
             file.add(row)
-    told = runner.run(make_grid(given), tmp_path)
-    assert (told.done, told.held) == (2, 6)
-    found = Results(make_grid(given), read_rows(tmp_path)).cells["tiny", "noise", "lion-8"]
-    assert {row["options"]["at"] for row in found.rows.values()} == {0}
+    new = next(r for r in runs_of(rows, "final") if r["label"] == "lion-8" and r["seed"] == 1)
+    half = Results(grid, [*old, new])  # a run that was stopped: never a mean over both
+    assert half.cells["tiny", "noise", "lion-8"].tuned == 0 and len(half.rows) == 2
+    assert any("once made of an option" in remark for remark in half.remarks)
+    told = runner.run(grid, tmp_path)
+    assert (told.done, told.held) == (4, 4)
+    found = Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"]
+    assert [row["options"]["at"] for row in found.rows.values()] == [0, 0]
+
+
+def test_an_option_without_a_meaning_for_a_model_tells_nothing_apart():
+    """Residual rows say at=6 where today's say None: the same model."""
+    assert same_options({"at": 6, "form": "residual"}, {"at": None, "form": "residual", "new": 1})
+    assert not same_options({"at": 6}, {"at": 4})
 
 
 @pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from training_helpers import random_splits, tiny_backbone, tiny_model
 
 import lion_fast
+from lion_fast.errors import OptionError
 from lion_fast.training import FeatureStore, TrainConfig, evaluate, features, fit, loop, predict
 from lion_fast.training.features import encode
 
@@ -175,6 +176,14 @@ def test_a_transform_of_the_callers_is_used_in_training_and_may_be_random(tmp_pa
     assert sorted(seen) == sorted(list(range(len(splits.train))) * TrainConfig(**QUICK).epochs)
 
 
+def test_augmentation_and_a_transform_of_the_callers_do_not_go_together(tmp_path):
+    train = random_splits().train
+    train.transform = "the caller's"
+    given = SimpleNamespace(train=train, val=None)
+    with pytest.raises(OptionError, match="images have a transform of their own"):
+        fit(tiny_model(**STATES), given, TrainConfig(**QUICK, augment="flip"), tmp_path)
+
+
 def test_without_checkpoints_a_run_ends_with_the_same_weights(tmp_path):
     splits, models = random_splits(), [tiny_model(**STATES) for _ in range(2)]
     for epochs, model in zip((1, 0), models, strict=True):
@@ -217,7 +226,7 @@ def test_evaluate_on_rows_is_evaluate_on_images(tmp_path):
 
 
 def test_rows_that_would_not_fit_are_computed_in_every_epoch(tmp_path, monkeypatch):
-    splits, width = random_splits(), 64 + 4 * 32  # class token and mean, 2 x 2 cells of a width of 32
+    splits, width = random_splits(), 32 + 4 * 32  # class token, 2 x 2 cells of a width of 32
     bytes_needed = 4 * width * 23
     for limit, cached in ((bytes_needed, True), (bytes_needed - 1, False)):
         monkeypatch.setattr(features, "MEMORY_LIMIT", limit)

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from training_helpers import TINY, random_splits, tiny_model, write_images
 
 import lion_fast
-from lion_fast import load_backbone
+from lion_fast import LionLayer, load_backbone, reference
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.cli import main
 from lion_fast.errors import BackboneError, ConvergenceError, OptionError
 from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
 from lion_fast.methods import LionModel, create
+from lion_fast.methods.pixel import PixelEnd
 from lion_fast.methods.read_out import ReadOut, coarse_rows, map_place
 from lion_fast.pruning import (
     RobustPruner,
@@ -30,6 +31,7 @@ from lion_fast.pruning import (
     kept_shares,
     prune_once,
 )
+from lion_fast.pruning.blocksparse import BlockSparseLayer
 from lion_fast.states import StateLayer
 from lion_fast.training import TrainConfig, fit
 
@@ -118,6 +120,43 @@ def test_one_step_has_its_own_gradient(backward):
     found = torch.autograd.grad(out, [*given, layer.W], upstream)
     assert_close_each(found[:3], torch.autograd.grad(expected, given, upstream), 1e-12)
     assert not found[3].any()
+
+
+@pytest.mark.parametrize("backward", ["neumann", "exact", "phantom"])
+@pytest.mark.parametrize("kind", [LionLayer, reference.LionLayer, BlockSparseLayer])
+@pytest.mark.parametrize("recurrence", ["free", "tied"])
+def test_one_step_of_a_layer_has_its_own_gradient(kind, recurrence, backward):
+    if kind is BlockSparseLayer and recurrence == "tied":
+        pytest.skip("block-sparse layers are free")
+    made = reference.LionLayer if kind is reference.LionLayer else LionLayer
+    layer = rough(
+        made(32, 32, recurrence=recurrence, activation="tanh", max_iter=1, backward=backward).double()
+    )
+    if kind is BlockSparseLayer:
+        prune_once(layer, 0.9, granularity="block", block=16, criterion="magnitude")
+    net = BlockSparseLayer(layer, block=16) if kind is BlockSparseLayer else layer
+    x, upstream = torch.randn(5, 32, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
+    A, V = layer.masked("A"), layer.masked("V")
+    expected = x + torch.tanh(x @ A.T + layer.b) @ V.T + layer.c
+    given = (layer.A, layer.b, layer.V, layer.c)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(net(x), given, upstream)
+    assert_close_each(found, torch.autograd.grad(expected, given, upstream), 1e-12)
+    if recurrence == "free":
+        assert not torch.autograd.grad(net(x), layer.W, upstream)[0].any()
+
+
+def test_one_step_of_the_pixel_end_is_the_same_with_and_without_gradients():
+    end = rough(PixelEnd(3, 4, activation="tanh", max_iter=1).double())
+    x, upstream = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = x + F.conv2d(torch.tanh(F.conv2d(x, end.U, end.b, padding=1)), end.V, end.c)
+    with torch.no_grad():
+        torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
+    given = (end.U, end.b, end.V, end.c)
+    found = torch.autograd.grad(end(x), (*given, end.W), upstream)
+    assert_close_each(found[:4], torch.autograd.grad(expected, given, upstream), 1e-12)
+    assert not found[4].any()
 
 
 def test_a_gradient_has_no_more_terms_than_there_were_recurrences():
@@ -475,6 +514,13 @@ def test_info_of_vpt_with_lions_output_end():
     found = measure_ends(model, images(model))
     assert found["output"]["rate"] <= found["output"]["certified"] <= 0.8 * (1 + 1e-4)
     assert 1 <= found["output"]["iterations"] <= found["output"]["max_iterations"] <= 50
+
+
+def test_info_of_a_pixel_end_on_a_backbone_held_in_bfloat16():
+    net = load_backbone("resnet10t", pretrained=False, precision="bf16")
+    model = create(net, num_classes=2, form="residual", ends="input", pixel_channels=2).eval()
+    found = measure_ends(model, torch.randn(1, 3, 32, 32))
+    assert found["input"]["iterations"] == model.diagnostics()["input_iterations"]
 
 
 def test_what_those_refuse():

@@ -154,7 +154,7 @@ class Grid:
         """Whether the row of a run was taken with the defaults of today; `run` knows what is given alone.
 
         A default that the row does not name counts as the same: options come with a value that changes
-        nothing. So does None, which stands for what the method makes of it.
+        nothing. What a method makes of None is compared where models are at hand.
         """
         options, train = self.settings(item.set, item.label, item.index)
         known = method_options(available()[self.methods[item.label].method])
@@ -179,6 +179,12 @@ class Grid:
             scores.setdefault(item.index, []).append(score(rows[item.run], self.sets[set_label].monitor))
         means = {index: sum(found) / len(found) for index, found in scores.items()}
         return max(means, key=lambda index: (means[index], -index))
+
+
+def same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two models' options, as recorded, agree where both have a value."""
+    both = (name for name in one.keys() & other.keys() if None not in (one[name], other[name]))
+    return all(one[name] == other[name] for name in both)
 
 
 def score(row: Mapping[str, Any], monitor: str) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lion_fast.errors import DataError, LionError, OptionError, check_choice
-from lion_fast.experiments.grid import STAGES, Grid, Item
+from lion_fast.experiments.grid import STAGES, Grid, Item, same_options
 from lion_fast.experiments.rows import RowFile
 from lion_fast.experiments.work import Workshop, draw_key
 
@@ -147,7 +147,7 @@ class _Plan:
         """Whether what the method makes today of options left to it is what the row was taken with."""
         options, _ = self.grid.settings(item.set, item.label, item.index)
         made = self.home.resolved(item.backbone, self.grid.methods[item.label].method, options)
-        return all(row["options"].get(name, value) == value for name, value in made.items())
+        return same_options(row["options"], made)
 
     def _check_images(self, item: Item, row: Mapping) -> None:
         """Refuse to put rows of other images beside each other: they would be compared as if of the same."""

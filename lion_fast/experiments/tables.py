@@ -1,13 +1,13 @@
 """What the rows of an experiment say: cells, estimates and differences, for the report and the plots."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lion_fast.experiments.grid import Grid
+from lion_fast.experiments.grid import Grid, same_options
 from lion_fast.experiments.rows import unpack_bits, unpack_integers
 from lion_fast.experiments.statistics import Estimate, accuracy, mean_over_sets, paired_difference
 
@@ -56,26 +56,39 @@ class Results:
                     f"{row['backbone']}: rows with other weights are there too "
                     f"({earlier['backbone_settings']['weights_sha256'][:12]}); the later rows are shown"
                 )
+            runs.pop(row["run"], None)  # so that they stand in the order in which they were taken
             runs[row["run"]] = row
-        place = {row["run"]: i for i, row in enumerate(rows) if row["stage"] != "draw"}
-        latest: dict[str, tuple[int, str]] = {}  # of each backbone the last row that counts here, its weights
         for item in grid.everything(grid.cells()):
-            if item.run in runs:
-                found = (place[item.run], _weights(runs[item.run]))
-                latest[item.backbone] = max(latest.get(item.backbone, found), found)
-        for item in grid.everything(grid.cells()):
-            if item.run in runs and _weights(runs[item.run]) != latest[item.backbone][1]:
-                del runs[item.run]
-                self.remarks.append(f"{item.backbone}: rows with other weights than the latest are not shown")
             if item.run in runs and not grid.is_current(item, runs[item.run]):
                 del runs[item.run]
                 self.remarks.append(f"{item.label}: rows taken with other defaults are not shown")
+        self._keep_latest(
+            runs,
+            lambda item: (item.backbone,),
+            lambda row, latest: _weights(row) == _weights(latest),
+            "{0}: rows with other weights than the latest are not shown",
+        )
+        self._keep_latest(
+            runs,
+            lambda item: (item.label, item.backbone, str(grid.settings(item.set, item.label, item.index)[0])),
+            lambda row, latest: same_options(row["options"], latest["options"]),
+            "{0}: rows of what the method once made of an option left to it are not shown",
+        )
         self.remarks = list(dict.fromkeys(self.remarks))
         self._seen: set[tuple[str, str]] = set()  # draws of images that tuning saw
         self._estimates: dict[tuple, Any] = {}
         self.draws = [row for row in rows if row["stage"] == "draw"]
         self.cells = {cell: self._cell(cell, runs) for cell in grid.cells()}
         self.rows = [row for cell in self.cells.values() for row in cell.rows.values()]
+
+    def _keep_latest(self, runs: dict, group: Callable, same: Callable, told: str) -> None:
+        """Take out, with a remark, what is not the same as the latest row of its group."""
+        items = {item.run: item for item in self.grid.everything(self.grid.cells()) if item.run in runs}
+        latest = {group(items[run]): row for run, row in runs.items() if run in items}
+        for run, item in items.items():
+            if not same(runs[run], latest[group(item)]):
+                del runs[run]
+                self.remarks.append(told.format(*group(item)))
 
     def _cell(self, cell: tuple[str, str, str], runs: Mapping[str, Mapping]) -> Cell:
         grid, (_, set_label, label) = self.grid, cell

@@ -121,7 +121,7 @@ class LionModel(TunedModel):
         layer = {**solve, "state_dim": state_dim, "backend": backend}
         check_count("grid", grid)
         self.form, self.grid = form, grid
-        self.at = map_place(backbone) if at is None else at
+        self.at = map_place(backbone) if at is None and reads_states else at
         self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
         self.record(pixel_channels=pixel_channels, **layer)
         self.input_end: nn.Module | None = None

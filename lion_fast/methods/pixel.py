@@ -108,6 +108,7 @@ class PixelEnd(Masked):
         self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
         self.solve |= {"neumann_terms": neumann_terms, "on_failure": on_failure}
         check_solve_options(**self.solve)
+        self.solve["neumann_terms"] = min(neumann_terms, max_iter - 1)
         self.U = nn.Parameter(torch.empty(channels, in_channels, 3, 3))
         self.W = nn.Parameter(torch.empty(channels, channels, 3, 3))
         self.b = nn.Parameter(torch.empty(channels))

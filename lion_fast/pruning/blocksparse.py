@@ -115,6 +115,8 @@ class BlockSparseLayer(nn.Module):
             t if pattern is None else pattern.gather(t)
             for t, pattern in zip(matrices.values(), patterns, strict=True)
         )
+        if layer.max_iter == 1:
+            W = W * 0  # as in `equilibrium`
         with torch.autocast(x.device.type, enabled=False):
             out, change, count = _BlockSparseEquilibrium.apply(
                 x.reshape(-1, layer.dim).contiguous(), A, W, layer.b, V, layer.c, patterns, layer.activation,

@@ -769,8 +769,14 @@ def _with_transforms(model: nn.Module, splits, config: TrainConfig) -> tuple[Dat
     def view(items, train: bool):
         if not items:
             return None
-        if not hasattr(items, "with_transform") or items.transform is not None:
-            return items  # gives tensors already, or has a transform of its own
+        own = getattr(items, "transform", None)
+        if own is not None and train and config.augment != "none":
+            raise OptionError(
+                f'augment="{config.augment}" goes with images that fit transforms itself; the training '
+                'images have a transform of their own. Put the augmentation there, or leave augment "none"'
+            )
+        if not hasattr(items, "with_transform") or own is not None:
+            return items  # gives tensors already
         from lion_fast.data import transforms
 
         return items.with_transform(transforms(model.backbone, train, config.augment if train else "none"))

@@ -172,7 +172,7 @@ def _check_loading(batch_size: int, num_workers: int) -> None:
 
 def _with_transform(model: nn.Module, dataset: Dataset) -> Dataset:
     """`dataset`; an image set that would give PIL images gives what the model's backbone takes."""
-    if not hasattr(dataset, "with_transform") or dataset.transform is not None:
+    if not hasattr(dataset, "with_transform") or getattr(dataset, "transform", None) is not None:
         return dataset
     from lion_fast.data import transforms
 
