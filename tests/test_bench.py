@@ -332,7 +332,7 @@ def test_the_two_forms_of_lion():
     assert [row["status"] for row in found] == ["ok"] * 3
     D, R, K = 192, 32, measure.NUM_CLASSES
     assert states["parameters"] == R * D + R * R + R
-    assert states["parameters_with_head"] == states["parameters"] + K * (2 * D + 16 * R + 1)
+    assert states["parameters_with_head"] == states["parameters"] + K * (D + 16 * R + 1)
     assert states["activation_bytes"]["backbone"] == 0 < residual["activation_bytes"]["backbone"]
     assert {name.split("_")[0] for name in states["diagnostics"]} == {"output"}
     assert states["macs_per_image"] < residual["macs_per_image"]
