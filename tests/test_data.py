@@ -828,7 +828,7 @@ def test_digits():
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r'pip install scikit-learn'):
+    with pytest.raises(DataError, match=r"pip install scikit-learn"):
         load_data("digits")
 
 
