@@ -55,7 +55,9 @@ def run(
     stage: "tune", "final" (of cells that are tuned) or "all".
 
     Raises:
-        OptionError: A label or a setting that does not exist, or a method that does not fit a backbone.
+        OptionError: A label or a setting that does not exist, a method that does not fit a backbone, or an
+            `out` that cannot be written.
+        DataError: Images that are others than those of the rows in `out`.
         ExperimentError: A run ended by something else than divergence, or a worker died.
     """
     check_choice("stage", stage, (*STAGES, "all"))
@@ -111,6 +113,7 @@ def check(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> dict[str, in
                 if getattr(splits, part) is None:
                     raise OptionError(f"the set {set_label} has no {part} images; give {part} or n_{part}")
             images[set_label] = len(splits.train)
+            home.fingerprint(set_label, grid.seeds[0])  # while the images are at hand
         method = grid.methods[label]
         for index in range(len(method.configurations)):
             options = grid.settings(set_label, label, index)[0]
@@ -134,7 +137,7 @@ class _Plan:
         self.tunes: dict[str, Item] = {}
         self.drawn: dict[tuple[str, int], str] = {}  # fingerprints of the images, by set and seed
         for set_label, seed in itertools.product(images, {grid.seeds[0], *grid.tuning_seeds[:1]}):
-            self.drawn[set_label, seed] = home.splits(set_label, seed).description["fingerprint"]
+            self.drawn[set_label, seed] = home.fingerprint(set_label, seed)
         for cell in cells:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
         for item in grid.everything(cells):

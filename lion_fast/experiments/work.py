@@ -47,6 +47,7 @@ class Workshop:
     store: FeatureStore = field(default_factory=FeatureStore)
     where: dict[str, Any] | None = None
     made: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    drawn: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def backbone(self, label: str) -> Backbone:
         """The backbone of that label, loaded once."""
@@ -69,6 +70,12 @@ class Workshop:
                 del self.draws[next(iter(self.draws))]
             self.draws[label, seed] = load_data(**self.grid.sets[label].data, seed=seed)
         return self.draws[label, seed]
+
+    def fingerprint(self, label: str, seed: int) -> str:
+        """That of a draw of images, which need not be kept for it."""
+        if (label, seed) not in self.drawn:
+            self.drawn[label, seed] = self.splits(label, seed).description["fingerprint"]
+        return self.drawn[label, seed]
 
     def circumstances(self) -> dict[str, Any]:
         """Versions, device, revision; asked once, when the work begins."""

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError, check_choice, check_gamma
+from lion_fast.errors import check_choice, check_gamma
 from lion_fast.layer import READ_OUT_STD
 from lion_fast.masked import Masked
+from lion_fast.methods.blocks import check_count
 from lion_fast.solvers import ImplicitLayer, SolveInfo, check_solve_options
 from lion_kernels.reference import ACTIVATIONS
 
@@ -101,8 +102,7 @@ class PixelEnd(Masked):
     ):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise OptionError(f"pixel_channels must be a positive integer; got {channels!r}")
+        check_count("pixel_channels", channels)
         check_gamma(gamma)
         self.activation, self.gamma = activation, gamma
         self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}

@@ -25,7 +25,7 @@ from lion_fast.training import checkpoints
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import FeatureStore, RowsTooLarge, encode
 from lion_fast.training.memory import PeakMemory
-from lion_fast.training.metrics import Metrics, autocast, check_labels, evaluate
+from lion_fast.training.metrics import Metrics, autocast, check_labels, evaluate, with_transform
 from lion_fast.training.order import (
     Plan,
     SeededItems,
@@ -766,22 +766,13 @@ def _features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
 
 
 def _with_transforms(model: nn.Module, splits, config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    def view(items, train: bool):
-        if not items:
-            return None
-        own = getattr(items, "transform", None)
-        if own is not None and train and config.augment != "none":
-            raise OptionError(
-                f'augment="{config.augment}" goes with images that fit transforms itself; the training '
-                'images have a transform of their own. Put the augmentation there, or leave augment "none"'
-            )
-        if not hasattr(items, "with_transform") or own is not None:
-            return items  # gives tensors already
-        from lion_fast.data import transforms
-
-        return items.with_transform(transforms(model.backbone, train, config.augment if train else "none"))
-
-    return view(splits.train, True), view(splits.val, False)
+    if config.augment != "none" and getattr(splits.train, "transform", None) is not None:
+        raise OptionError(
+            f'augment="{config.augment}" goes with images that fit transforms itself; the training '
+            'images have a transform of their own. Put the augmentation there, or leave augment "none"'
+        )
+    train = with_transform(model, splits.train, True, config.augment)
+    return train, with_transform(model, splits.val) if splits.val else None
 
 
 def _check_splits(splits, num_classes: int, config: TrainConfig) -> None:

@@ -133,7 +133,7 @@ def evaluate(
         5
     """
     _check_loading(batch_size, num_workers)
-    dataset = _with_transform(model, dataset)
+    dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
     n = len(dataset)
     if n == 0:
@@ -170,13 +170,13 @@ def _check_loading(batch_size: int, num_workers: int) -> None:
             raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}")
 
 
-def _with_transform(model: nn.Module, dataset: Dataset) -> Dataset:
+def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augment: str = "none") -> Dataset:
     """`dataset`; an image set that would give PIL images gives what the model's backbone takes."""
     if not hasattr(dataset, "with_transform") or getattr(dataset, "transform", None) is not None:
         return dataset
     from lion_fast.data import transforms
 
-    return dataset.with_transform(transforms(model.backbone))
+    return dataset.with_transform(transforms(model.backbone, train, augment))
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
@@ -216,7 +216,7 @@ def predict(
     """
     _check_loading(batch_size, num_workers)
     device = next(model.parameters()).device
-    loader = DataLoader(_with_transform(model, dataset), batch_size, num_workers=num_workers)
+    loader = DataLoader(with_transform(model, dataset), batch_size, num_workers=num_workers)
     out = []
     with evaluating(model), autocast(device, mixed_precision):
         for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
