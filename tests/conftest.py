@@ -5,6 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import sum_in_order
+
+    sum_in_order()
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from kernel_helpers import DEVICE, DTYPES, assert_as_good_as_torch, double, error, problem, torch_solve
+from kernel_helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_good_as_torch,
+    assert_rows_close,
+    double,
+    error,
+    problem,
+    torch_solve,
+)
 
 from lion_kernels import launch, reference
 from lion_kernels.solve import solve
@@ -161,9 +170,9 @@ def test_a_row_that_diverges_keeps_its_last_finite_state(check_every, carry):
     expected = reference.solve(*args, check_every=check_every)
     assert torch.equal(count, expected[3]) and torch.equal(change.isinf(), expected[2].isinf())
     assert change[1::2].isinf().any() and (change[::2] == 0).all()
-    torch.testing.assert_close(p, expected[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out, expected[0], rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(p).all()
+    assert torch.isfinite(p).all() and p.abs().max() > 1e6
+    assert_rows_close(p, expected[1])
+    assert_rows_close(out, expected[0])
 
 
 @pytest.mark.parametrize("check_every", [2, 5])
