@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "backward", "both")
+# Captured graphs of one contender, each on tokens of its own.
+GRAPHS = 8
 
 
 class Clock:
@@ -42,34 +44,51 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-class Subject:
-    """One contender in one mode, ready to be run again and again on rotating tokens."""
+def relative(got: Tensor, exact: Tensor) -> float:
+    """|got - exact| / |exact|; infinite where got is not finite."""
+    if not torch.isfinite(got).all():
+        return float("inf")
+    exact = exact.double()
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
-    def __init__(self, ready, problem, mode: str, compiled: str | None, graph: bool, device: str):
+
+class Subject:
+    """One contender in one mode, ready to be run again and again on rotating tokens.
+
+    On a CUDA device, where it can be `captured`, a run is the replay of a graph: "forward" of the forward
+    alone, "backward" of the backward alone, "both" of one behind the other. Elsewhere it is an eager call.
+    """
+
+    def __init__(self, ready, problem, mode: str, compiled: bool, captured: bool, device: str):
         self.problem, self.mode, self.device = problem, mode, device
         self.parameters = ready.parameters
-        self.call = torch.compile(ready.call, mode=compiled) if compiled else ready.call
-        self.marks_steps = compiled == "reduce-overhead"
+        self.call = torch.compile(ready.call) if compiled else ready.call
         self.turn = 0
         self.clock = Clock(device)
         # A captured graph has its tokens at fixed addresses: one graph per set, of a few sets.
-        self.graphs = [self._capture(i) for i in range(min(8, len(problem.x)))] if graph else None
+        sets = range(min(GRAPHS, len(problem.x)))
+        self.graphs = [self._capture(i) for i in sets] if captured and device == "cuda" else None
+
+    @property
+    def how(self) -> str:
+        """How a run is timed."""
+        return "graph" if self.graphs else "eager"
 
     def _forward(self, i: int, grad: bool) -> tuple[Tensor, Tensor]:
-        if self.marks_steps:
-            torch.compiler.cudagraph_mark_step_begin()
         x = self.problem.x[i].detach().requires_grad_(grad)
         with torch.set_grad_enabled(grad):
             return x, self.call(x)
 
-    def _backward(self, i: int, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, [x, *self.parameters], self.problem.upstream[i])
+    def _backward(self, i: int, x: Tensor, out: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
+        leaves = [x, *self.parameters]
+        return torch.autograd.grad(out, leaves, self.problem.upstream[i], retain_graph=keep)
 
     def _once(self, i: int):
         x, out = self._forward(i, self.mode != "forward")
         return out if self.mode == "forward" else self._backward(i, x, out)
 
     def _capture(self, i: int):
+        """The graph of a run on the tokens i, and what its memory holds."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -77,9 +96,18 @@ class Subject:
                 self._once(i)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = self._once(i)
-        return graph, kept
+        if self.mode != "backward":
+            with torch.cuda.graph(graph):
+                kept = self._once(i)
+            return graph, kept
+        # The backward alone: what the forward saved stays in the pool that both share.
+        before = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(before):
+            x, out = self._forward(i, True)
+        with torch.cuda.graph(graph, pool=before.pool()):
+            kept = self._backward(i, x, out, keep=True)
+        before.replay()
+        return graph, (kept, before, x, out)
 
     def output(self) -> Tensor:
         """out for the first tokens."""
@@ -89,11 +117,23 @@ class Subject:
         """dx and the parameters' gradients for the first tokens."""
         return self._backward(0, *self._forward(0, True))
 
-    def sample(self, calls: int) -> float:
-        """Seconds per call, over some calls; mode "backward" times that part of each alone."""
-        sets = len(self.graphs) if self.graphs else len(self.problem.x)
+    def captured_agrees(self) -> bool:
+        """Whether a replay gives the bits of the eager call; True where nothing was captured."""
+        if not self.graphs:
+            return True
+        graph, kept = self.graphs[0]
+        graph.replay()
+        got = kept[0] if self.mode == "backward" else kept
+        expected = self.output() if self.mode == "forward" else self.gradients()
+        pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    def sample(self, calls: int, eager: bool = False) -> float:
+        """Seconds a run over some runs, or an eager call; an eager backward is timed behind each forward."""
+        graphs = None if eager else self.graphs
+        sets = len(graphs or self.problem.x)
         total = 0.0
-        if self.mode == "backward":
+        if self.mode == "backward" and not graphs:
             for _ in range(calls):
                 self.turn = (self.turn + 1) % sets
                 x, out = self._forward(self.turn, True)
@@ -105,13 +145,29 @@ class Subject:
         self.clock.start()
         for _ in range(calls):
             self.turn = (self.turn + 1) % sets
-            self.graphs[self.turn][0].replay() if self.graphs else self._once(self.turn)
+            graphs[self.turn][0].replay() if graphs else self._once(self.turn)
         self.clock.stop()
         return self.clock.seconds() / calls
 
+    def host_seconds(self, calls: int = 20) -> float:
+        """Seconds of the host for an eager call, until it has handed its work to the device.
+
+        The mode's own part of the call: for "backward" that behind the forward.
+        """
+        spent = 0.0
+        for _ in range(calls):
+            synchronize(self.device)
+            made = self._forward(0, True) if self.mode == "backward" else None
+            synchronize(self.device)
+            begin = time.perf_counter()
+            self._backward(0, *made) if made else self._once(0)
+            spent += time.perf_counter() - begin
+        synchronize(self.device)
+        return spent / calls
+
     def peak_bytes(self) -> int | None:
-        """Memory one call allocates above what was there; None on a CPU and for captured graphs."""
-        if self.device != "cuda" or self.graphs:
+        """Memory that one eager call allocates above what was there; None on a CPU."""
+        if self.device != "cuda":
             return None
         synchronize(self.device)
         torch.cuda.reset_peak_memory_stats()
@@ -122,7 +178,7 @@ class Subject:
 
     def saved_bytes(self) -> int | None:
         """Memory that autograd keeps between forward and backward, x and the parameters left out."""
-        if self.mode == "forward" or self.graphs or self.marks_steps:
+        if self.mode == "forward":
             return None
         known = {t.untyped_storage().data_ptr() for t in (self.problem.x[0], *self.parameters)}
         sizes: dict[int, int] = {}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lion_kernels import reference
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS_PER_IMAGE = 197
 ACTIVATION = "relu"
 MAX_ITER, TOL, NEUMANN_TERMS = 50, 1e-3, 8
@@ -30,23 +31,30 @@ class Shape:
         return self.batch * self.tokens
 
 
-def shapes(tokens: int = TOKENS_PER_IMAGE) -> list[Shape]:
+FIRST_SHAPES = [
+    Shape(batch, 768, state, problem)
+    for state in (64, 16, 128)
+    for batch in (256, 64, 1)
+    for problem in RATES
+]
+
+
+def shapes() -> list[Shape]:
     """All shapes, the most important first, so that an interrupted run holds what matters."""
-    first = itertools.product((768,), (64, 32), (256, 64), RATES)
-    batches = itertools.product((768,), (64,), (1, 512, 8), RATES)
-    states = itertools.product((768,), (128, 16, 256, 512), (256, 64), RATES)
+    batches = itertools.product((768,), (64, 32), (512, 256, 64, 8), RATES)
+    states = itertools.product((768,), (256, 512), (256, 64), RATES)
     widths = itertools.product((384, 1024), (64, 32), (256, 64), RATES)
     rest = itertools.product((768, 384, 1024), (16, 32, 64, 128, 256, 512), (512, 8, 1, 256, 64), RATES)
-    order = itertools.chain(first, batches, states, widths, rest)
-    found = (Shape(batch, width, state, problem, tokens) for width, state, batch, problem in order)
-    return list(dict.fromkeys(found))
+    order = itertools.chain(batches, states, widths, rest)
+    more = (Shape(batch, width, state, problem) for width, state, batch, problem in order)
+    return list(dict.fromkeys([*FIRST_SHAPES, *more]))
 
 
-def is_central(shape: Shape) -> bool:
+def is_central(shape: Shape, rest: bool) -> bool:
     """Whether a shape is worth the minutes that compiled contenders take."""
-    return shape.width == 768 and (
-        shape.state in (32, 64) and shape.batch in (1, 64, 256) or shape.state == 128 and shape.batch == 256
-    )
+    if shape.width != 768 or shape.state not in ((32, 64, 128) if rest else (64,)):
+        return False
+    return shape.batch in ((1, 64, 256) if rest else (256,))
 
 
 @dataclass
@@ -60,6 +68,17 @@ class Problem:
     tied: tuple[Tensor, ...]
     applications: dict[str, float]
     steps: dict[str, int]
+
+    def exact(self, recurrence: str) -> tuple[Tensor, Tensor]:
+        """out - x of the first tokens and their dx, in float64; computed once."""
+        kept = self.__dict__.setdefault("_exact", {})
+        if recurrence not in kept:
+            A, W, b, V, c = (t.double() for t in (self.free if recurrence == "free" else self.tied))
+            x, g = self.x[0].double(), self.upstream[0].double()
+            out, p, _, _ = reference.solve(x, A, W, b, V, c, ACTIVATION, MAX_ITER, TOL, 1.0, True)
+            dx = reference.adjoint(g, x, p, A, W, V, ACTIVATION, NEUMANN_TERMS, 0.0, 1.0, True)[0]
+            kept[recurrence] = out - x, dx
+        return kept[recurrence]
 
 
 def weights(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -85,6 +104,26 @@ def weights(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...
     free = tuple(t.to(device) for t in (A, W, b, V, c))
     tied = tuple(t.to(device) for t in (tied_A, tied_A @ V, b, V, c))
     return free, tied
+
+
+def integers(rows: int, width: int, state: int, device: str) -> tuple[Tensor, ...]:
+    """x, A, W, b, V, c of small integers in float64, of which few applications are exact in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, entries: float) -> Tensor:
+        """-1, 0, 1 with about `entries` numbers a row that are not zero."""
+        signs = torch.randint(0, 2, size, generator=generator) * 2 - 1
+        return signs * (torch.rand(size, generator=generator) < min(1.0, entries / size[-1]))
+
+    tensors = (
+        draw(rows, width, entries=width / 2),
+        draw(state, width, entries=16),
+        draw(state, state, entries=3),
+        torch.randint(-3, 4, (state,), generator=generator),
+        draw(width, state, entries=4),
+        torch.randint(-3, 4, (width,), generator=generator),
+    )
+    return tuple(t.to(device, torch.float64) for t in tensors)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str, cache_bytes: int, seed: int = 0) -> Problem:

@@ -1,4 +1,6 @@
-"""The sparse stage of the GPU run: time and memory against sparsity, by granularity and width.
+"""Time and memory of the sparse forms against sparsity, by granularity and width.
+
+    PYTHONPATH=.:kernels python3 bench/gpu/sparse.py --out DIR [--rest] [--minutes 1.5]
 
 For each width, sparsity and granularity all contenders solve the same problem, with weights that are zero
 off the masks, beside the dense fused solve of these weights. Every one is checked against dense-with-zeros
@@ -7,13 +9,14 @@ in float64 before it is timed. Rows are of kind "sparse".
 
 import dataclasses
 import itertools
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import contenders
-import measure
 import problems
+import rows as stage
+import timing
 import torch
 from contenders import Contender, NotInstalled, Ready
 from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOL, Problem
@@ -31,6 +34,8 @@ MODES = ("forward", "backward")
 SPARSITIES = (0.75, 0.5, 0.9, 0.25, 0.95, 0.0)
 # (D, R), the most important first; the narrow states show where sparsity buys nothing.
 WIDTHS = ((768, 768), (1024, 1024), (512, 512), (256, 256), (768, 128), (768, 64))
+# In the first minutes: widths and sparsities.
+FIRST = (((768, 768),), (0.75, 0.5, 0.9))
 BATCH = 64
 RATE = 0.9
 DENSE = "dense fused"
@@ -256,6 +261,7 @@ def chosen(case: Case) -> list[Contender]:
     csr = Contender(
         "CSR loop",
         lambda p: _loop(p, torch.Tensor.to_sparse_csr, _add_csr),
+        captured=False,
         note="count known, weight gradients dense",
     )
     if case.granularity == "block":
@@ -270,14 +276,16 @@ def chosen(case: Case) -> list[Contender]:
     if case.granularity == "2:4":
         return [
             *found,
-            Contender("2:4 form", _our_two_of_four, note="inference, stops itself, host syncs"),
+            Contender(
+                "2:4 form", _our_two_of_four, captured=False, note="inference, stops itself, host syncs"
+            ),
             Contender("2:4 loop", _torch_two_of_four, note="inference, count known"),
         ]
     return [*found, csr]
 
 
-def _row(contender: Contender, problem: SparseProblem, mode: str) -> dict:
-    """What is known before measuring. `dead` is the share of zeros of W, of blocks or entries."""
+def describe(problem: SparseProblem, mode: str) -> dict:
+    """What is known of a row before measuring. `dead` is the share of zeros of W, of blocks or entries."""
     case, applications = problem.case, problem.applications["free"]
     T = problem.shape.rows
     entries = {name: int(mask.sum()) for name, mask in problem.masks.items()}
@@ -293,9 +301,6 @@ def _row(contender: Contender, problem: SparseProblem, mode: str) -> dict:
     else:
         dead = 1 - entries["W"] / problem.masks["W"].numel()
     return {
-        **_known(case, problem.shape, mode),
-        "contender": contender.name,
-        "note": contender.note,
         "dead": dead,
         "kept": sum(entries.values()),
         "applications": applications,
@@ -303,7 +308,8 @@ def _row(contender: Contender, problem: SparseProblem, mode: str) -> dict:
     }
 
 
-def _known(case: Case, shape: problems.Shape, mode: str) -> dict:
+def key(case: Case, shape: problems.Shape, mode: str) -> dict:
+    """What tells the rows of a case and mode from others."""
     return {
         "kind": "sparse",
         "mode": mode,
@@ -317,61 +323,45 @@ def _known(case: Case, shape: problems.Shape, mode: str) -> dict:
     }
 
 
-def _report(rows, known: dict) -> None:
-    print(
-        f"D={known['width']} R={known['state']} {known['granularity']} {known['block'] or ''} "
-        f"{known['sparsity']:.0%} {known['mode']}, device {rows.common['device']}"
-    )
-    for row in rows.rows:
-        if all(row.get(k) == v for k, v in known.items()):
-            text = f"{row['us']:10.1f} us [{row['us_20']:.1f}, {row['us_80']:.1f}]" if "us" in row else ""
-            print(f"  {row['contender']:<38}{text or row.get('skipped') or row.get('failed')}", flush=True)
+def measure_case(case, shape, tokens, device: str, rows: stage.Rows, seconds: float) -> None:
+    """All contenders of a case, forward and backward; rows that are known are left alone.
 
-
-def measure_case(case, shape, tokens, device, rows, seconds: float, prepare: Callable) -> None:
-    """All contenders of a case, forward and backward; rows that exist are left alone.
-
-    tokens() -> x and upstream gradients in rotation; prepare as `run.prepare`.
+    tokens() -> x and upstream gradients in rotation.
     """
-    problem = None
+    built: list[SparseProblem] = []
+
+    def problem() -> SparseProblem:
+        if not built:
+            built.append(build(case, shape, tokens()))
+        return built[0]
+
     for mode in MODES:
-        known = _known(case, shape, mode)
-        todo = [c for c in chosen(case) if rows.first(contender=c.name, **known) is None]
-        if not todo:
-            continue
-        problem = problem or build(case, shape, tokens())
-        subjects, bases = [], []
-        for contender in todo:
-            base = _row(contender, problem, mode)
-            if mode == "backward" and case.granularity == "2:4" and contender.name.startswith("2:4"):
-                rows.add({**base, "skipped": "2:4 is for inference here"})
-                continue
-            subject, told = prepare(contender, problem, mode, device)
-            if subject is None:
-                rows.add({**base, **told})
-            else:
-                subjects.append(subject)
-                bases.append({**base, **told})
-        rounds = 3 if rows.common.get("dry_run") else 11
-        for base, samples in zip(bases, measure.interleaved(subjects, seconds, rounds), strict=True):
-            rows.add({**base, **measure.quantiles(samples)})
-        _report(rows, known)
+        known = key(case, shape, mode)
+        # 2:4 is for inference here.
+        competing = [c for c in chosen(case) if mode == "forward" or not c.name.startswith("2:4")]
+        timing.time_beside(
+            rows, known, competing, problem, mode, device, seconds,
+            lambda c, p, mode=mode: describe(p, mode),
+        )  # fmt: skip
+        form = f"D={case.width} R={case.state} {case.form} {case.sparsity:.0%}"
+        timing.report(rows, known, f"{form} {mode}")
 
 
-def stage(dtype, device, rows, seconds: float, end: float, dry: bool, prepare: Callable) -> int:
-    """Measure until `end` (of time.monotonic); the number of cases that were left out for time."""
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = stage.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.12, help="per contender, mode and case")
+    options, rows, deadline = stage.begin(parser, argv)
+    device, dtype = options.device, problems.DTYPES[options.dtype]
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 16
-    if dry:
+    todo = cases() if options.rest else cases(*FIRST)
+    if options.dry_run:
         todo = cases(widths=((64, 64),), sparsities=(0.5,))
-    else:
-        todo = cases()
     drawn: dict[problems.Shape, tuple] = {}
-    left = 0
     for case in todo:
-        if time.monotonic() > end:
-            left += 1
+        if deadline.passed(str(case)):
             continue
-        batch, count = (2, 9) if dry else (BATCH, problems.TOKENS_PER_IMAGE)
+        batch, count = (2, 9) if options.dry_run else (BATCH, problems.TOKENS_PER_IMAGE)
         shape = problems.Shape(batch, case.width, case.state, "sparse", tokens=count)
 
         def tokens(shape=shape):
@@ -380,7 +370,11 @@ def stage(dtype, device, rows, seconds: float, end: float, dry: bool, prepare: C
                 drawn[shape] = draw_tokens(shape, dtype, device, cache)
             return drawn[shape]
 
-        measure_case(case, shape, tokens, device, rows, seconds, prepare)
+        measure_case(case, shape, tokens, device, rows, options.seconds)
         if device == "cuda":
             torch.cuda.empty_cache()
-    return left
+    return stage.end(rows, deadline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Times and memory of the dense solve and its gradient beside what torch and others make of it.
+
+    PYTHONPATH=.:kernels python3 bench/gpu/dense.py --out DIR [--rest] [--minutes 2] [--compile-only]
+
+First the device's ceilings: bytes a second of a copy, operations a second of matrix products. Then, shape by
+shape, the most important first, every contender in the modes forward, backward and both. Rows are of the
+kinds "ceilings" and "time". `--compile-only` fills the cache of torch's compiler for the shapes that its
+contenders run on, and times nothing.
+"""
+
+import gc
+import sys
+
+import contenders
+import measure
+import problems
+import rows as stage
+import timing
+import torch
+
+# Beside ours in the first minutes: its algebra in plain torch, compiled, and the formula with a stop test.
+FIRST = ("lion-fast", "torch R-space, half", "torch R-space, compiled", "reference free")
+
+
+def passes(rest: bool, dry: bool) -> list[tuple[problems.Shape, list[contenders.Contender]]]:
+    """Shapes with their contenders, the important first."""
+    if dry:
+        eager = [c for c in contenders.ALL if not c.compiled]
+        compiled = [contenders.ALL[0], next(c for c in contenders.ALL if c.compiled)]
+        shapes = problems.Shape(2, 16, 8, "hard", tokens=5), problems.Shape(1, 16, 8, "easy", tokens=7)
+        return [(shapes[0], eager), (shapes[1], compiled)]
+    found = []
+    for shape in problems.shapes() if rest else problems.FIRST_SHAPES:
+        chosen = [c for c in contenders.ALL if rest or c.name in FIRST]
+        central = problems.is_central(shape, rest)
+        found.append((shape, [c for c in chosen if central or not c.compiled]))
+    return found
+
+
+def describe(contender: contenders.Contender, problem: problems.Problem, mode: str, roof: dict) -> dict:
+    """The part of a row that is known before measuring."""
+    dtype = problem.x[0].dtype
+    size, operations = problems.counts(problem.shape, dtype, problem.applications["free"])[mode]
+    return {
+        "recurrence": contender.recurrence,
+        "applications": problem.applications[contender.recurrence],
+        "sets": len(problem.x),
+        "bytes": size,
+        "operations": operations,
+        "copy_rate": roof["copy"],
+        "matrix_rate": roof["tf32" if dtype == torch.float32 else "bf16"],
+    }
+
+
+def shares(row: dict) -> dict:
+    """The percentages of the ceilings that a time reaches."""
+    seconds = row["us"] / 1e6
+    return {
+        "copy_percent": 100 * row["bytes"] / seconds / row["copy_rate"],
+        "matrix_percent": 100 * row["operations"] / seconds / row["matrix_rate"],
+    }
+
+
+def key(shape: problems.Shape, mode: str) -> dict:
+    """What tells the rows of a shape and mode from others."""
+    return {
+        "kind": "time",
+        "mode": mode,
+        "batch": shape.batch,
+        "tokens": shape.tokens,
+        "width": shape.width,
+        "state": shape.state,
+        "problem": shape.problem,
+    }
+
+
+def measure_shape(shape, chosen, rows: stage.Rows, roof: dict, dtype, device: str, seconds: float) -> None:
+    """All chosen contenders of one shape, mode by mode; rows that are known are left alone."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 16
+    built: list[problems.Problem] = []
+
+    def problem() -> problems.Problem:
+        if not built:
+            built.append(problems.build(shape, dtype, device, cache))
+        return built[0]
+
+    modes = measure.MODES
+    if any(c.compiled for c in chosen):
+        torch._dynamo.reset()
+        # A host's compiler takes many seconds for each.
+        modes = modes[:1] if rows.common.get("dry_run") else modes
+    for mode in modes:
+        known = key(shape, mode)
+        timing.time_beside(
+            rows, known, chosen, problem, mode, device, seconds,
+            lambda c, p, mode=mode: describe(c, p, mode, roof), shares,
+        )  # fmt: skip
+        timing.report(rows, known, f"B={shape.batch} D={shape.width} R={shape.state} {shape.problem} {mode}")
+    built.clear()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def compile_all(todo, dtype, device: str, deadline: stage.Deadline) -> None:
+    """Run every compiled contender once in every mode, so that a later process finds its code."""
+    for shape, chosen in todo:
+        compiled = [c for c in chosen if c.compiled]
+        if not compiled or deadline.passed(str(shape)):
+            continue
+        problem = problems.build(shape, dtype, device, 0)
+        torch._dynamo.reset()
+        for contender in compiled:
+            ready = contender.make(problem)
+            for mode in ("forward", "both"):
+                measure.Subject(ready, problem, mode, True, False, device).sample(1)
+            print(f"compiled {contender.name} for {shape}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = stage.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.12, help="per contender, mode and shape")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache, time nothing")
+    options, rows, deadline = stage.begin(parser, argv)
+    device, dtype = options.device, problems.DTYPES[options.dtype]
+    todo = passes(options.rest, options.dry_run)
+    if options.compile_only:
+        compile_all(todo, dtype, device, deadline)
+        return 0
+    if (roof := rows.known(kind="ceilings")) is None:
+        rows.add({"kind": "ceilings", **measure.ceilings(device, small=options.dry_run)})
+        roof = rows.known(kind="ceilings")
+    print({name: f"{roof[name]:.3g}" for name in ("copy", "bf16", "tf32")}, f"device {rows.common['device']}")
+    for shape, chosen in todo:
+        if not deadline.passed(str(shape)):
+            measure_shape(shape, chosen, rows, roof, dtype, device, options.seconds)
+    return stage.end(rows, deadline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The rows of the GPU run: where they were taken, their file, and when to stop.
+
+A row is a JSON line, on disk as soon as it is known. It counts as known to a later run on the same device
+with the same versions and the same code, wherever its file lies: in the folder of this run or among the
+committed results. The code is `CODE`, so committing rows or documents does not make them unknown. A failed
+row is known to the run that it failed in, and tried again by the next.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+CODE = ("kernels", "lion_fast", "bench/gpu")
+# The exit status of a process that a CUDA error has left unable to go on, as that of `lion-fast bench`;
+# another process may go on.
+LOST_DEVICE = 4
+# What makes rows comparable; a row of others is another measurement.
+SAME = ("device", "dtype", "torch", "cuda", "triton", "revision")
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def revision() -> str:
+    """The last commit that touched `CODE`, with a mark where its files differ from it.
+
+    LION_FAST_REVISION names it for a copy without history; 'unknown' where nothing does.
+    """
+    if named := os.environ.get("LION_FAST_REVISION"):
+        return named
+
+    def git(*words: str) -> str:
+        command = ["git", *words, "--", *CODE]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    found = git("log", "-1", "--format=%h", "--abbrev=12") if shutil.which("git") else ""
+    if not found:
+        return "unknown"
+    return found + ("-changed" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def environment(device: str, dtype: str) -> dict[str, object]:
+    """What every row says about where it was taken."""
+    import torch
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "revision": revision(),
+        # Those that one call of the driver starts share it.
+        "run": os.environ.get("LION_FAST_RUN") or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+    }
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a file; what a process that was killed left of its last line is not one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class Rows:
+    """A file of rows that is appended to, and the rows known from it and from `earlier` folders."""
+
+    def __init__(self, folder: Path, common: dict[str, object], earlier: tuple[Path, ...] = (RESULTS,)):
+        folder.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", str(common["device"]).lower()).strip("-")
+        self.path = folder / f"gpu-{slug}-{common['dtype']}.jsonl"
+        self.common = common
+        self.rows: list[dict] = []
+        places = {p.resolve(): p for place in (*earlier, folder) for p in sorted(place.glob("gpu-*.jsonl"))}
+        for path in places.values():
+            found = read_lines(path)
+            self.rows += [row for row in found if all(row.get(k) == common[k] for k in SAME)]
+        if self.path.exists():  # half a line would swallow the next one
+            text = self.path.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):
+                self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+    def add(self, row: dict) -> None:
+        """Keep a row; it is on disk when this returns."""
+        row = {**row, **self.common, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def matching(self, **wanted) -> list[dict]:
+        """The rows with these values."""
+        return [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())]
+
+    def known(self, **wanted) -> dict | None:
+        """The newest row with these values that need not be tried again, or None."""
+        found = (r for r in reversed(self.matching(**wanted)))
+        return next((r for r in found if "failed" not in r or r["run"] == self.common["run"]), None)
+
+
+class Deadline:
+    """When to begin nothing more: after `minutes`, or, to rehearse, once `rows` more rows are there."""
+
+    def __init__(self, rows: Rows, minutes: float, new_rows: int | None = None):
+        self.rows = rows
+        self.end = time.monotonic() + 60 * minutes
+        self.most = None if new_rows is None else len(rows.rows) + new_rows
+        self.left_out: list[str] = []
+
+    def passed(self, what: str) -> bool:
+        """Whether `what` is left out for time; kept in `left_out` then."""
+        over = time.monotonic() > self.end or (self.most is not None and len(self.rows.rows) >= self.most)
+        if over:
+            self.left_out.append(what)
+        return over
+
+
+def arguments(summary: str) -> argparse.ArgumentParser:
+    """The options that all stages have."""
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the rows (default bench/results)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--minutes", type=float, default=7, help="begin nothing after so long (default 7)")
+    parser.add_argument("--rest", action="store_true", help="everything, not only what matters first")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes; never into bench/results")
+    parser.add_argument(
+        "--new-rows", type=int, help="of a dry run: stop after so many rows, as if time was up"
+    )
+    return parser
+
+
+def begin(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, Rows, Deadline]:
+    """The options, the rows and the deadline of a stage; refuses what would give no result."""
+    import torch
+
+    options = parser.parse_args(argv)
+    if options.device == "cpu" and not options.dry_run:
+        parser.error("a CPU's times are no results; use --dry-run")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this machine's torch sees no CUDA device; `--dry-run --device cpu` tries the program")
+    if options.dry_run and RESULTS.resolve() in (options.out.resolve(), *options.out.resolve().parents):
+        parser.error("a dry run does not write to bench/results; give another --out")
+    torch.manual_seed(0)
+    common = environment(options.device, options.dtype)
+    if options.dry_run:
+        common["dry_run"] = True
+    print(json.dumps(common), flush=True)
+    rows = Rows(options.out, common)
+    return options, rows, Deadline(rows, options.minutes, options.new_rows)
+
+
+def end(rows: Rows, deadline: Deadline, wrong: int = 0) -> int:
+    """Say what there is; the exit status."""
+    print(
+        f"{len(rows.rows)} rows known, {rows.path.name}; {len(deadline.left_out)} left out for time",
+        flush=True,
+    )
+    return 1 if wrong else 0
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def leave_if_lost(device: str) -> None:
+    """End the process where a CUDA error has made its context useless: all that followed would fail."""
+    if device != "cuda":
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(
+            f"the device is lost to this process: {str(error).splitlines()[0]}", file=sys.stderr, flush=True
+        )
+        sys.stdout.flush()
+        os._exit(LOST_DEVICE)  # the interpreter's own end would touch the device again

@@ -1,0 +1,113 @@
+"""Contenders beside each other: each is gated by its own result, then all are timed in turns.
+
+A contender that is wrong, cannot run or breaks gets a row that says so and no time, and the others go on.
+"""
+
+from collections.abc import Callable
+
+import measure
+import rows as stage
+from contenders import Contender, NotInstalled
+from measure import relative
+from problems import Problem
+
+# Errors of out - x and of dx, relative to their norms, that no contender in half precision may exceed.
+OUT_ERROR, DX_ERROR = 3e-2, 6e-2
+ROUNDS, DRY_ROUNDS = 11, 3
+
+
+def errors(subject: measure.Subject, problem: Problem, recurrence: str) -> tuple[float, float | None]:
+    """The relative errors of out - x and, but for the mode forward, of dx, against float64."""
+    moved, dx = problem.exact(recurrence)
+    error_out = relative(subject.output().double() - problem.x[0].double(), moved)
+    if subject.mode == "forward":
+        return error_out, None
+    return error_out, relative(subject.gradients()[0], dx)
+
+
+def prepare(
+    contender: Contender, problem: Problem, mode: str, device: str
+) -> tuple[measure.Subject | None, dict]:
+    """The subject, if it can run and is right, and what its row says besides the times."""
+    try:
+        ready = contender.make(problem)
+        subject = measure.Subject(ready, problem, mode, contender.compiled, contender.captured, device)
+        error_out, error_dx = errors(subject, problem, contender.recurrence)
+        told = {"error_out": error_out, "error_dx": error_dx}
+        # torchdeq stops its backward by its own rule, so its dx is reported and not judged.
+        judged = error_dx is not None and not contender.name.startswith("torchdeq")
+        if not error_out <= OUT_ERROR or (judged and not error_dx <= DX_ERROR):
+            return None, {**told, "failed": "wrong result, not timed"}
+        if not subject.captured_agrees():
+            return None, {**told, "failed": "the captured graph gives other bits than the eager call"}
+        told |= {
+            "how": subject.how,
+            "host_us": 1e6 * subject.host_seconds(),
+            "eager_us": 1e6 * subject.sample(10, eager=True),
+            "peak_bytes": subject.peak_bytes(),
+            "saved_bytes": subject.saved_bytes(),
+        }
+        return subject, told
+    except NotInstalled as reason:
+        return None, {"skipped": str(reason)}
+    except Exception as error:  # of whatever kind: one contender must not cost the others their rows
+        return None, {"failed": stage.reason(error)}
+
+
+def time_beside(
+    rows: stage.Rows,
+    known: dict,
+    chosen: list[Contender],
+    problem: Callable[[], Problem],
+    mode: str,
+    device: str,
+    seconds: float,
+    describe: Callable[[Contender, Problem], dict],
+    finish: Callable[[dict], dict] = lambda row: {},
+) -> None:
+    """The rows of the chosen contenders that are not known yet, in one interleaved run.
+
+    known: what tells these rows from others, `contender` apart. problem() is asked for only where something
+    is left to do. describe: a row before it is timed; finish: what its times add to it.
+    """
+    todo = [c for c in chosen if rows.known(contender=c.name, **known) is None]
+    if not todo:
+        return
+    # The first is ours: it stands beside whatever is timed, and shows how far the device has drifted since.
+    if chosen[0] not in todo and "us" in rows.known(contender=chosen[0].name, **known):
+        todo.insert(0, chosen[0])
+    built = problem()
+    subjects, bases = [], []
+    for contender in todo:
+        base = {**known, "contender": contender.name, "note": contender.note, **describe(contender, built)}
+        subject, told = prepare(contender, built, mode, device)
+        if subject is None:
+            rows.add({**base, **told})
+            stage.leave_if_lost(device)
+        else:
+            subjects.append(subject)
+            bases.append({**base, **told})
+    rounds = DRY_ROUNDS if rows.common.get("dry_run") else ROUNDS
+    try:
+        measured = measure.interleaved(subjects, seconds, rounds)
+    except Exception as error:
+        for base in bases:
+            rows.add({**base, "failed": stage.reason(error)})
+        stage.leave_if_lost(device)
+        return
+    for base, samples in zip(bases, measured, strict=True):
+        row = {**base, **measure.quantiles(samples)}
+        rows.add({**row, **finish(row)})
+
+
+def report(rows: stage.Rows, known: dict, title: str) -> None:
+    """Print the newest row of every contender."""
+    print(f"{title}, device {rows.common['device']}")
+    for name, row in {row["contender"]: row for row in rows.matching(**known)}.items():
+        text = row.get("skipped") or row.get("failed")
+        if "us" in row:
+            text = f"{row['us']:10.1f} us [{row['us_20']:.1f}, {row['us_80']:.1f}] {row['how']}"
+            text += f", host {row['host_us']:.0f} us"
+            if "copy_percent" in row:
+                text += f", {row['copy_percent']:.1f} % of copy"
+        print(f"  {name:<34}{text}", flush=True)
