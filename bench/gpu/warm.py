@@ -281,12 +281,16 @@ def present_setting(capability: int | None = None) -> Setting:
     return Setting(capability or 10 * major + minor, tuned, cuda=True)
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def warm(
     calls: Iterable[Call] | None = None,
     capability: int | None = None,
     jobs: int | None = None,
     seconds: float | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
 ) -> Summary:
     """Compiles every kernel of the calls (default: `default_calls`), in their order, into Triton's cache.
 
