@@ -1,27 +1,25 @@
 """Compiles every shipped kernel configuration without a GPU and checks what came out.
 
-    python bench/aot.py [--quick] [--arch 90] [--only TEXT] [--jobs 2] [--json FILE] [--markdown FILE]
+    python bench/aot.py [--quick] [--arch 90] [--only TEXT] [--jobs N] [--json FILE] [--markdown FILE]
 
 For sm_80, sm_90 and sm_100: registers, stack, spills (STL and LDL instructions), shared memory, resident
 blocks (CTAs) per multiprocessor, tensor-core instructions, and on sm_90 the hazard check of `sass.py`.
-Exits with 1 and names the configuration on a spill where it is marked spill-free, on more shared memory
-than the chip has, on a missing HGMMA on sm_90, on a hazard, and where it does not compile.
-Results are kept under build/ by the hash of the kernel's source, so that a second run is quick.
+Exits with 1 and names the configuration on a spill where it is not marked for this Triton release, on more
+shared memory than the chip has, on a missing HGMMA on sm_90, on a hazard, and where it does not compile.
+
+What was compiled is kept under build/ by its sources and judged anew each time, so a second run takes
+seconds, until a kernel, its configuration, Triton or the reading of a cubin (`facts.py`) changes.
 """
 
 import argparse
-import functools
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,11 +29,14 @@ for folder in (ROOT / "bench", ROOT / "kernels"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import sass  # noqa: E402, I001
+import facts  # noqa: E402, I001
+import sass  # noqa: E402
+from facts import Facts  # noqa: E402
 from lion_kernels import launch  # noqa: E402
 
 CACHE = ROOT / "build" / "aot.json"
-MARKERS = ("<!-- aot-table:start -->", "<!-- aot-table:end -->")
+# Compiled configurations between two writes of the cache.
+SAVE_EVERY = 20
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
@@ -62,23 +63,14 @@ CHIPS = {
 
 
 @dataclass
-class Row:
-    """What the compiler made of one configuration; `problems` is empty where all is well."""
+class Row(Facts):
+    """A configuration with the facts of it; `problems` is empty where all is well."""
 
-    name: str
-    capability: int
-    triton: str
-    spill_free: bool
-    registers: int = 0
-    stack: int = 0
-    spill_stores: int = 0
-    spill_loads: int = 0
-    shared: int = 0
+    name: str = ""
+    capability: int = 0
+    triton: str = ""
+    may_spill: bool = False
     blocks_per_sm: int = 0
-    tensor: dict[str, int] = field(default_factory=dict)
-    register_a: int = 0
-    instructions: int = 0
-    seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
@@ -120,145 +112,89 @@ def wants_tensor_cores(spec: launch.Shipped) -> bool:
     return uses_products(spec) and (bool(halves) or given["PRECISION"] == "tf32")
 
 
-@functools.cache
-def _tool(name: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise FileNotFoundError(f"{name} is not bundled with Triton {triton.__version__}: expected {path}")
-    return str(path)
+def release_of(version: str) -> str:
+    """The major and minor number: "3.6" of "3.6.0"."""
+    return ".".join(version.split(".")[:2])
 
 
-def _dump(cubin: str, *options: str) -> str:
-    return subprocess.run(
-        [_tool("cuobjdump"), *options, cubin], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def compile_spec(spec: launch.Shipped):
-    """The compiled kernel of Triton for one configuration; needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
-    names = kernel.arg_names
-    if missing := set(names) - set(spec.signature) - set(spec.constexprs):
-        raise ValueError(f"{spec.name}: no type or value is given for {', '.join(sorted(missing))}")
-    source = ASTSource(
-        fn=kernel,
-        signature={n: "constexpr" if n in spec.constexprs else spec.signature[n] for n in names},
-        constexprs={(names.index(n),): value for n, value in spec.constexprs.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in spec.divisible},
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return triton.compile(source, target=GPUTarget("cuda", spec.capability, 32), options=options)
-
-
-def disassemble(compiled) -> tuple[str, str]:
-    """The resource usage and the SASS of a compiled kernel, as cuobjdump prints them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(compiled.asm["cubin"])
-        return _dump(path, "--dump-resource-usage"), _dump(path, "--dump-sass")
-
-
-def judge(row: Row, spec: launch.Shipped, found: list[sass.Hazard]) -> list[str]:
-    """Why a configuration must not ship, from what was measured; empty where all is well."""
+def judge(spec: launch.Shipped, found: Facts, version: str) -> Row:
+    """The row of a configuration: facts, and the reasons why it must not ship with this Triton."""
+    row = Row(**asdict(found), name=spec.name, capability=spec.capability, triton=version)
+    row.may_spill = release_of(version) in spec.spills_in
+    if row.error:
+        row.problems.append(f"does not compile: {row.error}")
+        return row
     chip = CHIPS[spec.capability]
-    problems = []
-    if spec.spill_free and row.spill_stores + row.spill_loads:
-        problems.append(f"marked spill-free, but has {row.spill_stores} STL and {row.spill_loads} LDL")
+    row.blocks_per_sm = blocks_per_sm(chip, row.registers, row.shared, spec.num_warps, row.tensor_columns)
+    if row.spill_stores + row.spill_loads and not row.may_spill:
+        row.problems.append(f"must not spill, but has {row.spill_stores} STL and {row.spill_loads} LDL")
     if row.shared > chip.shared_per_block:
-        problems.append(f"{row.shared} B of shared memory, the chip has {chip.shared_per_block} B per block")
+        row.problems.append(
+            f"{row.shared} B of shared memory, the chip has {chip.shared_per_block} B per block"
+        )
     expected = expected_tensor(spec)
     if expected and not any(row.tensor.get(name) for name in expected):
         used = ", ".join(row.tensor) or "no tensor core"
-        problems.append(f"expected {' or '.join(expected)}, found {used}")
-    problems += [f"hazard: {hazard}" for hazard in found]
-    return problems
-
-
-def measure(spec: launch.Shipped) -> Row:
-    """Compiles one configuration and reads registers, memory and instructions from its cubin."""
-    import triton
-
-    row = Row(spec.name, spec.capability, triton.__version__, spec.spill_free)
-    begin = time.perf_counter()
-    try:
-        compiled = compile_spec(spec)
-    except Exception as error:
-        text = str(error).strip() or type(error).__name__
-        row.problems.append(f"does not compile: {text.splitlines()[-1][:200]}")
-        return row
-    usage, text = disassemble(compiled)
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.rsplit("Function", 1)[-1]))
-    code = sass.parse(text)
-    row.registers, row.stack = int(numbers["REG"]), int(numbers["STACK"])
-    row.spill_stores, row.spill_loads = sass.spills(code)
-    row.shared = compiled.metadata.shared
-    warps = compiled.metadata.num_warps
-    columns = getattr(compiled.metadata, "tmem_size", 0) or 0
-    row.blocks_per_sm = blocks_per_sm(CHIPS[spec.capability], row.registers, row.shared, warps, columns)
-    row.tensor = dict(sass.tensor_instructions(code))
-    row.register_a = sum(bool(sass.register_a(i)) for i in code)
-    row.instructions = len(code)
-    row.problems = judge(row, spec, sass.hazards(text) if spec.capability == 90 else [])
-    row.seconds = round(time.perf_counter() - begin, 2)
+        row.problems.append(f"expected {' or '.join(expected)}, found {used}")
+    row.problems += [f"hazard: {hazard}" for hazard in row.hazards]
     return row
 
 
-def kernel_sources(module: str, seen: dict[str, str] | None = None) -> dict[str, str]:
-    """The text of a module of kernels and of those of this package that it imports.
+def kernel_text(spec: launch.Shipped) -> dict[str, str]:
+    """The sources of a kernel and of all that it calls, and the values of the constants they read, by name.
 
-    Triton's own key of a kernel depends on which kernels were asked before (3.6), so it is not used.
+    Launchers, comments between functions and other kernels of the module are no part of it.
     """
-    seen = {} if seen is None else seen
-    path = ROOT / "kernels" / (module.replace(".", "/") + ".py")
-    if module in seen or not path.exists():
-        return seen
-    text = path.read_text()
-    # Launch configurations are in the specification; only what holds kernels counts here.
-    if not re.search(r"^import triton", text, re.MULTILINE):
-        return seen
-    seen[module] = text
-    for inner, names in re.findall(r"^from lion_kernels(?:\.(\w+))? import (.+)$", text, re.MULTILINE):
-        for name in [inner] if inner else re.findall(r"\w+", names):
-            kernel_sources(f"lion_kernels.{name}", seen)
-    return seen
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, str] = {}
+    todo = [getattr(importlib.import_module(spec.module), spec.kernel)]
+    while todo:
+        function = todo.pop()
+        name = f"{function.module}.{function.fn.__name__}"
+        if name in found:
+            continue
+        found[name] = function.src
+        for word in sorted(set(re.findall(r"\w+", function.src))):
+            value = function.fn.__globals__.get(word)
+            if isinstance(value, JITFunction):
+                todo.append(value)
+            elif isinstance(value, tl.constexpr):
+                found[f"{function.module}.{word}"] = repr(value.value)
+    return found
 
 
 def fingerprint(spec: launch.Shipped) -> str:
-    """Changes with the kernels' source, the configuration, Triton's version and this tool."""
+    """Changes with the kernel, what is asked of it, Triton, and how a cubin is read."""
     import triton
 
-    tools = [Path(__file__).read_text(), Path(sass.__file__).read_text()]
-    parts = [*kernel_sources(spec.module).values(), repr(spec), triton.__version__, *tools]
+    tools = [Path(module.__file__).read_text() for module in (facts, sass)]
+    asked = {k: v for k, v in sorted(vars(spec).items()) if k not in ("name", "spills_in")}
+    parts = [*map(str, sorted(kernel_text(spec).items())), repr(asked), triton.__version__, *tools]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def measure_keyed(task: tuple[str, launch.Shipped]) -> Row:
-    """`measure`, if this process still has the source that the key was made from; else RuntimeError."""
+def measure_keyed(task: tuple[str, launch.Shipped]) -> Facts:
+    """`facts.measure`, if this process has the source that the key was made from; else RuntimeError."""
     key, spec = task
     if fingerprint(spec) != key:
         raise RuntimeError("a kernel's source changed during the run; start it again")
-    return measure(spec)
+    return facts.measure(spec)
 
 
-def _load_cache() -> dict[str, dict]:
+def _load_cache() -> dict[str, Facts]:
     try:
-        return json.loads(CACHE.read_text())
-    except (OSError, ValueError):
+        return {key: Facts(**found) for key, found in json.loads(CACHE.read_text()).items()}
+    except (OSError, ValueError, TypeError):
         return {}
 
 
-def _save_cache(cache: dict[str, dict]) -> None:
+def _save_cache(cache: dict[str, Facts]) -> None:
     CACHE.parent.mkdir(parents=True, exist_ok=True)
     partial = CACHE.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(cache))
+    # A failure to compile may be this machine's; it is tried again.
+    partial.write_text(json.dumps({key: asdict(found) for key, found in cache.items() if not found.error}))
     partial.replace(CACHE)
 
 
@@ -277,39 +213,52 @@ def quick(specs: list[launch.Shipped]) -> list[launch.Shipped]:
     return chosen
 
 
-def run(specs: list[launch.Shipped], jobs: int = 2, use_cache: bool = True, report=None) -> list[Row]:
-    """A row per configuration, in order; `report(row)` is called as each is known."""
-    keys = [fingerprint(spec) for spec in specs]
-    cache = _load_cache() if use_cache else {}
-    todo = [(key, spec) for key, spec in zip(keys, specs, strict=True) if key not in cache]
-    for key in keys:
-        if key in cache and report:
-            report(Row(**cache[key]))
-    if todo and jobs > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=context) as pool:
-            results = pool.map(measure_keyed, todo)
-            _collect(todo, results, cache, use_cache, report)
-    else:
-        _collect(todo, map(measure_keyed, todo), cache, use_cache, report)
-    return [Row(**cache[key]) for key in keys]
+def run(
+    specs: list[launch.Shipped], jobs: int | None = None, use_cache: bool = True, report=None
+) -> list[Row]:
+    """A row per configuration, in order; `report(row)` is called as each is known.
 
+    `jobs` processes compile (default: one per core) what the cache does not hold.
+    """
+    import triton
 
-def _collect(todo, results, cache, use_cache, report) -> None:
-    for (key, _), row in zip(todo, results, strict=True):
-        cache[key] = asdict(row)
-        if report:
-            report(row)
-    if use_cache and todo:
-        # A failure to compile may be this machine's; it is tried again.
-        _save_cache({k: row for k, row in {**_load_cache(), **cache}.items() if row["registers"]})
+    # Two names can ask for the same kernel.
+    names: dict[str, list[launch.Shipped]] = {}
+    for spec in specs:
+        names.setdefault(fingerprint(spec), []).append(spec)
+    known = _load_cache() if use_cache else {}
+    rows: dict[tuple[str, int], Row] = {}
+
+    def add(key: str) -> None:
+        for spec in names[key]:
+            row = rows[spec.name, spec.capability] = judge(spec, known[key], triton.__version__)
+            if report:
+                report(row)
+
+    for key in names:
+        if key in known:
+            add(key)
+    todo = [(key, same[0]) for key, same in names.items() if key not in known]
+    jobs = min(jobs or os.cpu_count() or 1, len(todo))
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) if jobs > 1 else None
+    try:
+        found = (pool.map if pool else map)(measure_keyed, todo)
+        for n, ((key, _), one) in enumerate(zip(todo, found, strict=True), 1):
+            known[key] = one
+            add(key)
+            if use_cache and (n % SAVE_EVERY == 0 or n == len(todo)):
+                _save_cache({**_load_cache(), **known})
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return [rows[spec.name, spec.capability] for spec in specs]
 
 
 def describe(row: Row) -> str:
     """One line of the printed table."""
     tensor = " ".join(f"{name} {count}" for name, count in row.tensor.items()) or "-"
     ok = "ok" if not row.problems else "FAIL"
-    mark = "" if row.spill_free else " (spills allowed)"
+    mark = " (spills with this release)" if row.may_spill else ""
     return (
         f"sm_{row.capability:<4}{row.name:<44}{row.registers:>5}{row.stack:>7}"
         f"{f'{row.spill_stores}/{row.spill_loads}':>9}{row.shared / 1024:>9.1f}{row.blocks_per_sm:>6}"
@@ -330,7 +279,7 @@ def markdown(rows: list[Row]) -> str:
             row = found.get((name, target))
             if row is None:
                 cells.append("")
-            elif row.registers == 0:
+            elif row.error:
                 cells.append("does not compile")
             else:
                 spilled = row.spill_stores + row.spill_loads
@@ -341,6 +290,11 @@ def markdown(rows: list[Row]) -> str:
     versions = ", ".join(sorted({row.triton for row in rows}))
     lines.append(f"\nCompiled ahead of time with Triton {versions}; nothing in this table was timed.")
     return "\n".join(lines)
+
+
+def markers(release: str) -> tuple[str, str]:
+    """The lines between which a page keeps the table of a release, such as "3.6"."""
+    return f"<!-- aot-table {release}:start -->", f"<!-- aot-table {release}:end -->"
 
 
 def write_between(path: Path, markers: tuple[str, str], text: str) -> None:
@@ -359,10 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel and target")
     parser.add_argument("--arch", type=int, choices=sorted(CHIPS), action="append", help="only this target")
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     parser.add_argument("--no-cache", action="store_true", help="compile again what is known")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="update the table between the markers of this file")
+    parser.add_argument("--markdown", type=Path, help="update this release's table in this file")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it")
@@ -382,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if options.markdown:
-        write_between(options.markdown, MARKERS, markdown(rows))
+        write_between(options.markdown, markers(release_of(rows[0].triton)), markdown(rows))
     failed = [row for row in rows if row.problems]
     for row in failed:
         for problem in row.problems:

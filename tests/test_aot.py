@@ -1,6 +1,7 @@
 """bench/aot.py: what it computes, what it refuses, and the reduced set of shipped configurations."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import aot  # noqa: E402
+import facts  # noqa: E402
 import sass  # noqa: E402
 
 from lion_kernels import launch  # noqa: E402
@@ -34,24 +36,35 @@ def test_resident_blocks_by_registers_memory_and_warps(registers, kilobytes, war
     assert aot.blocks_per_sm(aot.CHIPS[90], registers, kilobytes * 1024, warps) == blocks
 
 
+def problems(spec: launch.Shipped, version="3.9.0", **found) -> list[str]:
+    found = {"registers": 100, "shared": 1000, "tensor": {"HGMMA": 4}, **found}
+    return aot.judge(spec, aot.Facts(**found), version).problems
+
+
 def test_what_must_not_ship():
-    good = aot.Row("x", 90, "3", True, registers=100, shared=1000, tensor={"HGMMA": 4})
-    product = dataclasses.replace(spec("step bf16 R=512"), spill_free=True)
-    assert aot.judge(good, product, []) == []
-    spilled = dataclasses.replace(good, spill_stores=2, spill_loads=3)
-    assert aot.judge(spilled, product, []) == ["marked spill-free, but has 2 STL and 3 LDL"]
-    assert aot.judge(spilled, dataclasses.replace(product, spill_free=False), []) == []
-    (problem,) = aot.judge(dataclasses.replace(good, shared=250_000), product, [])
+    product = spec("step bf16 R=512")
+    assert problems(product) == []
+    spilled = {"spill_stores": 2, "spill_loads": 3}
+    assert problems(product, **spilled) == ["must not spill, but has 2 STL and 3 LDL"]
+    (problem,) = problems(product, shared=250_000)
     assert "250000 B of shared memory" in problem
-    (problem,) = aot.judge(dataclasses.replace(good, tensor={"HMMA": 4}), product, [])
-    assert problem == "expected HGMMA, found HMMA"
-    (problem,) = aot.judge(dataclasses.replace(good, tensor={}), product, [])
-    assert problem == "expected HGMMA, found no tensor core"
-    writer, reader = sass.parse(
-        "/*0010*/ MOV R4, R5 ;\n/*0020*/ HGMMA.64x8x16.F32 R24, R4, gdesc[UR4], R24 ;"
-    )
-    (problem,) = aot.judge(good, product, [sass.Hazard(reader, writer, (4,))])
-    assert "MOV R4, R5 writes R4" in problem
+    assert problems(product, tensor={"HMMA": 4}) == ["expected HGMMA, found HMMA"]
+    assert problems(product, tensor={}) == ["expected HGMMA, found no tensor core"]
+    assert problems(product, error="x") == ["does not compile: x"]
+    assert problems(product, hazards=["R4 is overwritten"]) == ["hazard: R4 is overwritten"]
+
+
+def test_a_spill_is_allowed_in_the_releases_it_is_marked_for():
+    product = dataclasses.replace(spec("step bf16 R=512"), spills_in=("3.6", "3.10"))
+    for version, allowed in (
+        ("3.6.0", True),
+        ("3.6.1", True),
+        ("3.10.0", True),
+        ("3.1.0", False),
+        ("3.9.0", False),
+    ):
+        assert (problems(product, version, spill_loads=1) == []) is allowed
+        assert problems(product, version) == []
 
 
 def test_which_configurations_want_tensor_cores():
@@ -61,13 +74,10 @@ def test_which_configurations_want_tensor_cores():
 
 
 def test_narrow_tiles_are_left_to_mma_sync():
-    narrow = dataclasses.replace(spec("step bf16 R=512"), constexprs={**spec("step bf16 R=512").constexprs})
-    narrow.constexprs["BLOCK_T"] = 32
-    row = aot.Row("x", 90, "3", True, registers=100, shared=1000, tensor={"HMMA": 4})
-    assert aot.judge(row, narrow, []) == []
-    row.tensor = {}
-    (problem,) = aot.judge(row, narrow, [])
-    assert problem == "expected HMMA or HGMMA or UTCHMMA, found no tensor core"
+    product = spec("step bf16 R=512")
+    narrow = dataclasses.replace(product, constexprs={**product.constexprs, "BLOCK_T": 32})
+    assert problems(narrow, tensor={"HMMA": 4}) == []
+    assert problems(narrow, tensor={}) == ["expected HMMA or HGMMA or UTCHMMA, found no tensor core"]
     assert aot.expected_tensor(spec("step bf16 R=512", 80)) == ("HMMA", "HGMMA", "UTCHMMA")
 
 
@@ -91,12 +101,17 @@ def test_a_spill_is_found_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aot, "CACHE", tmp_path / "cache.json")
     assert aot.main(["--jobs", "1", "--json", str(tmp_path / "rows.json")]) == 1
     printed = capsys.readouterr()
-    assert "FAIL sm_90 too wide a tile: marked spill-free, but has" in printed.err
+    assert "FAIL sm_90 too wide a tile: must not spill, but has" in printed.err
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["spill_stores"] > 0 and row["registers"] == 255
 
-    monkeypatch.setattr(aot, "measure", lambda spec: pytest.fail("the second run must not compile"))
+    monkeypatch.setattr(aot.facts, "measure", lambda spec: pytest.fail("the second run must not compile"))
     assert aot.main(["--jobs", "1"]) == 1
+    # What is right is asked again.
+    release = aot.release_of(row["triton"])
+    marked = dataclasses.replace(bad, name="known to spill", spills_in=(release,))
+    monkeypatch.setattr(launch, "shipped", lambda: [marked])
+    assert aot.main(["--jobs", "1"]) == 0
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
@@ -105,7 +120,7 @@ def test_a_hazard_planted_in_a_real_kernel_is_caught():
         s for s in launch.shipped() if s.kernel == "_solve_fwd_kernel" and s.capability == 90
         and s.constexprs["BLOCK_R"] == 64 and s.constexprs["LOOP"] == "fp16"
     )  # fmt: skip
-    text = aot.disassemble(aot.compile_spec(whole))[1]
+    text = facts.disassemble(facts.compile_spec(whole))[1]
     assert sass.hazards(text) == []
     readers = [i for i in sass.parse(text) if sass.register_a(i)]
     assert len(readers) >= 4, "the loop of this kernel reads its operand from registers"
@@ -128,38 +143,51 @@ def test_a_configuration_that_does_not_compile_is_a_failure(monkeypatch):
     assert aot.main(["--jobs", "1", "--no-cache"]) == 1
 
 
-def test_a_result_is_known_by_the_source_of_its_kernel(monkeypatch):
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels have no source")
+def test_a_result_is_known_by_what_was_compiled(monkeypatch):
     product = spec("step bf16 R=512")
-    sources = aot.kernel_sources(product.module)
-    assert {"lion_kernels.step", "lion_kernels.activations", "lion_kernels.solve"} <= set(sources)
-    assert "lion_kernels.launch" not in sources
+    text = aot.kernel_text(product)
+    called = {"step._step_fwd_kernel", "step._product", "step.DONE", "solve.as_operand"}
+    called |= {"sparse_kernels.sparse_product", "activations._normal_cdf"}
+    assert {f"lion_kernels.{name}" for name in called} <= set(text)
+    assert "lion_kernels.step._step_bwd_kernel" not in text
     known = aot.fingerprint(product)
+    assert aot.fingerprint(dataclasses.replace(product, name="x", spills_in=("3.6",))) == known
+    for change in (
+        {"num_stages": 7},
+        {"constexprs": {**product.constexprs, "BLOCK_N": 32}},
+        {"divisible": ()},
+    ):
+        assert aot.fingerprint(dataclasses.replace(product, **change)) != known
+    callee = importlib.import_module("lion_kernels.activations")._normal_cdf
+    callee._unsafe_update_src(callee.src.replace("0.3275911", "0.3275912"))
+    try:
+        assert aot.fingerprint(product) != known
+        with pytest.raises(RuntimeError, match="changed during the run"):
+            aot.measure_keyed((known, product))
+    finally:
+        callee._unsafe_update_src(callee.src.replace("0.3275912", "0.3275911"))
     assert aot.fingerprint(product) == known
-    assert aot.fingerprint(dataclasses.replace(product, num_stages=7)) != known
-    monkeypatch.setattr(aot, "kernel_sources", lambda module: {**sources, "lion_kernels.step": "changed"})
-    assert aot.fingerprint(product) != known
-    with pytest.raises(RuntimeError, match="changed during the run"):
-        aot.measure_keyed((known, product))
 
 
 def test_the_markdown_table(tmp_path):
     rows = [
-        aot.Row(
-            "solve sm_90 R64", 90, "3.9.0", True, 132, shared=49152, blocks_per_sm=3, tensor={"HGMMA": 9}
-        ),
-        aot.Row("solve sm_80 R64", 80, "3.9.0", True, 160, shared=32768, blocks_per_sm=2, spill_loads=1),
-        aot.Row("sum sm_90", 90, "3.9.0", True, problems=["does not compile: x"]),
-    ]
-    page = tmp_path / "kernels.md"
-    page.write_text(f"before\n{aot.MARKERS[0]}\nold\n{aot.MARKERS[1]}\nafter\n")
-    aot.write_between(page, aot.MARKERS, aot.markdown(rows))
+        aot.Row(name="solve sm_90 R64", capability=90, triton="3.9.0", registers=132, shared=49152,
+                blocks_per_sm=3, tensor={"HGMMA": 9}),
+        aot.Row(name="solve sm_80 R64", capability=80, triton="3.9.0", registers=160, shared=32768,
+                blocks_per_sm=2, spill_loads=1),
+        aot.Row(name="sum sm_90", capability=90, triton="3.9.0", error="x"),
+    ]  # fmt: skip
+    page, ours = tmp_path / "kernels.md", aot.markers("3.9")
+    other = "\n".join([aot.markers("3.6")[0], "kept", aot.markers("3.6")[1]])
+    page.write_text(f"before\n{ours[0]}\nold\n{ours[1]}\n{other}\nafter\n")
+    aot.write_between(page, ours, aot.markdown(rows))
     text = page.read_text()
     assert "| solve R64 | 160 / 1 / 32 / 2, no tensor core | 132 / 0 / 48 / 3, HGMMA |" in text
     assert "| sum |  | does not compile |" in text
-    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
-    (tmp_path / "bare.md").write_text("nothing")
-    with pytest.raises(ValueError, match="aot-table:start"):
-        aot.write_between(tmp_path / "bare.md", aot.MARKERS, "x")
+    assert "old" not in text and text.startswith("before\n") and text.endswith(f"{other}\nafter\n")
+    with pytest.raises(ValueError, match="aot-table 3.8:start"):
+        aot.write_between(page, aot.markers("3.8"), "x")
 
 
 def test_the_reduced_set_of_shipped_configurations():

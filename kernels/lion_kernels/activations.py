@@ -9,8 +9,9 @@ function that ran:
 - "approx": the formulas of "ptx" without inline PTX, which Triton's interpreter lacks.
 """
 
-import triton
 import triton.language as tl
+
+from lion_kernels.device import device_function
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -18,7 +19,7 @@ SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
-@triton.jit
+@device_function
 def _tanh(p, MATH: tl.constexpr):
     if MATH == "ptx":
         return tl.inline_asm_elementwise(
@@ -34,7 +35,7 @@ def _tanh(p, MATH: tl.constexpr):
         return tl.where(s < 0.01, series, t)
 
 
-@triton.jit
+@device_function
 def _reciprocal(p, MATH: tl.constexpr):
     if MATH == "ptx":
         return tl.inline_asm_elementwise(
@@ -44,7 +45,7 @@ def _reciprocal(p, MATH: tl.constexpr):
         return 1.0 / p
 
 
-@triton.jit
+@device_function
 def _sigmoid(p, MATH: tl.constexpr):
     if MATH == "exact":
         return 1.0 / (1.0 + tl.exp(-p))
@@ -52,7 +53,7 @@ def _sigmoid(p, MATH: tl.constexpr):
         return 0.5 + 0.5 * _tanh(0.5 * p, MATH)
 
 
-@triton.jit
+@device_function
 def _normal_cdf(p, MATH: tl.constexpr):
     """(1 + erf(p / sqrt 2)) / 2; Abramowitz and Stegun 7.1.26 where MATH is not exact."""
     if MATH == "exact":
@@ -65,13 +66,13 @@ def _normal_cdf(p, MATH: tl.constexpr):
         return tl.where(p < 0, tail, 1.0 - tail)
 
 
-@triton.jit
+@device_function
 def _gelu_tanh(p, MATH: tl.constexpr):
     """tanh(sqrt(2/pi) (p + 0.044715 p^3)), the inner value of the tanh form of gelu."""
     return _tanh(p * (SQRT_2_OVER_PI + SQRT_2_OVER_PI * GELU_CUBIC * p * p), MATH)
 
 
-@triton.jit
+@device_function
 def activate(p, ACT: tl.constexpr, MATH: tl.constexpr):
     """phi(p) for float32 p; NaN stays NaN."""
     if ACT == "relu":
@@ -89,7 +90,7 @@ def activate(p, ACT: tl.constexpr, MATH: tl.constexpr):
         return p * _sigmoid(p, MATH)
 
 
-@triton.jit
+@device_function
 def slope(p, ACT: tl.constexpr, MATH: tl.constexpr):
     """phi'(p) for float32 p; zero at zero for relu."""
     if ACT == "relu":

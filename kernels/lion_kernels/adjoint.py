@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lion_kernels import launch
 from lion_kernels.activations import activate, slope
+from lion_kernels.device import device_function
 from lion_kernels.solve import INFINITY, as_operand, stop_rows
 
 EXPONENT = tl.constexpr(0x7F800000)
 
 
-@triton.jit
+@device_function
 def power_of_two(size):
     """The power of two below a positive float32, and its inverse; (1, 1) for zero and for huge."""
     bits = size.to(tl.int32, bitcast=True) & EXPONENT

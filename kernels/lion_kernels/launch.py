@@ -119,7 +119,11 @@ CONFIGS = {
 }
 # (operation, capability, padded state, arithmetic) for which no tile tried compiles without spills
 # under every activation and in both Triton 3.6 and 3.9: 8 to 208 bytes of stack, without tensor cores.
-SPILLING = {("solve", 90, 128, "ieee"), ("solve", 100, 64, "ieee"), ("solve", 100, 128, "ieee")}
+SPILLING = {
+    ("solve", 90, 128, "ieee"): ("3.6", "3.8", "3.9"),
+    ("solve", 100, 64, "ieee"): ("3.6", "3.8", "3.9"),
+    ("solve", 100, 128, "ieee"): ("3.6", "3.8", "3.9"),
+}
 
 
 def padded_state(state: int) -> int:
@@ -326,8 +330,8 @@ class Shipped:
     """One kernel configuration as it is compiled ahead of time.
 
     `signature` holds Triton's type of every argument that is not a constexpr, `divisible` the names of
-    those that are multiples of 16, `capability` the target, such as 90. `spill_free` says that the
-    compiled kernel must use no stack.
+    those that are multiples of 16, `capability` the target, such as 90. `spills_in` names the releases of
+    Triton, such as "3.6", in which the compiled kernel may use a stack; in others it must not.
     """
 
     name: str
@@ -338,8 +342,8 @@ class Shipped:
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
-    spill_free: bool
     divisible: tuple[str, ...]
+    spills_in: tuple[str, ...] = ()
 
 
 SHIPPED_STATES = (16, 32, 64, 128, 256)
@@ -387,7 +391,7 @@ def _ship(
         constexprs=constants,
         num_warps=found.num_warps,
         num_stages=found.num_stages,
-        spill_free=(op, capability, padded_state(state), _arithmetic(dtype, tf32)) not in SPILLING,
+        spills_in=SPILLING.get((op, capability, padded_state(state), _arithmetic(dtype, tf32)), ()),
         # Rows of an odd width or state start at odd addresses; the arrays themselves never do.
         divisible=tuple(pointers),
     )
@@ -404,7 +408,6 @@ def _ship_sum(capability: int) -> Shipped:
         constexprs={"D": SHIPPED_WIDTH, "R": 64, "BLOCK": SUM_BLOCK},
         num_warps=4,
         num_stages=1,
-        spill_free=True,
         divisible=pointers,
     )
 

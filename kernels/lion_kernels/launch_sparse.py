@@ -91,7 +91,6 @@ def _ship(
         constexprs=constants,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        spill_free=True,
         divisible=tuple(n for n in types if n.endswith("_ptr")),
     )
 

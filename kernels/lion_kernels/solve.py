@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lion_kernels import launch
 from lion_kernels.activations import activate
+from lion_kernels.device import device_function
 
 INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@device_function
 def as_operand(tile, KIND: tl.constexpr):
     """A tile in the dtype in which it enters a product: "fp16", "bf16" or "fp32"."""
     if KIND == "fp16":
@@ -29,7 +30,7 @@ def as_operand(tile, KIND: tl.constexpr):
         return tile.to(tl.float32)
 
 
-@triton.jit
+@device_function
 def relative_change(new, old, FLOOR: tl.constexpr):
     """|new - old| / (|new| + FLOOR) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
     moved = tl.sqrt(tl.sum((new - old) * (new - old), axis=1))
@@ -37,7 +38,7 @@ def relative_change(new, old, FLOOR: tl.constexpr):
     return tl.where(change < INFINITY, change, INFINITY)
 
 
-@triton.jit
+@device_function
 def stop_rows(new, old, active, change, test, tol, FLOOR: tl.constexpr, CHECK_EVERY: tl.constexpr):
     """After a step, per row: whether it goes on, its relative change, whether the step was finite; and
     whether any row goes on. Without `test` only rows whose step was not finite stop.

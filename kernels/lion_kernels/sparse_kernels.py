@@ -6,11 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lion_kernels import launch, launch_sparse
+from lion_kernels.device import device_function
 from lion_kernels.solve import as_operand
 from lion_kernels.sparse import MAX_SPLITS, SPLIT_ROWS, BlockPattern, BlockSparse
 
 
-@triton.jit
+@device_function
 def sparse_product(
     acc,
     a_ptr,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lion_kernels import launch, launch_sparse, launch_step
 from lion_kernels.activations import activate, slope
+from lion_kernels.device import device_function
 from lion_kernels.solve import as_operand
 from lion_kernels.sparse import BlockSparse, sampled
 from lion_kernels.sparse_kernels import sparse_product
@@ -32,7 +33,7 @@ INFINITY = tl.constexpr(float("inf"))
 DONE = tl.constexpr(-1.0)
 
 
-@triton.jit
+@device_function
 def _product(
     acc,
     a_ptr,
@@ -68,7 +69,7 @@ def _product(
     return acc
 
 
-@triton.jit
+@device_function
 def _row_change(part_ptr, T, rows, valid, k, BLOCKS: tl.constexpr, FLOOR: tl.constexpr):
     """The relative change of application k per row, and whether the row took part in it.
 
@@ -85,7 +86,7 @@ def _row_change(part_ptr, T, rows, valid, k, BLOCKS: tl.constexpr, FLOOR: tl.con
     return tl.where(change < INFINITY, change, INFINITY), tl.where(moved < 0, 0, 1) > 0
 
 
-@triton.jit
+@device_function
 def _store_parts(part_ptr, T, rows, valid, active, block, k, new, old, BLOCKS: tl.constexpr):
     part = part_ptr + (k % 2).to(tl.int64) * (2 * BLOCKS) * T + block.to(tl.int64) * T + rows
     moved = tl.sum((new - old) * (new - old), axis=1)
@@ -93,7 +94,7 @@ def _store_parts(part_ptr, T, rows, valid, active, block, k, new, old, BLOCKS: t
     tl.store(part + BLOCKS * T, tl.sum(new * new, axis=1), mask=valid)
 
 
-@triton.jit
+@device_function
 def _tile(T, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row tile and its first row, column block, rows within the tile, their mask, columns.
 

@@ -143,7 +143,7 @@ def test_shipped_covers_the_tables():
 def test_only_plain_float32_solves_may_spill():
     """No tensor core serves those either."""
     for s in launch.shipped():
-        if s.module in ("lion_kernels.solve", "lion_kernels.adjoint") and not s.spill_free:
+        if s.spills_in:
             assert (s.kernel, s.constexprs["INPUT"], s.constexprs["PRECISION"]) == (
                 "_solve_fwd_kernel", "fp32", "ieee"
             )  # fmt: skip
