@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-quick lint bench accuracy aot gpu clean
+.PHONY: help demo test test-quick lint bench accuracy aot gpu gpu-dry clean
 
 help:  ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,10 +43,15 @@ accuracy: $(INSTALLED)  ## run what is left of the accuracy experiments in bench
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU
 	$(RUN) bench/aot.py
 
-gpu:  ## check, then measure kernels and methods on this machine's GPU, with its own python3; 25 minutes
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py --out bench/results --minutes 14
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu tests/test_bench.py tests/test_frozen.py
-	PYTHONPATH=.:kernels $(PYTHON) -m lion_fast bench --full --minutes 9 --out bench/results/methods-gpu
+# make gpu STAGE="warm first" OUT=folder MINUTES=7; STAGE: warm, first, tests, rest, accuracy (all)
+STAGE ?=
+OUT ?= bench/results
+MINUTES ?= 25
+gpu:  ## check, then measure kernels and methods on this machine's GPU, with its own python3
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu/run.py $(STAGE) --out $(OUT) --minutes $(MINUTES)
+
+gpu-dry: $(INSTALLED)  ## rehearse `make gpu` on a CPU with tiny shapes
+	PYTHONPATH=.:kernels $(VENV)/bin/python bench/gpu/run.py --dry-run --device cpu --out runs/gpu-dry
 
 clean:  ## remove what the targets made, downloads excepted
 	rm -rf $(VENV) build dist *.egg-info runs

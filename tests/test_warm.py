@@ -52,6 +52,7 @@ hits.clear()
 solve.solve(x, A, W, b, V, c, "relu", 50, 1e-3, 1.0, True, True)
 print(json.dumps([there, dict(hits)]))
 """
+OPTIONS = ["--device", "cpu"]
 SMALL = {"width": 48, "state": 24, "activation": "gelu"}
 
 
@@ -148,7 +149,7 @@ def test_a_compiler_that_dies_takes_one_kernel_with_it(worker):
 
 
 def test_no_kernel_begins_after_the_time(cache, capsys):
-    assert warm.main(["--seconds", "0", "--jobs", "2", "--capability", "80"]) == 0
+    assert warm.main([*OPTIONS, "--minutes", "0", "--jobs", "2", "--capability", "80"]) == 0
     printed = capsys.readouterr().out
     assert "0 kernels compiled, 0 were there, 0 failed, " in printed
     assert not list(cache.rglob("*.cubin"))

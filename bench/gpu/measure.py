@@ -118,7 +118,10 @@ class Subject:
         return self._backward(0, *self._forward(0, True))
 
     def captured_agrees(self) -> bool:
-        """Whether a replay gives the bits of the eager call; True where nothing was captured."""
+        """Whether a replay gives what the eager call gives; True where nothing was captured.
+
+        To a rounding in half precision: the vendor's products may choose another algorithm under capture.
+        """
         if not self.graphs:
             return True
         graph, kept = self.graphs[0]
@@ -126,7 +129,7 @@ class Subject:
         got = kept[0] if self.mode == "backward" else kept
         expected = self.output() if self.mode == "forward" else self.gradients()
         pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
-        return all(torch.equal(a, b) for a, b in pairs)
+        return all(relative(a, b) <= 1e-2 for a, b in pairs)
 
     def sample(self, calls: int, eager: bool = False) -> float:
         """Seconds a run over some runs, or an eager call; an eager backward is timed behind each forward."""

@@ -6,8 +6,8 @@ Stages, in this order whatever is asked for: warm (compile on all cores), first 
 kernels, what does a ViT-B cost, what do sparse forms cost), tests (those of the kernels, then the sanitizer),
 rest (all other shapes, contenders and methods), accuracy (experiments from a pack, bench/gpu/pack.py). Every
 step is a process of its own with a time limit: what it wrote stays, whatever ends it, and the next begins. A
-step that a CUDA error ended is started again and goes on behind the contender that it died of. Rows known from
---out or from bench/results, of the same device, versions and code, are not taken again; failed ones are.
+step that a CUDA error ended is started again and goes on behind the contender that it died of. Rows known
+from --out or from bench/results, of the same device, versions and code, are not taken again; failed ones are.
 
 Exit status 1 where something is wrong; a step that ran out of time or was left out is not. `--dry-run`
 rehearses all of it on a CPU with tiny shapes.
@@ -84,7 +84,17 @@ def steps(options: argparse.Namespace) -> list[Step]:
         words = script("check", "--small")
         return Step("tests", tool, words, 1.5, False, None, missing, () if dry else command, alone)
 
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2" if dry else "12")
+    pytest = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2" if dry else "12",
+        "--dist",
+        "worksteal",
+    )
     pytest += ("--collect-only",) if dry else ("-m", "gpu or not slow")
     tests = ("tests/gpu", "tests/kernels", "tests/test_bench.py", "tests/test_frozen.py")
     pack = (("LION_FAST_CACHE", str(options.pack)), ("LION_FAST_OFFLINE", "1"))

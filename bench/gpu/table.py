@@ -16,8 +16,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 from aot import write_between  # noqa: E402
 
 MARKERS = ("<!-- gpu-table:start -->", "<!-- gpu-table:end -->")
-# The second stands beside the compiled contenders, and in for the first where time ran out.
-OURS = ("lion-fast", "lion-fast, again")
+OURS = "lion-fast"
 NOTHING = "No time has been measured yet."
 
 
@@ -34,6 +33,28 @@ def committed_rows(root: Path, folder: str = "bench/results") -> list[dict]:
     return [row for row in rows if not row.get("dry_run") and row.get("device") != "cpu"]
 
 
+def checked(rows: list[dict]) -> str:
+    """A table of what is right: the largest error of each check, or what failed."""
+    newest = {
+        (r["device"], r["dtype"], r["revision"], r["what"]): r for r in rows if r.get("kind") == "check"
+    }
+    if not newest:
+        return ""
+    lines = [
+        "| device, dtype, revision | check | largest relative error | of | allowed |",
+        "|" + " --- |" * 5,
+    ]
+    for (device, dtype, revision, what), row in newest.items():
+        start = f"| {device}, {dtype}, {revision} | {what} |"
+        if "errors" not in row:
+            lines.append(f"{start} failed: {row['failed']} | | |")
+            continue
+        name = max(row["errors"], key=row["errors"].get)
+        wrong = "" if row["right"] else " **wrong**"
+        lines.append(f"{start} {row['errors'][name]:.1e}{wrong} | {name} | {row['bound']:g} |")
+    return "\n".join(lines)
+
+
 def _amount(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.0f}"
 
@@ -47,17 +68,15 @@ def _shape(row: dict) -> tuple:
 def markdown(rows: list[dict]) -> str:
     """A table per device and revision: one line per contender and shape, beside it ours as a multiple."""
     timed = [row for row in rows if row.get("kind") == "time" and "us" in row]
+    right = checked(rows)
     if not timed:
-        return NOTHING
-    ours: dict[tuple, float] = {}
-    for name in OURS:
-        for row in timed:
-            if row["contender"] == name:
-                ours.setdefault(_shape(row), row["us"])
+        return "\n\n".join(filter(None, [NOTHING, right]))
+    timed = list({(*_shape(row), row["contender"]): row for row in timed}.values())  # the newest of each
+    ours = {_shape(row): row["us"] for row in timed if row["contender"] == OURS}
     groups: dict[tuple, list[dict]] = {}
     for row in timed:
         groups.setdefault(tuple(row[k] for k in ("device", "dtype", "revision")), []).append(row)
-    parts = []
+    parts = [right] if right else []
     for (device, dtype, revision), group in groups.items():
         ceilings = [r for r in rows if r.get("kind") == "ceilings" and r["revision"] == revision]
         ceilings = [r for r in ceilings if r["device"] == device]
@@ -69,7 +88,7 @@ def markdown(rows: list[dict]) -> str:
             text += f" Measured: copy {roof['copy'] / 1e12:.2f} TB/s, bf16 {roof['bf16'] / 1e12:.0f} TFLOP/s,"
             text += f" tf32 {roof['tf32'] / 1e12:.0f} TFLOP/s."
         head = ("D", "R", "B", "problem", "mode", "contender", "applications", "us (20 %, 80 %)", "% copy")
-        head += ("% matrix", "peak MB", "saved MB", "times ours")
+        head += ("% matrix", "timed", "eager us", "host us", "peak MB", "saved MB", "times ours")
         lines = [text, "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
         for row in sorted(group, key=lambda r: (_shape(r), r["us"])):
             mine = ours.get(_shape(row))
@@ -79,6 +98,7 @@ def markdown(rows: list[dict]) -> str:
                 f"{row['us']:.1f} ({row['us_20']:.1f}, {row['us_80']:.1f})",
             ]
             cells += [f"{row['copy_percent']:.0f}", f"{row['matrix_percent']:.0f}"]
+            cells += [row["how"], f"{row['eager_us']:.1f}", f"{row['host_us']:.1f}"]
             cells += [_amount(row.get("peak_bytes")), _amount(row.get("saved_bytes"))]
             cells += [f"{row['us'] / mine:.1f}" if mine else ""]
             lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -39,7 +39,7 @@ def prepare(
         if not error_out <= OUT_ERROR or (judged and not error_dx <= DX_ERROR):
             return None, {**told, "failed": "wrong result, not timed"}
         if not subject.captured_agrees():
-            return None, {**told, "failed": "the captured graph gives other bits than the eager call"}
+            return None, {**told, "failed": "the captured graph gives another result than the eager call"}
         told |= {
             "how": subject.how,
             "host_us": 1e6 * subject.host_seconds(),

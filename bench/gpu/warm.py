@@ -1,6 +1,6 @@
 """Compiles, on all cores, the kernels that the GPU stages launch, so that no stage waits for a compiler.
 
-    PYTHONPATH=.:kernels python3 bench/gpu/warm.py [--capability 90] [--jobs 16] [--seconds 60]
+    PYTHONPATH=.:kernels python3 bench/gpu/warm.py [--capability 90] [--jobs 16] [--minutes 1]
 
 Worker processes run the real launchers on tensors without memory, with a driver that reports the chip and
 launches nothing; what Triton would compile then goes, each kernel once, to the workers. The result is
@@ -8,9 +8,7 @@ Triton's own disk cache ($TRITON_CACHE_DIR, else ~/.triton/cache), where a later
 and the same sources finds its kernel. Needs no GPU. Exits with 1 where a kernel does not compile.
 """
 
-import argparse
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import queue
@@ -19,18 +17,18 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT, ROOT / "kernels", Path(__file__).parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+import check
+import problems
+import rows as stage
+import sparse
+import torch
+from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOL
 
-import torch  # noqa: E402, I001
-from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOKENS_PER_IMAGE, TOL  # noqa: E402
-from lion_kernels import launch, ops, sparse, tune  # noqa: E402
+from lion_kernels import launch, ops, tune
+from lion_kernels import sparse as sparse_kernels
 
 OPS = ("solve", "adjoint", "solve_wide", "adjoint_wide")
 # The chip of a machine without one.
@@ -111,28 +109,32 @@ def default_calls() -> list[Call]:
     """What the stages launch, in their order: checks, kernels, methods on a ViT-B, sparse forms."""
     found = []
 
-    def train(rows: int, **options) -> None:
-        wide = "_wide" if options.get("block") else ""
-        found.extend([Call(f"solve{wide}", rows, **options), Call(f"adjoint{wide}", rows, **options)])
+    def train(rows: int, wide: bool = False, **options) -> None:
+        suffix = "_wide" if wide or options.get("block") else ""
+        found.extend(Call(f"{op}{suffix}", rows, **options) for op in ("solve", "adjoint"))
 
     def train_and_infer(rows: int, **options) -> None:
         train(rows, **options)
         found.append(dataclasses.replace(found[-2], save=False))
 
-    # 131 rows take the fused weight gradients, 12,608 the products.
-    for width, state in ((768, 64), (768, 16), (100, 24), (384, 128), (256, 256), (192, 512)):
-        for activation, rows in itertools.product(("relu", "gelu", "tanh"), (131, 12608)):
-            train(rows, width=width, state=state, activation=activation)
-    for state, batch in itertools.product((64, 16, 128, 32), (256, 64, 1)):
-        train_and_infer(batch * TOKENS_PER_IMAGE, state=state)
+    for case in check.cases(rest=False):
+        options = {"width": case.width, "state": case.state, "activation": case.activation}
+        train(case.rows, case.wide, **options, damping=case.damping, block=case.block, tol=0.0)
+    for shape in problems.FIRST_SHAPES:
+        train_and_infer(shape.rows, width=shape.width, state=shape.state)
     # A ViT-B with form="residual", then with "states": 16 rows of width R an image, float32 in autocast too.
-    for dtype, batch in ((torch.bfloat16, 16), (torch.float32, 64)):
-        train_and_infer(batch * TOKENS_PER_IMAGE, state=32, dtype=dtype)
-    states = {"width": 32, "state": 32, "activation": "tanh", "residual": False, "dtype": torch.float32}
-    for batch in (64, 256, 16, 1):
-        train_and_infer(16 * batch, **states)
-    for block in (None, 64, 32, 16):
-        train_and_infer(64 * TOKENS_PER_IMAGE, state=768, block=block)
+    for dtype, batch in ((torch.bfloat16, 64), (torch.float32, 64)):
+        train_and_infer(batch * problems.TOKENS_PER_IMAGE, state=32, dtype=dtype)
+    states = {"width": 32, "state": 32, "activation": "tanh", "residual": False}
+    for dtype in (torch.float32, torch.bfloat16):
+        train_and_infer(16 * 64, dtype=dtype, **states)
+    for case in sparse.cases(*sparse.FIRST):
+        rows, dense = sparse.BATCH * problems.TOKENS_PER_IMAGE, {"width": case.width, "state": case.state}
+        train_and_infer(rows, **dense)
+        if case.block:
+            train_and_infer(rows, **dense, block=case.block)
+        elif case.granularity == "unit":
+            train_and_infer(rows, width=case.width, state=case.state - round(case.sparsity * case.state))
     return list(dict.fromkeys(found))
 
 
@@ -145,7 +147,9 @@ def make(call: Call) -> None:
     floats = {"device": device, "dtype": torch.float32}
     A, W, V = (torch.empty(shape, **floats) for shape in ((R, D), (R, R), (D, R)))
     if call.block:
-        A, W, V = (sparse.to_blocks(t, torch.ones(t.shape, dtype=torch.bool), call.block) for t in (A, W, V))
+        A, W, V = (
+            sparse_kernels.to_blocks(t, torch.ones(t.shape, dtype=torch.bool), call.block) for t in (A, W, V)
+        )
     b, c = torch.empty(R, **floats), torch.empty(D, **floats)
     x, p = (torch.empty(call.rows, n, device=device, dtype=call.dtype) for n in (D, R))
     tol = (TOL if solves else 0.0) if call.tol is None else call.tol
@@ -190,7 +194,7 @@ def stand_in(setting: Setting) -> None:
     JITFunction.run = launch_nothing
     # What the launchers ask about the device of their tensors.
     launch.capability = lambda device: divmod(setting.capability, 10)
-    sparse.has_kernels = lambda x: True
+    sparse_kernels.has_kernels = lambda x: True
     tune.lookup = lambda op, width, state, dtype, device: setting.tuned.get(
         tune.key(op, width, state, dtype, launch.tf32_allowed())
     )
@@ -348,16 +352,16 @@ def warm(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="warm.py", description=__doc__.splitlines()[0])
+    parser = stage.arguments(__doc__.splitlines()[0])  # of which it needs the minutes
     parser.add_argument("--capability", type=int, help="such as 90 (default: the device's, else 90)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
-    parser.add_argument("--seconds", type=float, help="begin no kernel after so long")
     options = parser.parse_args(argv)
     if launch.interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it")
     if reason := ops._triton_missing():
         parser.error(f"{reason}, so there is nothing to compile")
-    summary = warm(None, options.capability, options.jobs, options.seconds)
+    calls = [Call("solve", 70, 48, 24)] if options.dry_run else None
+    summary = warm(calls, options.capability, options.jobs, 60 * options.minutes)
     print(summary)
     return 1 if summary.failed else 0
 
