@@ -89,6 +89,7 @@ seeds. Settings given here hold for every configuration; docs/data.md has the fo
     "bench": """examples:
   lion-fast bench                                 every method on a ViT-Ti, minutes on a CPU
   lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
+  lion-fast bench --plan first --rows-only        a GPU's first minutes; exit code 4: run again to go on
   lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
   lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
 
