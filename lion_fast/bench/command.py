@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> dict:
 
     if args.rounds < 1:
         raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
+    if args.rows_only and args.report_only:
+        raise OptionError("--rows-only and --report-only exclude each other")
     if args.report_only:
         return _report_only(args)
     name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
