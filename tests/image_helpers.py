@@ -1,5 +1,6 @@
 """Small image files for tests, and the rule for tests that need a package index."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,22 @@ def class_folders(root: Path, counts: dict[str, int], suffix: str = ".png") -> P
         for i in range(count):
             write_image(root / name / f"{i:03d}{suffix}", 10 * k + i)
     return root
+
+
+def fake_fashion(folder: Path, packed: bool = True) -> Path:
+    """The files of Fashion-MNIST with 60 and 20 images, each of other pixels."""
+    folder.mkdir(parents=True)
+    for prefix, n in (("train", 60), ("t10k", 20)):
+        images = np.arange(n * 28 * 28, dtype=np.int64).reshape(n, 28, 28).astype(np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", np.arange(n, dtype=np.uint8) % 10)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            data = header + array.tobytes()
+            path = folder / f"{prefix}-{name}-ubyte"
+            if packed:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
+            else:
+                path.write_bytes(data)
+    return folder
 
 
 def fetched(get):

@@ -1,6 +1,7 @@
 """The bench suite: what it counts against counts by hand, what it times against known delays, its files."""
 
 import csv
+import dataclasses
 import json
 import time
 
@@ -254,7 +255,7 @@ def test_turns_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     a, b = Contender("a"), Contender("b")
     steps = {FLOOR: Fake("floor", 1.0), a: Fake("a", 2.0), b: Fake("b", 3.0)}
-    times, floors = measure._take_turns(steps, 6, torch.device("cpu"), lambda i: None)
+    times, floors = measure._take_turns(steps, 6, torch.device("cpu"), lambda i: None, pytest.fail)
     timed = order[6:]  # after two runs each to warm up
     assert timed[:8] == ["floor", "a", "b", "floor", "floor", "b", "a", "floor"] and len(timed) == 24
     for contender, ratio in ((a, 2.0), (b, 3.0)):
@@ -436,6 +437,8 @@ def test_rows_come_back_from_their_files(tmp_path, measured):
     store = Store(tmp_path)
     store.add(measured)
     assert Store(tmp_path).rows == json.loads(json.dumps(measured)) == rows.read(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+    rows.write_csv(store.rows, tmp_path / "rows.csv")
     with open(tmp_path / "rows.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(measured)
@@ -444,7 +447,6 @@ def test_rows_come_back_from_their_files(tmp_path, measured):
         int(lion["activation_bytes.backbone"])
         == row_of(measured, "lion:residual")["activation_bytes"]["backbone"]
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
     (tmp_path / "rows.json").write_text("[]")
     with pytest.raises(DataError, match="holds no measurement rows"):
         Store(tmp_path)
@@ -463,9 +465,10 @@ def test_a_run_skips_what_is_there_and_measures_what_is_not(tmp_path, monkeypatc
     monkeypatch.setattr(plan, "measure", fake)
     a, b = Contender("lion", form="residual"), Contender("probe")
     one, two = Setting(TINY, "train", 2), Setting(TINY, "infer", 2)
-    assert plan.run([(one, [a])], Store(tmp_path)) == {"settings": 1, "measured": 2, "held": 0, "left": 0}
+    counts = {"settings": 1, "measured": 2, "held": 0, "left": 0, "lost": None}
+    assert plan.run([(one, [a])], Store(tmp_path)) == counts
     told = plan.run([(one, [a, b]), (two, [a])], Store(tmp_path))
-    assert told == {"settings": 2, "measured": 4, "held": 1, "left": 0}
+    assert told == counts | {"settings": 2, "measured": 4, "held": 1}
     assert asked == [("train", ["lion:residual"]), ("train", ["probe"]), ("infer", ["lion:residual"])]
     assert plan.run([(one, [a, b])], Store(tmp_path))["measured"] == 0
     assert plan.run([(one, [a, b])], Store(tmp_path), again=True)["measured"] == 3
@@ -543,16 +546,191 @@ def test_wrong_options_are_refused(tmp_path, capsys):
         (["--dtypes", "int4"], "dtype must be one of fp32, bf16, fp8"),
         (["--engines", "magic"], "engine must be one of eager, compile, graphs"),
         (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--full", "--methods", "lion"], "--full is a plan of its own; leave out --methods"),
+        (["--full", "--methods", "lion"], "--plan full is a plan of its own; leave out --methods"),
+        (["--plan", "first", "--lengths", "5"], "--plan first is a plan of its own; leave out --lengths"),
+        (["--plan", "first", "--device", "cpu"], "needs a CUDA device"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used here"),
         (["--dtypes", "fp8", "--device", "cpu"], "needs a CUDA device"),
     ):
         assert main(["bench", *argv, *out]) == 2, argv
         assert words in capsys.readouterr().err
     assert main(["bench", "--compare", str(tmp_path / "missing.json"), *out]) == 1
+    assert main(["bench", "--report-only", *out]) == 1
     assert main(["bench", "--backbones", "vit_of_nobody", *out]) == 1
     assert "no backbone named 'vit_of_nobody'" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def small_command(out, *more):
+    """The command of a plan that a test can wait for: three contenders beside the floor of a ViT-Ti."""
+    options = [
+        "--backbones",
+        TINY,
+        "--img-size",
+        "32",
+        "--batch-sizes",
+        "1",
+        "--rounds",
+        "2",
+        "--lengths",
+        "2",
+    ]
+    options += ["--methods", "probe", "vpt", *more]
+    return ["bench", *options, "--rows-only", "--device", "cpu", "--no-progress", "--out", str(out)]
+
+
+def test_rows_only_and_a_report_of_them_later(tmp_path, monkeypatch, capsys):
+    """All of one setting is on the disk before the next begins, and nothing but rows."""
+    real, seen = plan.measure, []
+
+    def look(setting, *args, **kwargs):
+        seen.append([p.name for p in tmp_path.iterdir()])
+        return real(setting, *args, **kwargs)
+
+    monkeypatch.setattr(plan, "measure", look)
+    assert main(small_command(tmp_path)) == 0
+    assert seen == [[], ["rows.json"]]
+    before = (tmp_path / "rows.json").read_bytes()
+    (tmp_path / "rows.json.new").write_bytes(before[: len(before) // 2])  # killed while it wrote the next
+    assert main(["bench", "--report-only", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "report.md")
+    assert (tmp_path / "rows.json").read_bytes() == before and len(seen) == 2
+    text, table = (tmp_path / "report.md").read_text(), (tmp_path / "rows.csv").read_text()
+    assert all(f"`{row['label']}`" in text and row["key"] in table for row in rows.read(tmp_path))
+    assert list(tmp_path.glob("throughput-*.png"))
+
+
+def test_a_contender_that_breaks_while_it_is_timed_costs_nobody_else(tmp_path, monkeypatch, capsys):
+    times = []
+    timed = measure._timed
+
+    def fail(step, repeats, device):
+        times.append(step.contender.label())
+        if times[-1] == "vpt(length=2):naive" and times.count(times[-1]) == 3:  # two to warm up
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return timed(step, repeats, device)
+
+    monkeypatch.setattr(measure, "_timed", fail)
+    assert main(small_command(tmp_path, "--modes", "infer")) == 1
+    assert "CUDA out of memory" in capsys.readouterr().out
+    found = {row["label"]: row for row in rows.read(tmp_path)}
+    bad = found.pop("vpt(length=2):naive")
+    assert bad["status"] == "failed" and "seconds" not in bad
+    assert len(found) == 4 and all(r["status"] == "ok" and r["rounds"] == 2 for r in found.values())
+    times.clear()
+    assert main(small_command(tmp_path, "--modes", "infer")) == 1  # tried again, beside the floor alone
+    assert set(times) == {"floor", "vpt(length=2):naive"}
+
+
+def test_a_floor_that_breaks_while_it_is_timed_leaves_no_ratios(monkeypatch):
+    calls, timed = [], measure._timed
+
+    def fail(step, repeats, device):
+        calls.append(step.contender)
+        if calls.count(FLOOR) == 4:
+            raise RuntimeError("out of paper")
+        return timed(step, repeats, device)
+
+    monkeypatch.setattr(measure, "_timed", fail)
+    floor, probe = measure.measure(Setting(TINY, "infer", 1, img_size=32), [Contender("probe")], rounds=2)
+    assert floor["status"] == probe["status"] == "failed" and "ratio" not in probe
+    assert floor["reason"] == "RuntimeError: out of paper" and floor["reason"] in probe["reason"]
+
+
+STICKY = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("where", ["build", "_timed"])
+def test_a_lost_device_ends_the_setting(monkeypatch, where):
+    """A stand-in for a sticky CUDA error. What was ready, but not timed, is no row."""
+    real = getattr(measure, where)
+
+    def fail(first, second, *rest):
+        contender = first.contender if where == "_timed" else second
+        if contender.form == "naive":
+            raise STICKY
+        return real(first, second, *rest)
+
+    monkeypatch.setattr(measure, where, fail)
+    monkeypatch.setattr(measure, "check", lambda contender, backbones: "not here")
+    some = [Contender("probe"), Contender("vpt", (("depth", "magic"),))]
+    some += [Contender("vpt", (("length", 2),), form) for form in ("naive", "exact")]
+    with pytest.raises(measure.DeviceLost) as lost:
+        measure.measure(Setting(TINY, "infer", 1, img_size=32), some, rounds=1)
+    assert lost.value.key.endswith("/vpt(length=2):naive")
+    told = {row["label"]: row["status"] for row in lost.value.rows}
+    assert told == {"vpt(depth=magic)": "skipped", "vpt(length=2):naive": "failed"}
+
+
+def test_a_new_process_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fake(setting, contenders, *, where, **_):
+        asked.append((setting.mode, [c.form or c.method for c in contenders]))
+        found = [{"key": k, "status": "ok", "reason": None, **where} for k in plan.keys(setting, contenders)]
+        bad = [i for i, c in enumerate(contenders, 1) if c.form == "naive"]
+        if bad:
+            row = {**found[bad[0]], "status": "failed", "reason": str(STICKY)}
+            raise measure.DeviceLost(row["key"], [row]) from STICKY
+        return found
+
+    monkeypatch.setattr(plan, "measure", fake)
+
+    def run(*more):
+        asked.clear()
+        return main([*small_command(tmp_path, "--modes", "infer", "train"), *more]), list(asked)
+
+    others, everything = ["probe", "exact", "vpt"], ["probe", "exact", "naive", "vpt"]
+    assert run() == (command.EXIT_LOST, [("infer", everything)])
+    assert (
+        f"the device failed in {TINY}@32/infer/b1/fp32/eager/vpt(length=2):naive" in capsys.readouterr().err
+    )
+    assert run() == (4, [("infer", others), ("train", everything)])
+    # what lost it comes last, by itself, and is left alone when it did so twice
+    assert run() == (4, [("train", others), ("infer", ["naive"])])
+    assert run() == (4, [("train", ["naive"])])
+    assert run() == (1, [])
+    found = rows.read(tmp_path)
+    assert [row["losses"] for row in found if row["status"] == "failed"] == [2, 2]
+    assert sum(row["status"] == "ok" for row in found) == 2 * 4
+    assert run("--again")[1] == [("infer", everything)]
+
+
+def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
+    import subprocess
+
+    import lion_fast
+
+    def git(*args):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *args], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    nothing = {"git": None, "git_code": None, "git_changed": None}
+    monkeypatch.delenv("LION_FAST_REVISION", raising=False)
+    (tmp_path / "lion_fast").mkdir()
+    source = tmp_path / "lion_fast" / "__init__.py"
+    source.write_text("x = 1\n")
+    monkeypatch.setattr(lion_fast, "__file__", str(source))
+    assert rows.git_revision() == nothing
+    git("init", "-q")
+    (tmp_path / "notes.txt").write_text("somebody else's\n")
+    git("add", "notes.txt")
+    git("commit", "-qm", "one")
+    assert rows.git_revision() == nothing  # a checkout that does not know the sources
+    git("add", "lion_fast")
+    git("commit", "-qm", "two")
+    code = git("rev-parse", "HEAD")
+    assert rows.git_revision() == {"git": code, "git_code": code, "git_changed": False}
+    (tmp_path / "notes.txt").write_text("other words\n")
+    git("commit", "-qam", "three")
+    source.write_text("x = 2\n")
+    assert rows.git_revision() == {"git": git("rev-parse", "HEAD"), "git_code": code, "git_changed": True}
+    # a name that is given wins: the copy on another machine may be a checkout of its own
+    monkeypatch.setenv("LION_FAST_REVISION", "abc+changes")
+    assert rows.git_revision() == {"git": "abc+changes", "git_code": "abc+changes", "git_changed": None}
 
 
 def timed(key, seconds, ratio=1.0, spread=0.02, **more):
@@ -636,7 +814,7 @@ def test_plots_are_drawn(tmp_path, measured):
 
 def test_the_plans_name_what_exists():
     small, full = plan.small(), plan.full()
-    for some in (small, full):
+    for some in (small, plan.first(), full):
         for setting, wanted in some:
             kind = plan.family(setting.backbone)
             assert wanted and all(kind in available()[c.method].families for c in wanted), setting.key()
@@ -650,6 +828,32 @@ def test_the_plans_name_what_exists():
     assert {s.engine for s, _ in full} == set(plan.ENGINES) and {s.dtype for s, _ in full} == set(plan.DTYPES)
     assert {s.mode for s, _ in full} == set(plan.MODES) and {s.memory for s, _ in full} == {"plain", "save"}
     assert {c.method for _, wanted in small for c in wanted} == set(available())
+
+
+def test_the_first_plan_is_vit_b_end_to_end_in_small_settings():
+    found = plan.first()
+    assert {(s.backbone, s.batch_size) for s, _ in found} == {(plan.VIT_B, 64)}
+    assert all(len(wanted) <= 6 for _, wanted in found)
+    order = [(s.mode, s.dtype, s.engine, s.memory) for s, _ in found]
+    eager = ("bf16", "eager", "plain")
+    assert order[:5] == [
+        *[(mode, *eager) for mode in ("train", "infer")] * 2,
+        ("train", "bf16", "eager", "save"),
+    ]
+    labels = {"lion:states", "lion:residual", "probe"}
+    labels |= {f"vpt(length={n}):{form}" for n in (10, 50, 200) for form in ("exact", "naive")}
+    for mode in plan.MODES:
+        plain = [
+            c.label()
+            for s, some in found
+            if (s.mode, s.dtype, s.engine, s.memory) == (mode, *eager)
+            for c in some
+        ]
+        assert len(plain) == len(labels) and set(plain) == labels
+    # fp8 and its neighbour in bf16 differ by the dtype alone
+    (other, a), (fp8, b) = found[5:]
+    assert fp8.dtype == "fp8" and dataclasses.replace(fp8, dtype="bf16") == other
+    assert [c.label() for c in a] == [c.label() for c in b] == ["lion:states"]
 
 
 def test_every_form_is_a_contender():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_helpers import class_folders, fetched, write_image, write_noise
+from image_helpers import class_folders, fake_fashion, fetched, write_image, write_noise
 from PIL import Image
 
 from lion_fast import weights
@@ -682,21 +682,6 @@ def test_stanford_dogs_as_published(tmp_path, where):
 
 
 # ---- built-in sets, from files made here
-
-
-def fake_fashion(folder, packed=True):
-    folder.mkdir(parents=True)
-    for prefix, n in (("train", 60), ("t10k", 20)):
-        images = np.arange(n * 28 * 28, dtype=np.int64).reshape(n, 28, 28).astype(np.uint8)
-        for name, array in (("images-idx3", images), ("labels-idx1", np.arange(n, dtype=np.uint8) % 10)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            data = header + array.tobytes()
-            path = folder / f"{prefix}-{name}-ubyte"
-            if packed:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
-            else:
-                path.write_bytes(data)
-    return folder
 
 
 @pytest.mark.parametrize("packed", [True, False])

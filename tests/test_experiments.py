@@ -282,6 +282,24 @@ def test_a_training_option_spelt_out_at_its_default_is_the_same_run(images):
 # -- interrupted
 
 
+def test_what_a_grid_names_first_is_whole_before_the_rest_begins(images, tmp_path):
+    given = small_grid(images, backbones={"tiny": dict(TINY), "other": TINY | {"depth": 2}}, seeds=[1])
+    given["methods"] = {"probe": given["methods"]["probe"]}
+    runner.run(make_grid(given | {"first": [["other", "noise"]]}), tmp_path / "first")
+    found = [(r["backbone"], r["stage"]) for r in runs_of(read_rows(tmp_path / "first"))]
+    each = ["tune", "tune", "final"]
+    assert found == [("other", stage) for stage in each] + [("tiny", stage) for stage in each]
+    # the order is no part of a run
+    assert runner.run(make_grid(given), tmp_path / "first", minutes=0).held == 6
+    for first, words in (
+        ([["other"]], r"first must be a list of \[backbone, set\]"),
+        ([["nowhere", "noise"]], "first: backbone must be one of tiny, other; got 'nowhere'"),
+        ([["other", "nothing"]], "first: set must be one of noise"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            make_grid(given | {"first": first})
+
+
 @pytest.mark.parametrize("after", [1, 3, 6])
 def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatch, after, capsys):
     given, _, rows = whole
@@ -307,6 +325,8 @@ def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatc
 def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, monkeypatch, capsys):
     grid, out = tmp_path / "grid.yaml", tmp_path / "out"
     grid.write_text(yaml.safe_dump(small_grid(images)))
+    assert cli.main(["experiment", str(grid), "--out", str(out), "--minutes", "0", "--rows-only"]) == 3
+    assert [p.name for p in out.iterdir()] == ["rows.jsonl"]
     assert cli.main(["experiment", str(grid), "--out", str(out), "--minutes", "0"]) == 3
     assert "8 left" in capsys.readouterr().out
     assert "| probe | - | - |" in (out / "report.md").read_text()
@@ -317,6 +337,7 @@ def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, m
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["left"] == 2  # lion is not tuned
     assert cli.main(["experiment", str(grid), "--out", str(out)]) == 0
     assert len(runs_of(read_rows(out))) == 8
+    assert cli.main(["experiment", str(grid), "--out", str(out), "--rows-only", "--report-only"]) == 2
     for only in ("method=lion", "colour=red", "method"):
         assert cli.main([*arguments[:-1], only]) == 2
     monkeypatch.setattr(runner, "run", lambda *a, **k: pytest.fail("ran"))
@@ -414,6 +435,46 @@ def test_what_goes_wrong_in_a_worker_names_the_run(images, tmp_path, monkeypatch
 def _broken_worker(connection, grid, threads):
     connection.recv()
     os._exit(9)
+
+
+def test_a_run_that_breaks_costs_no_other(whole, tmp_path, monkeypatch):
+    """In one of several processes: it gets a new process, and the run is done by the next call."""
+    given, _, rows = whole
+    grid = make_grid(given)
+    monkeypatch.setattr(runner, "_serve", _worker_that_breaks_on_probes)
+    with pytest.raises(runner.ExperimentError) as broken:
+        runner.run(grid, tmp_path, workers=2)
+    assert "CUDA error: a stand-in" in str(broken.value) and "exit code 9" in str(broken.value)
+    assert str(broken.value).count("1 more runs broke") == 1
+    assert {r["label"] for r in runs_of(read_rows(tmp_path))} == {"lion-8"}
+    monkeypatch.undo()
+    assert (told := runner.run(grid, tmp_path, workers=2)).done == 4 and told.left == 0
+    assert comparable(read_rows(tmp_path)) == comparable(rows)
+
+
+def _worker_that_breaks_on_probes(connection, grid, threads):
+    real = work.Workshop.run
+    lost = []
+
+    def run(self, item):
+        if item.label == "probe" and item.index == 1:
+            os._exit(9)
+        if item.label == "probe" or lost:
+            lost.append(item)  # a device that failed once fails until the process ends
+            raise RuntimeError("CUDA error: a stand-in")
+        return real(self, item)
+
+    work.Workshop.run = run
+    runner._serve(connection, grid, threads)
+
+
+def test_where_everything_breaks_it_stops(images, tmp_path, monkeypatch):
+    grid = make_grid(small_grid(images))
+    monkeypatch.setattr(runner, "_serve", _broken_worker)
+    monkeypatch.setattr(runner, "MOST_BROKEN", 1)
+    with pytest.raises(runner.ExperimentError) as broken:
+        runner.run(grid, tmp_path, workers=2)
+    assert 1 <= str(broken.value).count("died") <= 2  # of four
 
 
 # -- failures
@@ -554,7 +615,7 @@ def test_configurations_are_the_product_and_the_first_of_equals_is_chosen(images
     assert grid.choose(*cell, rows) == 1
 
 
-def test_the_smoke_grid_of_the_repository_is_valid():
+def test_the_grids_of_the_repository_are_valid():
     for path in (Path(__file__).parent.parent / "bench" / "accuracy").glob("*.yaml"):
         assert read_grid(path).name == path.stem
 

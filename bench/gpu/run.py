@@ -98,7 +98,8 @@ def steps(options: argparse.Namespace) -> list[Step]:
     pytest += ("--collect-only",) if dry else ("-m", "gpu or not slow")
     tests = ("tests/gpu", "tests/kernels", "tests/test_bench.py", "tests/test_frozen.py")
     pack = (("LION_FAST_CACHE", str(options.pack)), ("LION_FAST_OFFLINE", "1"))
-    experiment = ("-m", "lion_fast", "experiment", str(options.grid), "--workers", "1" if dry else "8")
+    experiment = ("-m", "lion_fast", "experiment", str(options.grid), "--rows-only")
+    experiment += ("--workers", "1" if dry else "8")
     no_pack = f"{options.pack} is not there: make it with bench/gpu/pack.py and let it travel"
     contenders = Step("warm", "compile contenders", script("dense", "--compile-only"), 1.5, gates=False)
     return [

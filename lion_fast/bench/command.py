@@ -1,4 +1,4 @@
-"""`lion-fast bench`: run a plan, write rows, report and plots, compare with earlier rows."""
+"""`lion-fast bench`: run a plan, write rows, table, report and plots, compare with earlier rows."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from lion_fast.errors import OptionError
 
 DEFAULT_OUT = "runs/bench"
+EXIT_LOST = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default=DEFAULT_OUT, help=f"folder of rows, report and plots [{DEFAULT_OUT}]"
     )
     parser.add_argument(
-        "--full",
-        action="store_true",
-        default=False,
-        help="the plan for a GPU: ViT-Ti/S/B/L, Swin-B, ResNet-50",
+        "--plan",
+        choices=("small", "first", "full"),
+        help="small: minutes on a CPU; first: a GPU's first minutes, ViT-B; full: for a GPU, ViT-Ti/S/B/L, "
+        "Swin-B, ResNet-50 [small]",
+    )
+    parser.add_argument(
+        "--full", action="store_const", const="full", dest="plan", help="short for --plan full"
     )
     parser.add_argument("--backbones", nargs="+", metavar="NAME", help="a plan of one's own: timm names")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
@@ -34,6 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
     parser.add_argument(
         "--again", action="store_true", default=False, help="measure also what --out holds already"
+    )
+    parser.add_argument(
+        "--rows-only", action="store_true", default=False, help="write rows.json, no table, report or plots"
+    )
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        default=False,
+        help="write table, report and plots of the rows in --out, measure nothing",
     )
     parser.add_argument(
         "--list", action="store_true", default=False, help="say what would be measured, and stop"
@@ -67,19 +80,21 @@ def make_plan(args: argparse.Namespace):
     from lion_fast.bench import plan as plans
 
     own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name, None) is not None}
-    if args.full and own:
-        raise OptionError(
-            f"--full is a plan of its own; leave out {', '.join('--' + n.replace('_', '-') for n in own)}"
-        )
-    if args.full:
-        return plans.full()
+    named = getattr(args, "plan", None)
+    if named and own:
+        given = ", ".join("--" + n.replace("_", "-") for n in own)
+        raise OptionError(f"--plan {named} is a plan of its own; leave out {given}")
     if not own:
-        return plans.small()
+        return plans.PLANS[named or "small"]()
     return plans.custom(own.pop("backbones", ["vit_tiny_patch16_224"]), **own)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure, write, compare. The dict has "failed" and "regressions", lists that should be empty."""
+    """Measure, write, compare.
+
+    The dict has "failed" and "regressions", lists that should be empty, and "lost", the contender that lost
+    the device, or None.
+    """
     import torch
 
     from lion_fast.bench import plan as plans
@@ -88,6 +103,10 @@ def run(args: argparse.Namespace) -> dict:
 
     if args.rounds < 1:
         raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
+    if args.rows_only and args.report_only:
+        raise OptionError("--rows-only and --report-only exclude each other")
+    if args.report_only:
+        return _report_only(args)
     name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -115,20 +134,28 @@ def run(args: argparse.Namespace) -> dict:
             say=_say if shown else lambda text: None,
         )
     except KeyboardInterrupt as error:
-        if store.rows:
+        if store.rows and not args.rows_only:
             write_report(store)
         error.args = ("interrupted",)
         error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
         raise
-    write_report(store)
+    if not args.rows_only:
+        write_report(store)
     failed = [row["key"] for row in store.rows if row["status"] == "failed"]
     result = told | {"out": str(store.folder), "failed": failed, "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
-        print(f"{told['measured']} rows measured, {told['held']} held{left}: {store.folder / 'report.md'}")
+        written = store.path if args.rows_only else store.folder / "report.md"
+        print(f"{told['measured']} rows measured, {told['held']} held{left}: {written}")
         for row in store.rows:
             if row["status"] == "failed":
                 print(f"failed: {row['key']}: {row['reason']}")
+    if told["lost"]:
+        print(
+            f"the device failed in {told['lost']} and can do nothing more in this process; rows are written: "
+            "run the same command again to go on with the others",
+            file=sys.stderr,
+        )
     if old is not None:
         mine = {f"{s.key()}/{c.label()}" for s, wanted in plan for c in wanted} | {
             f"{s.key()}/floor" for s, _ in plan
@@ -148,14 +175,28 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def exit_code(result: dict) -> int:
-    """1 where something failed or got worse, else 0."""
+    """4: the device was lost, a new process goes on. 1: something failed or got worse. Else 0."""
+    if result.get("lost"):
+        return EXIT_LOST
     return 1 if result.get("failed") or result.get("regressions") else 0
 
 
-def write_report(store) -> Path:
-    """report.md and the plots beside the rows of a `Store`."""
-    from lion_fast.bench import plots, report
+def _report_only(args: argparse.Namespace) -> dict:
+    from lion_fast.bench.rows import Store, read
 
+    read(args.out)  # says what is wrong where there are no rows
+    path = write_report(Store(args.out))
+    if not args.json:
+        print(path)
+    return {"out": str(args.out), "report": str(path)}
+
+
+def write_report(store) -> Path:
+    """rows.csv, report.md and the plots beside the rows of a `Store`."""
+    from lion_fast.bench import plots, report
+    from lion_fast.bench.rows import CSV_NAME, write_csv
+
+    write_csv(store.rows, store.folder / CSV_NAME)
     drawn = plots.draw_all(store.rows, store.folder)
     path = store.folder / "report.md"
     path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")

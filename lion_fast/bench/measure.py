@@ -43,6 +43,34 @@ class Wrong(LionError, RuntimeError):
     """Contenders that should agree do not: a time of theirs would be a time of something else."""
 
 
+class DeviceLost(LionError, RuntimeError):
+    """The device itself failed: nothing works on it any more in this process, but in a new one.
+
+    `rows`: what is known of the setting, the failed row of `key` included.
+    """
+
+    def __init__(self, key: str, rows: list[dict]):
+        super().__init__(f"the device failed in {key}")
+        self.key, self.rows = key, rows
+
+
+class _FloorBroke(Exception):
+    """The floor broke while contenders were timed beside it."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is one of the CUDA device, which every later call of the process repeats.
+
+    >>> is_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    True
+    >>> is_lost(RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    False
+    """
+    told = str(error)
+    own = isinstance(error, getattr(torch, "AcceleratorError", ()))  # since torch 2.8
+    return own or "CUDA error" in told or "Triton Error [CUDA]" in told
+
+
 def measure(
     setting: Setting,
     contenders: Sequence[Contender],
@@ -61,7 +89,7 @@ def measure(
     interpolated between the two runs of the floor around it. `where`: the rows' context, else taken now.
 
     A contender that does not work on this backbone gives a row with status "skipped", one that breaks or
-    disagrees "failed", both with the reason.
+    disagrees "failed", both with the reason; the others go on. `DeviceLost` where they cannot.
     """
     with _room_to_compile() if setting.engine != "eager" else contextlib.nullcontext():
         return _measure(setting, contenders, torch.device(device), rounds, where, say)
@@ -85,25 +113,42 @@ def _measure(setting, contenders, device: torch.device, rounds: int, where, say)
     where = context(device) if where is None else where
     rows: dict[Contender, dict] = {}
     steps: dict[Contender, _Step] = {}
+
+    def broke(contender: Contender, error: Exception) -> None:
+        row = rows[contender]
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:500]}"}
+        if is_lost(error):
+            # what is ready but not timed is no result
+            raise DeviceLost(row["key"], [r for r in rows.values() if r["status"] != "ok"]) from error
+        if contender == FLOOR and contender in steps:
+            raise _FloorBroke from error
+
     for contender in [FLOOR, *contenders]:
         say(f"{setting.key()}  prepare {contender.label()}")
         rows[contender] = row = _row(setting, contender, backbones, where)
         try:
             step = _Step(setting, contender, backbones, images, labels)
             row |= step.describe()
+            step._wait()  # an error of this contender must not show in the next
             steps[contender] = step
         except (BackboneError, OptionError) as error:
             row |= {"status": "skipped", "reason": str(error)}
         except Exception as error:  # of whatever kind: one contender must not cost the others their rows
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()[:500]}"}
+            broke(contender, error)
         if rows[FLOOR]["status"] != "ok":
             break  # nothing to compare with
         _tidy(device)
-    times, floors = _take_turns(
-        steps, rounds, device, lambda i: say(f"{setting.key()}  round {i} of {rounds}")
-    )
-    for contender, seconds in times.items():
-        rows[contender] |= _summary(seconds, floors[contender], setting.batch_size)
+    try:
+        times, floors = _take_turns(
+            steps, rounds, device, lambda i: say(f"{setting.key()}  round {i} of {rounds}"), broke
+        )
+    except _FloorBroke:
+        times, floors = {}, {}
+    for contender, row in rows.items():
+        if contender in times:
+            row |= _summary(times[contender], floors[contender], setting.batch_size)
+        elif row["status"] == "ok":
+            row |= {"status": "failed", "reason": f"not timed, the floor broke: {rows[FLOOR]['reason']}"}
     return list(rows.values())
 
 
@@ -432,29 +477,45 @@ def distance(a: Tensor, b: Tensor) -> float:
 Times = dict[Contender, list[float]]
 
 
-def _take_turns(steps: dict[Contender, _Step], rounds: int, device, say) -> tuple[Times, Times]:
-    """Seconds per step of every contender, one number per round, and of the floor at the same moments."""
-    repeats = {}
-    for contender, step in steps.items():
-        for _ in range(2):
-            seconds = _timed(step, 1, device)
-        repeats[contender] = max(1, math.ceil(ROUND_SECONDS.get(device.type, 0.0) / max(seconds, 1e-6)))
-    rivals = [contender for contender in steps if contender != FLOOR]
+def _take_turns(
+    steps: dict[Contender, _Step], rounds: int, device, say, broke: Callable[[Contender, Exception], None]
+) -> tuple[Times, Times]:
+    """Seconds per step of every contender, one number per round, and of the floor at the same moments.
+
+    One that breaks is told to `broke`, which raises where the others cannot go on, and is in neither.
+    """
     times: Times = {contender: [] for contender in steps}
     floors: Times = {contender: [] for contender in steps}
+
+    def timed(contender: Contender, repeats: int) -> float | None:
+        try:
+            return _timed(steps[contender], repeats, device)
+        except Exception as error:
+            broke(contender, error)
+            del times[contender], floors[contender]
+            return None
+
+    repeats = {}
+    for contender in steps:
+        timed(contender, 1)  # warms up
+        if contender in times and (seconds := timed(contender, 1)) is not None:
+            repeats[contender] = max(1, math.ceil(ROUND_SECONDS.get(device.type, 0.0) / max(seconds, 1e-6)))
     for i in range(rounds if FLOOR in steps else 0):
         say(i + 1)
+        rivals = [contender for contender in times if contender != FLOOR]
         turn = i % max(len(rivals), 1)
         order = rivals[turn:] + rivals[:turn]
-        before = _timed(steps[FLOOR], repeats[FLOOR], device)
+        before = timed(FLOOR, repeats[FLOOR])
         own = [before]
         for start in range(0, len(order), FLOOR_EVERY):
             some = order[start : start + FLOOR_EVERY]
             for contender in some:
-                times[contender].append(_timed(steps[contender], repeats[contender], device))
-            after = _timed(steps[FLOOR], repeats[FLOOR], device)
+                if (seconds := timed(contender, repeats[contender])) is not None:
+                    times[contender].append(seconds)
+            after = timed(FLOOR, repeats[FLOOR])
             for k, contender in enumerate(some, 1):
-                floors[contender].append(before + (after - before) * k / (len(some) + 1))
+                if contender in times:
+                    floors[contender].append(before + (after - before) * k / (len(some) + 1))
             before = after
             own.append(after)
         times[FLOOR].append(statistics.fmean(own))

@@ -1,14 +1,15 @@
-"""What is measured: the small plan for any machine, the full one for a GPU, and running either."""
+"""What is measured: a small plan for any machine, two for a GPU (first, full), and running one."""
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
 
 from lion_fast.backbones import OWN_WEIGHTS, family_of, load_backbone
-from lion_fast.bench.measure import forms_of, keys, measure
+from lion_fast.bench.measure import DeviceLost, forms_of, keys, measure
 from lion_fast.bench.rows import Contender, Setting, Store, context
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
@@ -18,6 +19,8 @@ VIT_B, VIT_L = "vit_base_patch16_224", "vit_large_patch16_224"
 MODES, DTYPES, ENGINES = ("infer", "train"), ("fp32", "bf16", "fp8"), ("eager", "compile", "graphs")
 # Models of one compiled run: their graphs' memory stays taken
 AT_ONCE = 6
+# A contender that lost the device so often is left alone
+MOST_LOSSES = 2
 
 Plan = list[tuple[Setting, list[Contender]]]
 
@@ -64,15 +67,37 @@ def small() -> Plan:
     plan: Plan = []
     for mode in ("train", "infer"):
         more = contenders(vit, mode, lengths=LENGTHS[1:], methods=("vpt",))
-        more = [c for c in more if dict(c.options).get("depth") is None]
-        plan.append((Setting(vit, mode, 4), contenders(vit, mode) + more))
-    lean = [c for c in contenders(vit, "train", methods=_present("lion", "vpt", "lora", "full")) if _plain(c)]
+        plan.append((Setting(vit, mode, 4), contenders(vit, mode) + _without_shallow(more)))
+    lean = _without_shallow(contenders(vit, "train", methods=_present("lion", "vpt", "lora", "full")))
+    lean = [c for c in lean if c.form not in ("naive", "merged")]
     plan.append((Setting(vit, "train", 4, memory="save"), lean))
     for other in ("swin_tiny_patch4_window7_224", "resnet18"):
         some = _present("lion", "probe", "vpt", "ssf", "full")
         plan += [
             (Setting(other, mode, 2), contenders(other, mode, methods=some)) for mode in ("train", "infer")
         ]
+    return plan
+
+
+def first() -> Plan:
+    """For a GPU's first minutes: ViT-B at batch 64 in bfloat16, LION beside VPT-deep and the probe.
+
+    What matters most comes first, and a setting is small: a stop loses at most one. By estimate, as nothing
+    of it has run on a GPU: 10 s to begin; in each of the five eager settings 4 s for two backbones, 1.5 s to
+    build and check a contender, and 7 rounds of 0.1 s for each contender and each run of the floor, 15 to
+    20 s in all; 20 to 25 s for each of the two compiled ones. Together two and a half minutes.
+    """
+    # none of them merges, so training and inference have the same contenders
+    near = _without_shallow(contenders(VIT_B, "train", methods=("lion", "vpt", "probe")))
+    far = _without_shallow(contenders(VIT_B, "train", lengths=(50, 200), methods=("vpt",)))
+    plan: Plan = [
+        (Setting(VIT_B, mode, 64, "bf16"), some) for some in (near, far) for mode in ("train", "infer")
+    ]
+    # a probe keeps nothing that could be saved
+    exact = [c for c in (*near, *far) if c.form != "naive" and c.method != "probe"]
+    plan.append((Setting(VIT_B, "train", 64, "bf16", memory="save"), exact))
+    # 8 bits pay where their rounding is fused, so both dtypes are compiled: LION's default form and the floor
+    plan += [(Setting(VIT_B, "infer", 64, dtype, "compile"), near[:1]) for dtype in ("bf16", "fp8")]
     return plan
 
 
@@ -84,7 +109,7 @@ def full() -> Plan:
     def add(backbone: str, mode: str, batch: int, lengths=(10,), methods=None, **setting) -> None:
         found = contenders(backbone, mode, lengths=lengths, methods=methods)
         if methods is not None:
-            found = [c for c in found if dict(c.options).get("depth") is None]
+            found = _without_shallow(found)
         one = Setting(backbone, mode, batch, **{"dtype": "bf16", **setting})
         size = len(found) if one.engine == "eager" else AT_ONCE
         plan.extend((one, found[i : i + size]) for i in range(0, len(found), size))
@@ -162,8 +187,11 @@ def _present(*methods: str) -> tuple[str, ...]:
     return tuple(m for m in methods if m in available())
 
 
-def _plain(contender: Contender) -> bool:
-    return contender.form not in ("naive", "merged") and dict(contender.options).get("depth") is None
+def _without_shallow(found: Iterable[Contender]) -> list[Contender]:
+    return [c for c in found if dict(c.options).get("depth") is None]
+
+
+PLANS: dict[str, Callable[[], Plan]] = {"small": small, "first": first, "full": full}
 
 
 def run(
@@ -175,42 +203,69 @@ def run(
     minutes: float | None = None,
     again: bool = False,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Measure what the store does not hold yet, writing after every setting.
 
-    A row counts as held if it was taken with the same versions, device, threads and git revision and did not
-    fail; `again` measures all. Where a row is missing, the setting's other missing contenders are timed
-    beside it with a floor of the same minutes. `minutes`: begin no setting after that. Returns counts:
-    "settings", "measured", "held", "left" (settings not begun).
+    A row counts as held if it was taken with the same versions, device, threads and revision of the code and
+    did not fail; `again` measures all. Where a row is missing, the setting's other missing contenders are
+    timed beside it with a floor of the same minutes. `minutes`: begin no setting after that.
+
+    Where a contender loses the device (`DeviceLost`), rows are written and this returns, as nothing more can
+    run in this process. In the next one that contender comes last, by itself, and after a second loss not
+    any more: whoever calls again as long as something is lost comes to an end.
+
+    Returns counts: "settings", "measured", "held", "left" (settings not begun), and "lost": the key of the
+    contender that lost the device, or None.
     """
     device = torch.device(device)
     where = context(device)
     ends = time.monotonic() + 60 * minutes if minutes is not None else None
-    told = {"settings": len(plan), "measured": 0, "held": 0, "left": 0}
-    for i, (setting, wanted) in enumerate(plan):
-        missing = [
-            c
-            for c, key in zip(wanted, list(keys(setting, wanted))[1:], strict=True)
-            if again or not store.has(key, where)
-        ]
-        told["held"] += len(wanted) - len(missing)
-        if not missing:
-            continue
+    told: dict[str, Any] = {"settings": len(plan), "measured": 0, "held": 0, "left": 0, "lost": None}
+    todo, last = [], []
+    for setting, wanted in plan:
+        floor, *others = keys(setting, wanted)
+        missing = []
+        for contender, key in zip(wanted, others, strict=True):
+            losses = 0 if again else max(_losses(store, k, where) for k in (floor, key))
+            if not again and (store.has(key, where) or losses >= MOST_LOSSES):
+                told["held"] += 1
+            elif losses:
+                last.append((setting, [contender]))
+            else:
+                missing.append(contender)
+        if missing:
+            todo.append((setting, missing))
+    todo += last
+    for i, (setting, missing) in enumerate(todo):
         if ends is not None and time.monotonic() >= ends:
             told["left"] += 1
             continue
-        rows = measure(
-            setting,
-            missing,
-            device=device,
-            rounds=rounds,
-            where=where,
-            say=lambda text, i=i: say(f"[{i + 1}/{len(plan)}] {text}"),
-        )
+        try:
+            rows = measure(
+                setting,
+                missing,
+                device=device,
+                rounds=rounds,
+                where=where,
+                say=lambda text, i=i: say(f"[{i + 1}/{len(todo)}] {text}"),
+            )
+        except DeviceLost as error:
+            rows = error.rows
+            lost = next(row for row in rows if row["key"] == error.key)
+            lost["losses"] = 1 + _losses(store, error.key, where)
+            told |= {"lost": error.key, "left": len(todo) - i}
         # an earlier floor stays beside the rows that were divided by it: each row has its own floor's time
         store.add(rows)
         told["measured"] += len(rows)
+        if told["lost"]:
+            break
     return told
+
+
+def _losses(store: Store, key: str, where: Mapping[str, Any]) -> int:
+    """How often this contender has lost the device since it last did not."""
+    row = store.get(key, where)
+    return row.get("losses", 0) if row is not None else 0
 
 
 def describe(plan: Plan) -> list[str]:

@@ -110,8 +110,11 @@ def _cpu_name() -> str:
 def git_revision() -> dict[str, Any]:
     """The revision of the running sources and whether they differ from it.
 
-    Outside a checkout LION_FAST_REVISION names it; else None.
+    LION_FAST_REVISION names it where it is set: a copy of the tree has no history, or one of its own. Else
+    git is asked; None where the sources are in no checkout, or in one that does not know them.
     """
+    if named := os.environ.get("LION_FAST_REVISION"):
+        return {"git": named, "git_code": named, "git_changed": None}
     folder = Path(lion_fast.__file__).resolve().parent
 
     def git(*args: str) -> str | None:
@@ -127,36 +130,41 @@ def git_revision() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    if not (folder.parent / ".git").exists():  # installed, perhaps inside somebody else's checkout
-        # a copy of a checkout without its history may say where it came from
-        named = os.environ.get("LION_FAST_REVISION")
-        return {"git": named, "git_code": named, "git_changed": None}
-    code = ("--", "lion_fast", "kernels")
+    code = ("--", "lion_fast", "kernels")  # documents may change between two runs
+    # installed packages may lie inside somebody else's checkout
+    revision = git("log", "-1", "--format=%H", *code) if (folder.parent / ".git").exists() else None
+    if not revision:
+        return {"git": None, "git_code": None, "git_changed": None}
     changed = git("status", "--porcelain", "--untracked-files=no", *code)
     return {
         "git": git("rev-parse", "HEAD"),
-        "git_code": git("log", "-1", "--format=%H", *code),  # documents may change between two runs
+        "git_code": revision,
         "git_changed": None if changed is None else bool(changed),
     }
 
 
 class Store:
-    """The rows of one folder: `rows.json` (everything) and `rows.csv` (flat), rewritten atomically.
+    """The rows of one folder: `rows.json`, rewritten atomically whenever rows come in.
 
-    Raises `DataError` for a file that holds something else.
+    What a killed process leaves is the file before or after a change, never a part of one. Raises `DataError`
+    for a file that holds something else.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.rows: list[dict] = read(self.folder / JSON_NAME) if (self.folder / JSON_NAME).exists() else []
+        self.path = self.folder / JSON_NAME
+        self.rows: list[dict] = read(self.path) if self.path.exists() else []
+
+    def get(self, key: str, where: Mapping[str, Any]) -> dict | None:
+        """The row of that key, if taken with the same versions, device, threads and revision of the code."""
+        same = ("versions", "device_name", "threads", "git_code")
+        found = (r for r in self.rows if r["key"] == key and all(r[k] == where[k] for k in same))
+        return next(found, None)
 
     def has(self, key: str, where: Mapping[str, Any]) -> bool:
-        """Whether this row was taken: same versions, device, threads and revision, and not failed."""
-        same = ("versions", "device_name", "threads", "git_code")
-        return any(
-            row["key"] == key and row["status"] != "failed" and all(row[k] == where[k] for k in same)
-            for row in self.rows
-        )
+        """Whether `get` finds a row that did not fail."""
+        row = self.get(key, where)
+        return row is not None and row["status"] != "failed"
 
     def add(self, rows: Iterable[dict]) -> None:
         """Put rows in, in the place of those with the same key, and write."""
@@ -166,28 +174,29 @@ class Store:
         self.write()
 
     def write(self) -> None:
-        """Write both files."""
+        """Write `rows.json`; it is on the disk when this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
         body = {
             "format": FORMAT,
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rows": self.rows,
         }
-        _replace(self.folder / JSON_NAME, json.dumps(body, indent=1) + "\n")
-        flat = [flatten(row) for row in self.rows]
-        names = list(dict.fromkeys(name for row in flat for name in row))
-        at = self.folder / (CSV_NAME + ".new")
-        with open(at, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(flat)
-        os.replace(at, self.folder / CSV_NAME)
+        new = self.path.with_name(self.path.name + ".new")
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(json.dumps(body, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
 
 
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+def write_csv(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Rows as a table, flat, for a spreadsheet."""
+    flat = [flatten(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
 
 
 def read(path: str | os.PathLike) -> list[dict]:

@@ -102,19 +102,26 @@ class FileImages:
 
 
 class ArrayImages:
-    """Images in memory: uint8, (N, H, W) grey or (N, H, W, 3) RGB."""
+    """Images in memory: uint8, (N, H, W) grey or (N, H, W, 3) RGB.
 
-    def __init__(self, array: np.ndarray):
+    there: bool (N,), False where the image was left out of the array; opening one raises DataError.
+    """
+
+    def __init__(self, array: np.ndarray, there: np.ndarray | None = None):
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[-1] != 3):
             raise DataError(
                 f"images must be uint8 (N, H, W) or (N, H, W, 3); got {array.dtype} {array.shape}"
             )
-        self.array = array
+        self.array, self.there = array, there
 
     def __len__(self) -> int:
         return len(self.array)
 
     def open(self, i: int) -> Image.Image:
+        if self.there is not None and not self.there[i]:
+            raise DataError(
+                f"image {i} was left out: these files hold a part of the set, made for other draws"
+            )
         return Image.fromarray(self.array[i]).convert("RGB")
 
 

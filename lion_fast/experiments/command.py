@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", choices=("tune", "final", "all"), default="all", help="[all]")
     parser.add_argument(
+        "--rows-only", action="store_true", default=False, help="write rows.jsonl, no report or plots"
+    )
+    parser.add_argument(
         "--report-only", action="store_true", default=False, help="write the report of the rows, run nothing"
     )
 
@@ -30,7 +33,10 @@ def run(args: argparse.Namespace) -> dict:
     """Run and report. The dict has "left", the number of runs for another time."""
     from lion_fast.experiments import report, runner
     from lion_fast.experiments.grid import read_grid
+    from lion_fast.experiments.rows import NAME
 
+    if args.rows_only and args.report_only:
+        raise OptionError("--rows-only and --report-only exclude each other")
     grid = read_grid(args.grid)
     out = Path(getattr(args, "out", None) or runner.default_out(grid))
     minutes, only = getattr(args, "minutes", None), parse_only(getattr(args, "only", []))
@@ -50,11 +56,11 @@ def run(args: argparse.Namespace) -> dict:
             error.args = ("interrupted",)
             error.hint = f"rows are in {out}; the same command goes on from there"
             raise
-    path = report.write(grid, out)
+    path = out / NAME if args.rows_only else report.write(grid, out)
     if not args.json:
         left = f", {told.left} left: run again to go on" if told.left else ""
         print(f"{told.done} runs done ({told.failed} failed), {told.held} were there{left}: {path}")
-    return {"out": str(out), "report": str(path), **vars(told)}
+    return {"out": str(out), "report": None if args.rows_only else str(path), **vars(told)}
 
 
 def exit_code(result: dict) -> int:

@@ -21,7 +21,8 @@ from lion_fast.yaml_values import numbers, read_settings
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
 _GRID = [
-    "name", "note", "backbones", "sets", "seeds", "tuning_seeds", "train", "methods", "reference", "pairs",
+    "name", "note", "backbones", "sets", "seeds", "tuning_seeds", "train", "methods", "first", "reference",
+    "pairs",
 ]  # fmt: skip
 _METHOD = ["method", "options", "train", "grid", "fixed", "fewer", "note"]
 _DATA = [p.name for p in inspect.signature(load_data).parameters.values() if p.name != "seed"]
@@ -83,6 +84,7 @@ class Grid:
     reference: str | None = None
     pairs: Sequence[tuple[str, str]] = field(default_factory=tuple)
     note: str = ""
+    first: Sequence[tuple[str, str]] = field(default_factory=tuple)
     _items: dict = field(default_factory=dict, repr=False, compare=False)
 
     def settings(self, set_label: str, label: str, index: int) -> tuple[dict, dict]:
@@ -225,9 +227,13 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         train=train,
         methods=methods,
         reference=given.get("reference"),
-        pairs=_pairs(given.get("pairs") or []),
+        pairs=_pairs(given.get("pairs") or [], "pairs must be a list of [method, method]"),
         note=str(given.get("note", "")),
+        first=_pairs(given.get("first") or [], "first must be a list of [backbone, set]"),
     )
+    for backbone, set_label in grid.first:
+        check_choice("first: backbone", backbone, grid.backbones)
+        check_choice("first: set", set_label, grid.sets)
     for label in [*([grid.reference] if grid.reference else []), *itertools.chain(*grid.pairs)]:
         check_choice("reference and pairs: method", label, methods)
     _check_equal(methods.values())
@@ -330,7 +336,7 @@ def _seeds(given: Mapping[str, Any], name: str, default: list[int]) -> list[int]
     return seeds
 
 
-def _pairs(given: object) -> tuple[tuple[str, str], ...]:
+def _pairs(given: object, rule: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or any(not isinstance(p, list) or len(p) != 2 for p in given):
-        raise OptionError(f"pairs must be a list of [method, method]; got {given!r}")
+        raise OptionError(f"{rule}; got {given!r}")
     return tuple((str(a), str(b)) for a, b in given)

@@ -19,6 +19,8 @@ from lion_fast.experiments.rows import RowFile
 from lion_fast.experiments.work import Workshop, draw_key
 
 Only = Mapping[str, Sequence[str]]
+# Of several workers' runs; with more, something is wrong with all of them
+MOST_BROKEN = 5
 
 
 class ExperimentError(LionError, RuntimeError):
@@ -48,9 +50,11 @@ def run(
     """Do what is left of the grid's runs and append their rows to `rows.jsonl` in `out`.
 
     Tuning comes first, the cheap methods before the dear ones; then the final runs, every method with the
-    first seed before any with the second, so that a stop leaves an even table.
+    first seed before any with the second, so that a stop leaves an even table. What the grid names as `first`
+    goes through both before the rest.
 
-    workers: processes; 1 runs here. On a GPU they share the device.
+    workers: processes; 1 runs here. On a GPU they share the device. Where a run breaks in one of several,
+    the others go on, a new process in its place, until `MOST_BROKEN` runs broke.
     minutes: begin no run after so long. only: {"method" | "set" | "backbone": labels}.
     stage: "tune", "final" (of cells that are tuned) or "all".
 
@@ -58,7 +62,7 @@ def run(
         OptionError: A label or a setting that does not exist, a method that does not fit a backbone, or an
             `out` that cannot be written.
         DataError: Images that are others than those of the rows in `out`.
-        ExperimentError: A run ended by something else than divergence, or a worker died.
+        ExperimentError: Runs ended by something else than divergence, or a worker died.
     """
     check_choice("stage", stage, (*STAGES, "all"))
     if workers < 1:
@@ -174,10 +178,12 @@ class _Plan:
         return known, waiting
 
     def _order(self, item: Item) -> tuple:
+        first, block = self.grid.first, (item.backbone, item.set)
+        place = first.index(block) if block in first else len(first)
         config = self.grid.config(item.set, item.label, item.index, item.seed)
         cheap = self.grid.methods[item.label].method != "probe"
         turn = self.grid.seeds.index(item.seed) if item.stage == "final" else 0
-        return item.stage == "final", turn, cheap, config.epochs * self.images[item.set]
+        return place, item.stage == "final", turn, cheap, config.epochs * self.images[item.set]
 
     def held(self) -> int:
         """Wanted runs that were there already."""
@@ -224,13 +230,18 @@ def _here(plan: _Plan, home: Workshop, workers: int, late: Late, keep: Keep) -> 
 
 
 def _in_processes(plan: _Plan, home: Workshop, workers: int, late: Late, keep: Keep) -> None:
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     threads = _threads(workers)
     team: dict[Connection, multiprocessing.process.BaseProcess] = {}
     busy: dict[Connection, Item] = {}
+    broken: list[str] = []
+
+    def more() -> Item | None:
+        return None if late() or len(broken) >= MOST_BROKEN else plan.next()
+
     try:
         while True:
-            while len(busy) < workers and not late() and (item := plan.next()) is not None:
+            while len(busy) < workers and (item := more()) is not None:
                 mine = next((c for c in team if c not in busy), None)
                 if mine is None:
                     mine, theirs = spawn.Pipe()
@@ -241,30 +252,42 @@ def _in_processes(plan: _Plan, home: Workshop, workers: int, late: Late, keep: K
                 mine.send(item)
                 busy[mine] = item
             if not busy:
-                return
+                break
             for connection in wait(list(busy)):
                 item = busy.pop(connection)
                 try:
                     row, fault = connection.recv()
                 except EOFError:
                     team[connection].join(10)
-                    code = team[connection].exitcode
-                    raise ExperimentError(
-                        f"the process of {item} died (exit code {code}); out of memory is the usual reason: "
-                        "run again with fewer workers. Rows written before are kept"
-                    ) from None
+                    row, fault = (
+                        None,
+                        (
+                            f"its process died (exit code {team[connection].exitcode}); out of memory is the "
+                            "usual reason: run again with fewer workers. Rows written before are kept"
+                        ),
+                    )
                 if fault:
-                    raise ExperimentError(f"{item}: {fault}")
-                keep(item, row)
+                    broken.append(f"{item}: {fault}")
+                    # a device that failed fails every later run of the process
+                    _end({connection: team.pop(connection)})
+                else:
+                    keep(item, row)
     finally:
-        for process in team.values():
-            process.terminate()
-        for connection, process in team.items():
-            process.join(5)
-            if process.is_alive():  # in a long step, where a request to stop is only noted
-                process.kill()
-                process.join()
-            connection.close()
+        _end(team)
+    if broken:
+        more_of_them = f"\n{len(broken) - 1} more runs broke:\n" if len(broken) > 1 else ""
+        raise ExperimentError(broken[0] + more_of_them + "\n".join(broken[1:]))
+
+
+def _end(team: Mapping[Connection, multiprocessing.process.BaseProcess]) -> None:
+    for process in team.values():
+        process.terminate()
+    for connection, process in team.items():
+        process.join(5)
+        if process.is_alive():  # in a long step, where a request to stop is only noted
+            process.kill()
+            process.join()
+        connection.close()
 
 
 def _serve(connection: Connection, grid: Grid, threads: int) -> None:
