@@ -17,6 +17,8 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(items):
+    # What takes long begins first, so that no worker of a parallel run is left with it at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
