@@ -118,7 +118,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         Step(
             "accuracy",
             "accuracy",
-            (*experiment, "--out", str(out / "accuracy-gpu")),
+            (*experiment, "--out", str(out / "accuracy" / "gpu")),
             7,
             missing=None if options.pack.exists() else no_pack,
             variables=pack,
