@@ -37,6 +37,8 @@ GRACE_SECONDS = 8
 LEAST_SECONDS = 10
 # How often a step is started again after it has lost the device.
 RESTARTS = 6
+# The exit status of `lion-fast experiment` whose minutes are over before its grid is.
+OUT_OF_TIME = 3
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,17 @@ def run_step(step: Step, seconds: float, log: Log) -> tuple[str, int | None]:
     try:
         for _ in range(RESTARTS):
             status = Running(step, end - time.monotonic(), log).wait()
-            if status != stage.LOST_DEVICE or end - time.monotonic() < LEAST_SECONDS:
+            # A process that a signal ended may have been taken down by its device too.
+            lost = status is not None and (status == stage.LOST_DEVICE or status < 0)
+            if not lost or end - time.monotonic() < LEAST_SECONDS:
                 break
-            log.write(f"-- {step.name}: the device was lost to it; once more")
+            log.write(f"-- {step.name}: ended with {status}, its device lost to it; once more")
         if beside is not None and beside.wait() is None:
             log.write(f"-- {step.beside.name}: out of time")
     finally:
         if beside is not None:
             beside.stop()
-    return ("out of time" if status is None else "ok" if status == 0 else "red"), status
+    return ("out of time" if status in (None, OUT_OF_TIME) else "ok" if status == 0 else "red"), status
 
 
 def main(argv: list[str] | None = None) -> int:

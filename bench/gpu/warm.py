@@ -125,9 +125,8 @@ def default_calls() -> list[Call]:
     # A ViT-B with form="residual", then with "states": 16 rows of width R an image, float32 in autocast too.
     for dtype, batch in ((torch.bfloat16, 64), (torch.float32, 64)):
         train_and_infer(batch * problems.TOKENS_PER_IMAGE, state=32, dtype=dtype)
-    states = {"width": 32, "state": 32, "activation": "tanh", "residual": False}
-    for dtype in (torch.float32, torch.bfloat16):
-        train_and_infer(16 * 64, dtype=dtype, **states)
+    for dtype, state in itertools.product((torch.float32, torch.bfloat16), (32, 64)):
+        train_and_infer(1024, width=state, state=state, activation="tanh", residual=False, dtype=dtype)
     for case in sparse.cases(*sparse.FIRST):
         rows, dense = sparse.BATCH * problems.TOKENS_PER_IMAGE, {"width": case.width, "state": case.state}
         train_and_infer(rows, **dense)
