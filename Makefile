@@ -34,7 +34,7 @@ bench: $(INSTALLED)  ## cost of the layer, of every method's hot pieces, and of 
 	$(RUN) -m lion_fast bench --out bench/results/methods-cpu --device cpu
 
 # GRID names one grid, ARGUMENTS more options: make accuracy GRID=bench/accuracy/smoke.yaml
-# but for the grid of a GPU, which is days of a CPU.
+# By default all but the grid of a GPU, which is too large for a CPU.
 GRID ?= $(filter-out bench/accuracy/gpu.yaml,$(wildcard bench/accuracy/*.yaml))
 accuracy: $(INSTALLED)  ## run what is left of the accuracy experiments in bench/accuracy, and report
 	set -e; for grid in $(GRID); do \

@@ -9,6 +9,7 @@ and the same sources finds its kernel. Needs no GPU. Exits with 1 where a kernel
 """
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import queue
