@@ -512,6 +512,18 @@ def test_what_makes_a_run_red(tmp_path):
     assert states == ["left out: no such tool", "left out"]
 
 
+def test_a_run_on_another_machine_goes_on_behind_committed_rows(tmp_path):
+    results, out = tmp_path / "results", tmp_path / "out"
+    for name in run.ROW_FILES:
+        (results / name).parent.mkdir(parents=True)
+        (results / name).write_text("earlier")
+    (out / run.ROW_FILES[1]).parent.mkdir(parents=True)
+    (out / run.ROW_FILES[1]).write_text("newer")
+    run.bring_earlier_rows(results, out)
+    assert [(out / name).read_text() for name in run.ROW_FILES] == ["earlier", "newer"]
+    run.bring_earlier_rows(results, results)
+
+
 def test_an_unknown_stage_and_the_list(capsys):
     with pytest.raises(SystemExit):
         run.main(["frist"])

@@ -31,6 +31,8 @@ ROOT = stage.ROOT
 STAGES = ("warm", "first", "tests", "rest", "accuracy")
 GRID = ROOT / "bench" / "accuracy" / "gpu.yaml"
 PACK = ROOT / "build" / "gpu-pack"
+# Rows of the methods and of the experiments.
+ROW_FILES = (Path("methods-gpu", "rows.json"), Path("accuracy", "gpu", "rows.jsonl"))
 # A step that is interrupted has so long to write what it knows.
 GRACE_SECONDS = 8
 # With less than this left no step begins.
@@ -75,7 +77,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         if dry:
             words = ("--backbones", "vit_tiny_patch16_224", "--img-size", "32", "--batch-sizes", "2")
             words += ("--rounds", "1", "--methods", *dry_methods)
-        where = ("--device", device, "--out", str(out / "methods-gpu"))
+        where = ("--device", device, "--out", str((out / ROW_FILES[0]).parent))
         return ("-m", "lion_fast", "bench", *words, "--rows-only", *where)
 
     def sanitizer(tool: str) -> Step:
@@ -120,7 +122,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         Step(
             "accuracy",
             "accuracy",
-            (*experiment, "--out", str(out / "accuracy" / "gpu")),
+            (*experiment, "--out", str((out / ROW_FILES[1]).parent)),
             7,
             missing=None if options.pack.exists() else no_pack,
             variables=pack,
@@ -246,8 +248,18 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not shutil.which("nvidia-smi"):
         parser.error("this machine has no CUDA device; `--dry-run --device cpu` tries the program")
     options.out.mkdir(parents=True, exist_ok=True)
+    if not options.dry_run:
+        bring_earlier_rows(stage.RESULTS, options.out)
     os.environ.setdefault("LION_FAST_RUN", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     return run_all(todo, options.out, 60 * options.minutes)
+
+
+def bring_earlier_rows(results: Path, out: Path) -> None:
+    """Copy the committed rows of the steps that know one folder only; those of the kernels are found anyway."""
+    for name in ROW_FILES:
+        if (results / name).exists() and not (out / name).exists():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(results / name, out / name)
 
 
 def run_all(todo: list[Step], out: Path, seconds: float) -> int:
