@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bring_earlier_rows(results: Path, out: Path) -> None:
-    """Copy the committed rows of the steps that know one folder only; those of the kernels are found anyway."""
+    """Copy the committed rows of the steps that know one folder only; the kernels' are found anyway."""
     for name in ROW_FILES:
         if (results / name).exists() and not (out / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
