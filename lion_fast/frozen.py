@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lion_fast import fp8
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import BackboneError, OptionError, check_choice
 
 MEMORY = ("plain", "save")
@@ -154,6 +155,7 @@ class SavingSwinV2Block(SwinTransformerV2Block):
         return again(self, lambda x: x + self.norm2(run_mlp(self.mlp, x)), x)
 
 
+@works_for_first
 def again(module: nn.Module, function: Callable, *tensors: Tensor) -> Tensor:
     """function(*tensors), computed again in the backward instead of kept; `module` owns its parameters."""
     tracked = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters())
@@ -172,6 +174,7 @@ def run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return mlp(x)
 
 
+@works_for_first
 def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
     """What the second half of a ViT block adds to rows (..., D); a saving block keeps x alone for it."""
     post = isinstance(block, ResPostBlock)
@@ -188,6 +191,7 @@ def plain_attention(attn: nn.Module) -> bool:
     return type(attn) is Attention and not _touched(attn)
 
 
+@works_for_first
 def heads(
     attn: Attention, x: Tensor, k_prefix: Tensor | None = None, v_prefix: Tensor | None = None
 ) -> Tensor:
@@ -205,6 +209,7 @@ def heads(
     return attend(attn, x, q, k, v)
 
 
+@works_for_first
 def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, h, N, d) on k and v, up to the output projection: rows (B, N, h d).
 
@@ -216,6 +221,7 @@ def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return out if gate is None else out * gate(x).sigmoid()
 
 
+@works_for_first
 def tail(block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """The rest of a ViT block behind its attention's heads: projection, residuals and MLP.
 
