@@ -1,0 +1,5 @@
+"""`lion-fast profile`: memory and time of one's own model, part by part."""
+
+from lion_fast.profiling.measure import profile_model
+
+__all__ = ["profile_model"]
