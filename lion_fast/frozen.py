@@ -155,7 +155,6 @@ class SavingSwinV2Block(SwinTransformerV2Block):
         return again(self, lambda x: x + self.norm2(run_mlp(self.mlp, x)), x)
 
 
-@works_for_first
 def again(module: nn.Module, function: Callable, *tensors: Tensor) -> Tensor:
     """function(*tensors), computed again in the backward instead of kept; `module` owns its parameters."""
     tracked = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters())
@@ -191,7 +190,6 @@ def plain_attention(attn: nn.Module) -> bool:
     return type(attn) is Attention and not _touched(attn)
 
 
-@works_for_first
 def heads(
     attn: Attention, x: Tensor, k_prefix: Tensor | None = None, v_prefix: Tensor | None = None
 ) -> Tensor:
@@ -209,7 +207,6 @@ def heads(
     return attend(attn, x, q, k, v)
 
 
-@works_for_first
 def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q (B, h, N, d) on k and v, up to the output projection: rows (B, N, h d).
 
@@ -221,7 +218,6 @@ def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return out if gate is None else out * gate(x).sigmoid()
 
 
-@works_for_first
 def tail(block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """The rest of a ViT block behind its attention's heads: projection, residuals and MLP.
 

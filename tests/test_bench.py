@@ -177,12 +177,13 @@ def test_owners_are_told_by_module_and_not_by_file():
     del out
     for backbone, method in (
         (vit(), "vpt"),
+        (vit(memory="save"), "vpt"),
         (load_backbone("swin_tiny_patch4_window7_224", pretrained=False, img_size=64), "vpt"),
-        (vit(), "cvpt"),
+        (vit(depth=2), "cvpt"),
     ):
         model = create(backbone, method, num_classes=4, length=2)
         x = torch.randn(1, 3, *[backbone.img_size] * 2)
-        with memory.SavedTensors(model, [x]) as kept:
+        with memory.SavedTensors(model, [x]) as kept, torch.autocast("cpu", torch.bfloat16):
             F.cross_entropy(model(x), torch.tensor([1]))
         # prompts are rows that the frozen attention reads: these methods keep nothing of their own
         assert kept.bytes["method"] == 0 < kept.bytes["backbone"]
