@@ -1,7 +1,8 @@
 """What is measured of a model: its equilibria, the time of its steps part by part, its memory, a trace."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def profile_model(
     labels: (B); None: zeros.
     modes: "train" (forward, backward, optimiser) and "infer". Where `fit` would compute the backbone's rows
         once, "train" also gives "cached", a step on such rows.
-    steps: timed steps of each kind: plain ones, and in turns with them ones whose parts are told apart.
-    warmup: steps before.
+    steps: how many steps of each kind are timed plainly, and, in turns with them, part by part.
+    warmup: steps before them.
     mixed_precision: "no", "bf16", or "fp16" on CUDA.
     optimizer: "adamw" or "sgd" with momentum; its learning rate is 0, so that all steps are the same.
     out: folder for report.md, profile.json, plots and traces; on CUDA the allocator's snapshots too.
@@ -132,22 +133,19 @@ def _about(model, images: Tensor, images_are: str, mixed_precision: str, optimiz
     }
 
 
-class _as_it_was:
-    """Context manager: trained values, gradients and mode of a model are given back behind it."""
-
-    def __init__(self, model: TunedModel):
-        self.model, self.training = model, model.training
-        self.trained = [(p, p.detach().to("cpu", copy=True), p.grad) for p in model.trainable_parameters()]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc_info: object) -> None:
+@contextmanager
+def _as_it_was(model: TunedModel) -> Iterator[None]:
+    """Trained values, gradients and mode of a model are given back behind it."""
+    training = model.training
+    trained = [(p, p.detach().to("cpu", copy=True), p.grad) for p in model.trainable_parameters()]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for p, value, grad in self.trained:
+            for p, value, grad in trained:
                 p.copy_(value)  # a gradient that is not finite moves it even at a rate of 0
                 p.grad = grad
-        self.model.train(self.training)
+        model.train(training)
 
 
 class _Step:
@@ -160,12 +158,13 @@ class _Step:
         self.net: nn.Module = model
         self.inputs = images
         if kind == "cached":
-            with torch.no_grad(), self._autocast(), model.eval().backbone.autocast(images.device):
+            model.eval()
+            with torch.no_grad(), self._autocast(), model.backbone.autocast(images.device):
                 self.inputs = model.encode(images)
+            self.net = model.behind()
             self.mixed_precision = "no"  # as `fit` has it: heads compute in their own dtype
         model.train(self.train)
-        if kind == "cached":
-            self.net = model.behind()
+        self.net.train(self.train)
         self.optimizer = None
         if self.train:
             make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}

@@ -49,7 +49,7 @@ def time_by_part(modes: Mapping[str, Any], path: Path, title: str) -> bool:
                         left, share = left + width, share + inside[part]["share"]
                 _beside(axes, left, y, f"{_short(left)} ms, {share:.1%}")
             whole = 1e3 * told["clocked"]["seconds"]
-            _finish(axes, rows[kind], f"{kind}: {_short(whole)} ms a step")
+            _finish(axes, rows[kind], f"{kind}: {_short(whole)} ms a step, with the clock")
         panels[-1].set_xlabel("ms, median")
         _legend(figure, panels[0], {p: c for p, c in _PHASES.items() if _seen(timed, p)})
         figure.suptitle(f"Time by part: {title}", fontsize=10)
