@@ -297,7 +297,9 @@ def build_parser() -> argparse.ArgumentParser:
     own = ("weights", "pretrained", "img_size", "method")
     texts = {"pretrained": (bool, "load weights from timm's hub [no: random ones]")}
     _add_options(group, {name: (_MODEL_OPTIONS | texts)[name] for name in own})
-    group.add_argument("--classes", type=int, metavar="N", help=f"[{profile_command.NUM_CLASSES}]")
+    group.add_argument(
+        "--classes", type=int, metavar="N", help=f"outputs of the head [{profile_command.NUM_CLASSES}]"
+    )
     _add_settings(group)
 
     from lion_fast.experiments import command as experiment_command

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default=DEFAULT_OUT, help=f"folder of report and plots [{DEFAULT_OUT}]")
     parser.add_argument("--mode", choices=("train", "infer"), help="only this one [both]")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"[{BATCH_SIZE}]")
+    parser.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"images of a step [{BATCH_SIZE}]"
+    )
     parser.add_argument(
         "--images", nargs="+", metavar="IMAGE", help="measure on these images [on random ones]"
     )
