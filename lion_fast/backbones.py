@@ -34,6 +34,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import Tensor, nn
 
 from lion_fast import frozen
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import BackboneError, OptionError, WeightsError, check_choice
 from lion_fast.weights import load_into, load_state, resolve
 
@@ -178,6 +179,7 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: frozen means dropout off and statistics still."""
         return super().train(False)
 
+    @works_for_first
     def enter(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the rows in front of the first frozen block.
 
@@ -192,6 +194,7 @@ class Backbone(nn.Module):
             return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return model.patch_embed(images) if self.family == "swin" else images
 
+    @works_for_first
     def body(self, x: Tensor) -> Tensor:
         """Rows of `enter` through the frozen blocks and the last norm.
 
@@ -211,6 +214,7 @@ class Backbone(nn.Module):
             return (self.width_out,) * len(self.model.blocks)
         return tuple(stage["num_chs"] for stage in self.model.feature_info)
 
+    @works_for_first
     def body_and_map(self, x: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """`body(x)`, and the map (B, H, W, C) that left block or stage `at` on the way, C = `map_widths[at]`.
 
@@ -240,6 +244,7 @@ class Backbone(nn.Module):
             )
         return rows.unflatten(1, (height, width))
 
+    @works_for_first
     def pool(self, y: Tensor, how: str = "backbone") -> Tensor:
         """Rows of `body` to features (B, F), as the backbone pools or as `how` says.
 
@@ -332,6 +337,7 @@ def takes_prefix(block: nn.Module) -> bool:
     return isinstance(block, (Block, ResPostBlock)) and type(block.attn) is Attention
 
 
+@works_for_first
 def prefix_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, each (h, P, D/h), that token rows (P, D) would have in a ViT block.
 
@@ -347,6 +353,7 @@ def prefix_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     return attn.k_norm(k), v
 
 
+@works_for_first
 def prefix_block(block: nn.Module, x: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
     """One frozen ViT block on rows (B, N, D) that also attend to P rows of keys and values (h, P, D/h)."""
     rows = x if isinstance(block, ResPostBlock) else block.norm1(x)

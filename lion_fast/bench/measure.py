@@ -350,7 +350,7 @@ class _Step:
         exclude = [self.images, self.labels, *([self.rows] if self.optimizer is None else [])]
         kept = saved_bytes(self.model, forward, exclude)
         if self.device.type == "cuda":
-            kept["by_allocator"] = cuda_activations(forward)
+            kept["by_allocator"] = cuda_activations(self.model, forward, exclude)
         return kept
 
     def _check_compiled(self) -> str:

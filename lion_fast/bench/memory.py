@@ -1,47 +1,40 @@
 """Where a training step's memory goes: what the backward keeps, by who kept it.
 
 Two instruments with one rule of ownership. `SavedTensors` sums the unique storages that autograd keeps, on
-any device: counted, so the same numbers every time. `cuda_activations` reads the CUDA allocator's record.
+any device: counted, so the same numbers every time. `cuda_activations` finds them in the CUDA allocator.
 """
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lion_fast import frozen
+from lion_fast.at_work import AtWork
+from lion_fast.backbones import Backbone
 
 OWNERS = ("backbone", "method", "head", "loss")
-# Files whose work is the frozen backbone's, whoever calls it; every other file of ours is a method's
-_BACKBONE = (
-    "lion_fast/backbones.py",
-    "lion_fast/frozen.py",
-    "lion_fast/fp8.py",
-    "lion_fast/methods/blocks.py",
-)
-_METHOD = ("/lion_fast/", "/lion_kernels/")
 
 
-def owner_of(frames: Iterable[tuple[str, str, object]]) -> str:
-    """Who works, by the innermost frame that tells: (file, function, the module or None), innermost first.
+def owners_of(model: nn.Module) -> dict[int, str]:
+    """Whose work each module of a model does, by its id: the backbone's, the head's, else the method's.
 
-    >>> owner_of([("torch/nn/functional.py", "gelu", None), ("/x/timm/layers/mlp.py", "forward", None)])
-    'backbone'
+    A module that a method put into a block of the backbone, and holds itself too, is the method's.
+
+    >>> stack = nn.Sequential(nn.Linear(2, 2))
+    >>> set(owners_of(stack).values())
+    {'method'}
     """
-    for file, function, is_head in frames:
-        file = file.replace("\\", "/")
-        if is_head:
-            return "head"
-        if "/timm/" in file or file.endswith(_BACKBONE):
-            return "backbone"
-        if "/lion_fast/bench/" in file:
-            break
-        if any(part in file for part in _METHOD):
-            in_head = file.endswith("methods/base.py") and function == "forward"
-            return "head" if in_head else "method"
-    return "loss"
+    if isinstance(model, Backbone):
+        return {id(module): "backbone" for module in model.modules()}
+    owners = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        place = name.split(".")[0]
+        owner = place if place in ("backbone", "head") else "method"
+        if owners.get(id(module)) != "method":
+            owners[id(module)] = owner
+    return owners
 
 
 class SavedTensors:
@@ -49,7 +42,8 @@ class SavedTensors:
 
     Parameters, buffers and `exclude` (the images) are there anyway and do not count. A storage that several
     keep counts once, for the first of backbone, method, head, loss that keeps it; kept as a view, it counts
-    whole, since whole is what stays allocated.
+    whole, since whole is what stays allocated. Who keeps is whose module is at work (`AtWork`), and outside
+    of all modules the loss. A part of the graph that is let go on the way counts too.
 
     >>> x = torch.ones(1000, requires_grad=True)
     >>> with SavedTensors(nn.Identity()) as kept:
@@ -59,19 +53,24 @@ class SavedTensors:
     """
 
     def __init__(self, model: nn.Module, exclude: Iterable[Tensor] = ()):
-        self.head = getattr(model, "head", None)
+        self._work = AtWork(owners_of(model), outside="loss")
         apart = [*model.parameters(), *model.buffers(), *exclude]
         self._apart = {t.untyped_storage().data_ptr() for t in apart}
         self._kept: dict[int, tuple[int, set[str]]] = {}
+        # held while counting: a part of the graph that is let go on the way would give its address to others
+        self._held: list[torch.UntypedStorage] = []
         self.tensors: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 
     def __enter__(self) -> "SavedTensors":
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
         self._hooks.__enter__()
         frozen.KEEPS.append(self._keep)
+        self._work.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self._held.clear()
+        self._work.__exit__(*exc_info)
         frozen.KEEPS.remove(self._keep)
         self._hooks.__exit__(*exc_info)
 
@@ -80,8 +79,13 @@ class SavedTensors:
         """Bytes by owner, in the order of `OWNERS`."""
         found = dict.fromkeys(OWNERS, 0)
         for size, owners in self._kept.values():
-            found[next(owner for owner in OWNERS if owner in owners)] += size
+            found[_first(owners)] += size
         return found
+
+    @property
+    def addresses(self) -> dict[int, str]:
+        """The owner of each storage that is kept, by its address."""
+        return {where: _first(owners) for where, (_, owners) in self._kept.items()}
 
     @property
     def total(self) -> int:
@@ -97,22 +101,16 @@ class SavedTensors:
         where = storage.data_ptr()
         if storage.nbytes() == 0 or where in self._apart:
             return
-        owner = owner_of(self._frames())
-        # what is kept stays allocated while the graph lives, so an address is one storage
+        owner = self._work.name
         size, owners = self._kept.setdefault(where, (storage.nbytes(), set()))
         if not owners:
+            self._held.append(storage)
             self.tensors.append((owner, tuple(t.shape), t.dtype))
         owners.add(owner)
 
-    def _frames(self) -> Iterator[tuple[str, str, object]]:
-        frame = sys._getframe(2)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            own = file.endswith("nn/modules/linear.py") and self.head is not None
-            is_head = own and frame.f_locals.get("self") is self.head
-            if not file.endswith("bench/memory.py"):
-                yield file, frame.f_code.co_name, is_head
-            frame = frame.f_back
+
+def _first(owners: set[str]) -> str:
+    return next(owner for owner in OWNERS if owner in owners)
 
 
 def saved_bytes(
@@ -126,29 +124,52 @@ def saved_bytes(
     return found
 
 
-def cuda_activations(forward: Callable[[], Tensor]) -> dict[str, int]:
-    """Bytes that a forward leaves allocated on CUDA, by owner, from the allocator's snapshot.
+def cuda_activations(
+    model: nn.Module, forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()
+) -> dict[str, int]:
+    """Bytes that a forward leaves allocated on CUDA, by the owners of `SavedTensors`, from the allocator.
 
-    Ownership is by who allocated; `SavedTensors` goes by who keeps. The totals agree but for the allocator's
-    rounding and what is alive without being kept, such as the logits.
+    "unkept" is what is alive without being kept for the backward, such as the logits.
     """
     torch.cuda.synchronize()
-    torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python")
-    try:
+    before = torch.cuda.memory._snapshot()
+    with SavedTensors(model, exclude) as kept:
         out = forward()
-        torch.cuda.synchronize()
-        snapshot = torch.cuda.memory._snapshot()
-    finally:
-        torch.cuda.memory._record_memory_history(None)
-    found: Counter[str] = Counter(dict.fromkeys(OWNERS, 0))
-    for segment in snapshot["segments"]:
-        for block in segment["blocks"]:
-            frames = block.get("frames") or ()
-            if block["state"] == "active_allocated" and frames:
-                told = owner_of((f["filename"], f["name"], False) for f in frames)
-                found[told] += block.get("requested_size", block["size"])
+    torch.cuda.synchronize()
+    found = allocated_since(before, torch.cuda.memory._snapshot(), kept.addresses)
     del out
-    return dict(found)
+    return found
+
+
+def allocated_since(
+    before: Mapping[str, Any], after: Mapping[str, Any], kept: Mapping[int, str]
+) -> dict[str, int]:
+    """Bytes asked for in blocks of one snapshot of CUDA's allocator that an earlier one does not hold.
+
+    A block belongs to who keeps the storage at its address, by `kept`; else it is "unkept". A block that was
+    there before counts only if it is kept: its address was free for a while.
+
+    >>> block = {"state": "active_allocated", "address": 512, "size": 1024, "requested_size": 1000}
+    >>> snapshots = {"segments": []}, {"segments": [{"blocks": [block], "address": 512}]}
+    >>> allocated_since(*snapshots, {512: "head"})
+    {'backbone': 0, 'method': 0, 'head': 1000, 'loss': 0, 'unkept': 0}
+    """
+    found = dict.fromkeys((*OWNERS, "unkept"), 0)
+    there = {address for address, _ in _active_blocks(before)}
+    for address, size in _active_blocks(after):
+        if address in kept or address not in there:
+            found[kept.get(address, "unkept")] += size
+    return found
+
+
+def _active_blocks(snapshot: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Address and size asked for of every block in use."""
+    for segment in snapshot["segments"]:
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                yield address, block.get("requested_size", block["size"])
+            address += block["size"]  # blocks lie one behind the other
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:

@@ -12,7 +12,7 @@ COUNTED_THRESHOLD = 0.01
 def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
     """The report of some rows; `plots` are file names to show."""
     lines = ["# Measured cost", ""]
-    for where, some in _grouped(rows, _where):
+    for where, some in _grouped(rows, where_taken):
         lines += [f"Measured on {where}.", ""]
         sources = sorted({(r["backbone"], r["weights_source"], r["weights_sha256"][:12]) for r in some})
         lines += [f"- {name}: weights {source}, sha256 {digest}" for name, source, digest in sources]
@@ -34,7 +34,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> st
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _where(row: Mapping[str, Any]) -> str:
+def where_taken(row: Mapping[str, Any]) -> str:
+    """Device, versions and revision of a row's `context`, in words."""
     versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items() if v)
     revision = row["git"] or "no git checkout"
     changed = " with local changes" if row["git_changed"] else ""

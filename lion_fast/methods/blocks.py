@@ -11,6 +11,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from lion_fast import frozen
+from lion_fast.at_work import works_for_first
 from lion_fast.backbones import Backbone, takes_prefix
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.frozen import mlp_branch
@@ -72,11 +73,13 @@ def heads(attn: nn.Module, rows: Tensor) -> Tensor:
     return rows.unflatten(-1, (attn.num_heads, -1)).transpose(-3, -2)
 
 
+@works_for_first
 def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`frozen.attend`, then the frozen output projection: rows (B, N, D)."""
     return attn.proj(frozen.attend(attn, x, q, k, v))
 
 
+@works_for_first
 def self_attention(attn: nn.Module, x: Tensor, extra: Tensor) -> Tensor:
     """The frozen self-attention on rows (B, N, D), `extra` (B, N, 3 h d) added to its q, k, v."""
     q, k, v = (heads(attn, part) for part in (attn.qkv(x) + extra).chunk(3, -1))

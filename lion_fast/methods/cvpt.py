@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import check_choice
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import (
@@ -117,6 +118,7 @@ class CVPT(PrefixCache, TunedModel):
         return self
 
 
+@works_for_first
 def project(attn: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (..., h, P, d) of raw rows (..., P, D) by a frozen attention's projections."""
     inner = attn.proj.in_features
@@ -125,6 +127,7 @@ def project(attn: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     return attn.k_norm(k), v
 
 
+@works_for_first
 def cross_attention(attn: nn.Module, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Rows (B, N, D) reading keys and values (B, h, P, d) by a frozen attention's projections."""
     inner = attn.proj.in_features

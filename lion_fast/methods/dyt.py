@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods.adapter import Bottleneck
 from lion_fast.methods.base import TunedModel, register
@@ -162,6 +163,7 @@ class DyT(TunedModel):
             "rate": RATE_WEIGHT * (masks.mean() - self.rate).square(),
         }
 
+    @works_for_first
     def complete(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) with every token let through every MLP."""
         self._complete = True

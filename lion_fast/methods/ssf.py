@@ -9,6 +9,7 @@ from timm.layers import LayerNorm2d
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
+from lion_fast.at_work import works_for_first
 from lion_fast.errors import BackboneError
 from lion_fast.fp8 import Fp8Linear
 from lion_fast.methods.base import TunedModel, register
@@ -57,7 +58,12 @@ class _AfterV2(BackboneHook):
 
     def __call__(self, module, args, out):
         bias = torch.cat([self.attn.q_bias, self.attn.k_bias, self.attn.v_bias])
-        return self.change(out) + ((self.change.scale - 1) * bias).to(out.dtype)
+        return self.change(out) + _change_of(self.change, bias).to(out.dtype)
+
+
+@works_for_first
+def _change_of(change: ScaleShift, bias: Tensor) -> Tensor:
+    return (change.scale - 1) * bias
 
 
 @register("ssf")

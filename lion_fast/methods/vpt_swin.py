@@ -16,6 +16,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
+from lion_fast.at_work import works_for_first
+
 
 def to_windows(block: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Maps (B, H, W, C) shifted and padded as the block does, as windows (B nW, n, C)."""
@@ -78,6 +80,7 @@ def attend_in_windows(block: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: T
     return block.attn.proj(out.transpose(1, 2).flatten(2))
 
 
+@works_for_first
 def prompt_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (h, P, d) of prompts (P, C), the same for every window of every image."""
     if not isinstance(block, SwinTransformerV2Block):
@@ -86,6 +89,7 @@ def prompt_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+@works_for_first
 def prefix_block(block: nn.Module, x: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
     """One frozen Swin block on (B, H, W, C) whose windows also attend to P rows of keys and values."""
     post = isinstance(block, SwinTransformerV2Block)
@@ -98,6 +102,7 @@ def prefix_block(block: nn.Module, x: Tensor, k_prefix: Tensor, v_prefix: Tensor
     return halves(block, x, out)
 
 
+@works_for_first
 def carry_block(block: nn.Module, x: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """One frozen Swin block on (B, H, W, C) and prompts (B, P, C) that live in every window."""
     post = isinstance(block, SwinTransformerV2Block)
