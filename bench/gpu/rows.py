@@ -7,6 +7,8 @@ row is known to the run that it failed in, and tried again by the next.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +34,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 def revision() -> str:
     """The last commit that touched `CODE`, with a mark where its files differ from it.
 
-    LION_FAST_REVISION names it for a copy without history; 'unknown' where nothing does.
+    LION_FAST_REVISION names it for a copy without history; where nothing does it is a digest of the files,
+    so that rows of other code are not taken for rows of this one.
     """
     if named := os.environ.get("LION_FAST_REVISION"):
         return named
@@ -42,7 +46,10 @@ def revision() -> str:
 
     found = git("log", "-1", "--format=%h", "--abbrev=12") if shutil.which("git") else ""
     if not found:
-        return "unknown"
+        digest = hashlib.sha256()
+        for path in sorted(path for place in CODE for path in (ROOT / place).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        return f"files-{digest.hexdigest()[:12]}"
     return found + ("-changed" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
@@ -97,6 +104,11 @@ class Rows:
             text = self.path.read_text(encoding="utf-8")
             if text and not text.endswith("\n"):
                 self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        self.begun = self.path.with_suffix(".begun")
+        for left in read_lines(self.begun) if self.begun.exists() else ():
+            for key in left["keys"] if left["run"] == common["run"] else ():
+                self.add({**key, "failed": "the process died of it"})
+        self.begun.unlink(missing_ok=True)
 
     def add(self, row: dict) -> None:
         """Keep a row; it is on disk when this returns."""
@@ -107,14 +119,29 @@ class Rows:
             file.flush()
             os.fsync(file.fileno())
 
+    @contextlib.contextmanager
+    def attempt(self, *keys: dict) -> Iterator[None]:
+        """Work on rows with these keys. Where the process dies of it, the next one of the run has them as
+        failed and leaves them alone; an exception, an interrupt too, is the caller's.
+        """
+        self.begun.write_text(json.dumps({"run": self.common["run"], "keys": keys}), encoding="utf-8")
+        try:
+            yield
+        finally:
+            self.begun.unlink(missing_ok=True)
+
     def matching(self, **wanted) -> list[dict]:
         """The rows with these values."""
         return [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())]
 
     def known(self, **wanted) -> dict | None:
         """The newest row with these values that need not be tried again, or None."""
-        found = (r for r in reversed(self.matching(**wanted)))
-        return next((r for r in found if "failed" not in r or r["run"] == self.common["run"]), None)
+        run = self.common["run"]
+        for row in reversed(self.matching(**wanted)):
+            # What could not be captured is tried again as an eager call.
+            if "failed" not in row or (row["run"] == run and not row.get("uncaptured")):
+                return row
+        return None
 
 
 class Deadline:
@@ -196,8 +223,11 @@ def leave_if_lost(device: str) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        print(
-            f"the device is lost to this process: {str(error).splitlines()[0]}", file=sys.stderr, flush=True
-        )
-        sys.stdout.flush()
-        os._exit(LOST_DEVICE)  # the interpreter's own end would touch the device again
+        leave(error)
+
+
+def leave(error: BaseException) -> None:
+    """End the process, which can do nothing more on its device."""
+    print(f"the device is lost to this process: {reason(error)}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST_DEVICE)  # the interpreter's own end would touch the device again
