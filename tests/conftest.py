@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -14,6 +15,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish():
+    # A CUDA error stays with its process and would fail every test behind it: xdist starts another worker.
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the device is lost to this worker: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -168,6 +168,35 @@ def test_half_a_line_does_not_swallow_the_next(tmp_path):
     assert [row["contender"] for row in stage.read_lines(rows.path)] == ["a", "c"]
 
 
+def test_what_a_process_died_of_is_left_alone_by_the_next_of_its_run(tmp_path):
+    key = {"mode": "both", "contender": "a"}
+    rows = made_rows(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), rows.attempt(key):
+        raise KeyboardInterrupt  # out of time
+    assert made_rows(tmp_path).rows == [] and list(tmp_path.iterdir()) == []
+    died = [rows.attempt(key, {**key, "contender": "b"}) for _ in range(2)]
+    died[0].__enter__()
+    assert made_rows(tmp_path, run="2").rows == [], "another run tries it again"
+    died[1].__enter__()
+    again = made_rows(tmp_path)
+    assert [row["contender"] for row in again.rows] == ["a", "b"]
+    assert again.known(**key)["failed"] == "the process died of it"
+    assert [path.name for path in tmp_path.iterdir()] == [rows.path.name]
+
+
+def test_without_history_the_revision_is_a_digest_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("LION_FAST_REVISION")
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    monkeypatch.setattr(stage.shutil, "which", lambda name: None)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    first = stage.revision()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert re.fullmatch("files-[0-9a-f]{12}", first) and stage.revision() == first
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert stage.revision() != first
+
+
 def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
     def git(*words):
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
@@ -329,14 +358,21 @@ def test_a_captured_contender_is_replayed(mode, fake_cuda):
     subject, told = timing.prepare(contenders.ALL[1], problem, mode, "cuda")
     assert told["how"] == "graph" and told["peak_bytes"] == 4000 and told["host_us"] > 0
     captures = [call for call in fake_cuda if call.startswith("capture")]
-    sets = min(measure.GRAPHS, len(problem.x))
     if mode == "backward":
-        assert captures == ["capture, pool=None", "capture, pool=its pool"] * sets
+        assert captures == ["capture, pool=None", "capture, pool=its pool"]
     else:
-        assert captures == ["capture, pool=None"] * sets
+        assert captures == ["capture, pool=None"]
+    # One graph has a run on every set of tokens, each with a result of its own.
+    assert told["sets"] == len(problem.x) == len(subject.graph[1]) > 1
     fake_cuda.clear()
-    subject.sample(7)
-    assert fake_cuda == ["replay"] * 7
+    assert subject.sample(3 * told["sets"]) > 0 and fake_cuda == ["replay"] * 3
+    for x, got, upstream in zip(problem.x, subject.graph[1], problem.upstream, strict=True):
+        given = x.clone().requires_grad_(mode != "forward")
+        out = subject.call(given)
+        got, right = (
+            (got, out) if mode == "forward" else (got[0], torch.autograd.grad(out, given, upstream)[0])
+        )
+        assert torch.equal(got, right)
     (samples,) = measure.interleaved([subject], 1e-3, 3)
     assert len(samples) == 3
     fake_cuda.clear()
@@ -352,10 +388,82 @@ def test_a_contender_that_looks_at_the_device_is_not_captured(fake_cuda):
 
 def test_a_graph_that_gives_another_result_is_not_timed(fake_cuda, monkeypatch):
     monkeypatch.setattr(
-        measure.Subject, "_capture", lambda self, i: (torch.cuda.CUDAGraph(), torch.zeros(5, 16))
+        measure.Subject, "_capture", lambda self: (torch.cuda.CUDAGraph(), [torch.zeros(5, 16)], None)
     )
     subject, told = timing.prepare(contenders.ALL[1], small_problem(), "forward", "cuda")
     assert subject is None and "another result" in told["failed"]
+
+
+def test_a_capture_that_breaks_off_ends_the_process_and_the_next_one_does_without(
+    fake_cuda, monkeypatch, tmp_path
+):
+    ours, good = contenders.ALL[:2]
+    todo = [ours, dataclasses.replace(good, name="breaks"), dataclasses.replace(good, name="last")]
+    capture = measure.Subject._capture
+    left = []
+
+    def broken(self):
+        if broken.at == 1:
+            raise measure.NotCaptured("RuntimeError: operation not permitted when stream is capturing")
+        broken.at += 1
+        return capture(self)
+
+    def ends(status):
+        left.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(measure.Subject, "_capture", broken)
+    monkeypatch.setattr(stage.os, "_exit", ends)
+
+    def go_on(batch: int):
+        known = {"mode": "forward", "batch": batch}
+        rows = made_rows(tmp_path)
+        timing.time_beside(rows, known, todo, small_problem, "forward", "cuda", 1e-3, lambda c, p: {})
+        return {row["contender"]: row for row in rows.matching(**known)}
+
+    broken.at = 0
+    with pytest.raises(SystemExit):
+        go_on(1)
+    assert left == [stage.LOST_DEVICE]
+    (row,) = made_rows(tmp_path).rows
+    assert row["contender"] == "breaks" and row["uncaptured"] and "not permitted" in row["failed"]
+    monkeypatch.setattr(measure.Subject, "_capture", capture)
+    for batch in (1, 2):
+        told = {name: row["how"] for name, row in go_on(batch).items() if "us" in row}
+        assert told == {ours.name: "graph", "breaks": "eager", "last": "graph"}
+
+
+def test_a_compiled_contender_is_timed_backward_alone(monkeypatch):
+    """With the forward's results kept, as a captured backward needs them, and the eager gradients."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compiler(call, backend="aot_eager", fullgraph=True))
+    problem = small_problem()
+    for contender in (c for c in contenders.ALL if c.compiled):
+        ready = contender.make(problem)
+        subject = measure.Subject(ready, problem, "backward", True, False, "cpu")
+        x, out = subject._forward(0, True)
+        twice = [subject._backward(0, x, out, keep=True) for _ in range(2)]
+        x = problem.x[0].clone().requires_grad_()
+        out = ready.call(x)
+        eager = torch.autograd.grad(out, [x, *ready.parameters], problem.upstream[0])
+        for again in twice:
+            assert max(map(measure.relative, again, eager)) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_slow_contenders_take_fewer_turns():
+    class Counted:
+        def __init__(self, seconds):
+            self.seconds, self.calls = seconds, 0
+
+        def sample(self, calls):
+            self.calls += calls
+            return self.seconds
+
+    quick, slow = Counted(1e-4), Counted(0.3)
+    found = measure.interleaved([quick, slow], 0.12, 11)
+    assert len(found[0]) == 11 and measure.LEAST_SAMPLES <= len(found[1]) <= 6
+    assert quick.calls == 2 + 11 * 100 and slow.calls == 2 + len(found[1])
 
 
 # -- problems
@@ -373,8 +481,11 @@ def test_shapes_come_in_order_of_importance_and_cover_the_plan():
 
 def test_counted_bytes_and_operations():
     counted = problems.counts(problems.Shape(2, 10, 4, "easy", tokens=3), torch.bfloat16, 5.0)
-    assert counted["forward"] == ((2 * 6 * 10 + 6 * 4 + 96) * 2, 4 * 6 * 10 * 4 + 2 * 6 * 16 * 4)
-    assert counted["both"] == tuple(map(sum, zip(counted["forward"], counted["backward"], strict=True)))
+    assert counted["forward"] == ((2 * 6 * 10 + 96) * 2, 4 * 6 * 10 * 4 + 2 * 6 * 16 * 4)
+    assert counted["backward"][0] == (3 * 6 * 10 + 6 * 4 + 96) * 2 + 96 * 4
+    # Only where a gradient is to come is the pre-activation written.
+    size, operations = map(sum, zip(counted["forward"], counted["backward"], strict=True))
+    assert counted["both"] == (size + 6 * 4 * 2, operations)
 
 
 def test_the_first_checks_are_those_of_the_timed_kernels():

@@ -44,7 +44,6 @@ def describe(contender: contenders.Contender, problem: problems.Problem, mode: s
     return {
         "recurrence": contender.recurrence,
         "applications": problem.applications[contender.recurrence],
-        "sets": len(problem.x),
         "bytes": size,
         "operations": operations,
         "copy_rate": roof["copy"],

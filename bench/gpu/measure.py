@@ -5,11 +5,21 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 MODES = ("forward", "backward", "both")
-# Captured graphs of one contender, each on tokens of its own.
-GRAPHS = 8
+# Runs in one captured graph at most, each on tokens of its own: launching a graph costs the host some
+# microseconds, as long as a run of a few rows takes the device.
+RUNS = 32
+# A contender that is slow is timed so often at least.
+LEAST_SAMPLES = 4
+
+
+class NotCaptured(RuntimeError):
+    """A capture broke off. Torch's allocator and current stream stay as they were within it, so that nothing
+    more can be captured in this process.
+    """
 
 
 class Clock:
@@ -55,24 +65,32 @@ def relative(got: Tensor, exact: Tensor) -> float:
 class Subject:
     """One contender in one mode, ready to be run again and again on rotating tokens.
 
-    On a CUDA device, where it can be `captured`, a run is the replay of a graph: "forward" of the forward
-    alone, "backward" of the backward alone, "both" of one behind the other. Elsewhere it is an eager call.
+    On a CUDA device, where it can be `captured`, runs are replayed from one graph, a run for each set of
+    tokens: "forward" of the forward alone, "backward" of the backward alone, "both" of one behind the other.
+    Elsewhere a run is an eager call. Raises `NotCaptured` where the capture breaks off.
     """
 
     def __init__(self, ready, problem, mode: str, compiled: bool, captured: bool, device: str):
         self.problem, self.mode, self.device = problem, mode, device
         self.parameters = ready.parameters
+        if compiled:
+            # A graph of the backward alone runs again and again over what one forward has kept, which
+            # torch's compiler would otherwise give away. One setting for all modes is one compilation.
+            torch._functorch.config.donated_buffer = False
         self.call = torch.compile(ready.call) if compiled else ready.call
         self.turn = 0
         self.clock = Clock(device)
-        # A captured graph has its tokens at fixed addresses: one graph per set, of a few sets.
-        sets = range(min(GRAPHS, len(problem.x)))
-        self.graphs = [self._capture(i) for i in sets] if captured and device == "cuda" else None
+        self.graph = self._capture() if captured and device == "cuda" else None
 
     @property
     def how(self) -> str:
         """How a run is timed."""
-        return "graph" if self.graphs else "eager"
+        return "graph" if self.graph else "eager"
+
+    @property
+    def sets(self) -> int:
+        """How many sets of tokens take turns."""
+        return len(self.graph[1]) if self.graph else len(self.problem.x)
 
     def _forward(self, i: int, grad: bool) -> tuple[Tensor, Tensor]:
         x = self.problem.x[i].detach().requires_grad_(grad)
@@ -87,27 +105,34 @@ class Subject:
         x, out = self._forward(i, self.mode != "forward")
         return out if self.mode == "forward" else self._backward(i, x, out)
 
-    def _capture(self, i: int):
-        """The graph of a run on the tokens i, and what its memory holds."""
+    def _capture(self):
+        """The graph of a run on each set of tokens, what the runs give, and what else its memory is of."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._once(i)
+                self._once(0)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        if self.mode != "backward":
-            with torch.cuda.graph(graph):
-                kept = self._once(i)
-            return graph, kept
-        # The backward alone: what the forward saved stays in the pool that both share.
-        before = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(before):
-            x, out = self._forward(i, True)
-        with torch.cuda.graph(graph, pool=before.pool()):
-            kept = self._backward(i, x, out, keep=True)
-        before.replay()
-        return graph, (kept, before, x, out)
+        sets = range(min(RUNS, len(self.problem.x)))
+        graph, before = torch.cuda.CUDAGraph(), None
+        try:
+            # All results are kept while it lasts, so that no run writes where another one has.
+            if self.mode != "backward":
+                with torch.cuda.graph(graph):
+                    kept = [self._once(i) for i in sets]
+            else:
+                # The backward alone: what the forward saved stays in the pool that both share.
+                before = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(before):
+                    made = [self._forward(i, True) for i in sets]
+                with torch.cuda.graph(graph, pool=before.pool()):
+                    kept = [self._backward(i, *made[i], keep=True) for i in sets]
+                before.replay()
+        except Exception as error:
+            # What a forbidden call leaves is an error of the capture's end; its own stands behind that.
+            cause = error.__context__ or error
+            raise NotCaptured(f"{type(cause).__name__}: {cause}") from error
+        return graph, kept, before
 
     def output(self) -> Tensor:
         """out for the first tokens."""
@@ -122,23 +147,28 @@ class Subject:
 
         To a rounding in half precision: the vendor's products may choose another algorithm under capture.
         """
-        if not self.graphs:
+        if not self.graph:
             return True
-        graph, kept = self.graphs[0]
+        graph, kept, _ = self.graph
         graph.replay()
-        got = kept[0] if self.mode == "backward" else kept
-        expected = self.output() if self.mode == "forward" else self.gradients()
-        pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
-        return all(relative(a, b) <= 1e-2 for a, b in pairs)
+        if self.mode == "forward":
+            return relative(kept[0], self.output()) <= 1e-2
+        return all(relative(a, b) <= 1e-2 for a, b in zip(kept[0], self.gradients(), strict=True))
 
     def sample(self, calls: int, eager: bool = False) -> float:
         """Seconds a run over some runs, or an eager call; an eager backward is timed behind each forward."""
-        graphs = None if eager else self.graphs
-        sets = len(graphs or self.problem.x)
+        if self.graph and not eager:
+            graph, kept, _ = self.graph
+            replays = max(1, round(calls / len(kept)))
+            self.clock.start()
+            for _ in range(replays):
+                graph.replay()
+            self.clock.stop()
+            return self.clock.seconds() / (replays * len(kept))
         total = 0.0
-        if self.mode == "backward" and not graphs:
+        if self.mode == "backward":
             for _ in range(calls):
-                self.turn = (self.turn + 1) % sets
+                self.turn = (self.turn + 1) % len(self.problem.x)
                 x, out = self._forward(self.turn, True)
                 self.clock.start()
                 self._backward(self.turn, x, out)
@@ -147,8 +177,8 @@ class Subject:
             return total / calls
         self.clock.start()
         for _ in range(calls):
-            self.turn = (self.turn + 1) % sets
-            graphs[self.turn][0].replay() if graphs else self._once(self.turn)
+            self.turn = (self.turn + 1) % len(self.problem.x)
+            self._once(self.turn)
         self.clock.stop()
         return self.clock.seconds() / calls
 
@@ -189,7 +219,7 @@ class Subject:
         def pack(t: Tensor) -> Tensor:
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return t
+            return t.detach()  # t itself would keep the operation that it came from, and that keeps it
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             kept = self._forward(0, True)
@@ -198,16 +228,21 @@ class Subject:
 
 
 def interleaved(subjects: list[Subject], seconds: float, rounds: int) -> list[list[float]]:
-    """Samples of every subject, taken in turns so that drift of the device meets all alike."""
-    calls = []
+    """Samples of every subject, taken in turns so that drift of the device meets all alike.
+
+    A subject whose runs take longer than its share of `seconds` is left out of some rounds.
+    """
+    calls, every = [], []
     for subject in subjects:
-        subject.sample(2)
-        rough = max(subject.sample(2), 1e-7)
+        subject.sample(1)
+        rough = max(subject.sample(1), 1e-7)
         calls.append(max(1, min(100, round(seconds / rounds / rough))))
+        every.append(max(1, rounds // max(LEAST_SAMPLES, int(2 * seconds / rough))))
     samples: list[list[float]] = [[] for _ in subjects]
-    for _ in range(rounds):
-        for subject, number, found in zip(subjects, calls, samples, strict=True):
-            found.append(subject.sample(number))
+    for i in range(rounds):
+        for subject, number, step, found in zip(subjects, calls, every, samples, strict=True):
+            if i % step == 0:
+                found.append(subject.sample(number))
     return samples
 
 

@@ -149,20 +149,21 @@ def build(shape: Shape, dtype: torch.dtype, device: str, cache_bytes: int, seed:
 def counts(shape: Shape, dtype: torch.dtype, applications: float) -> dict[str, tuple[int, int]]:
     """Bytes and floating-point operations that a mode cannot do without: mode -> (bytes, operations).
 
-    Forward: x read, out and the pre-activation written, the weights read. Backward: x, its
+    Forward, without a gradient to come: x read, out written, the weights read. Backward: x, its
     pre-activation and the upstream gradient read, dx written, weights read, their float32 gradients
-    written. Operations are those of the matrix products, 2 per multiply-add, for the iteration in R
-    dimensions with the mean number of applications; the first application has no product.
+    written. Both: the pre-activation is written too. Operations are those of the matrix products, 2 per
+    multiply-add, for the iteration in R dimensions with the mean number of applications; the first
+    application has no product.
     """
     T, D, R, size = shape.rows, shape.width, shape.state, dtype.itemsize
     parameters = 2 * R * D + R * R
     forward = (
-        (2 * T * D + T * R + parameters) * size,
+        (2 * T * D + parameters) * size,
         round(4 * T * D * R + 2 * T * R * R * (applications - 1)),
     )
     backward = (
         (3 * T * D + T * R + parameters) * size + 4 * parameters,
         8 * T * D * R + 2 * T * R * R * (NEUMANN_TERMS + 1),
     )
-    both = (forward[0] + backward[0], forward[1] + backward[1])
+    both = (forward[0] + T * R * size + backward[0], forward[1] + backward[1])
     return {"forward": forward, "backward": backward, "both": both}

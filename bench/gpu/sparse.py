@@ -252,8 +252,10 @@ def _our_two_of_four(problem: SparseProblem) -> Ready:
     return Ready(call, [])
 
 
-def chosen(case: Case) -> list[Contender]:
-    """Who competes in a case: the dense ones always, and those that its pattern is for."""
+def chosen(case: Case, rest: bool = True) -> list[Contender]:
+    """Who competes in a case: the dense ones always, and those that its pattern is for. Without `rest`
+    torch's own products of blocks stay away, whose kernels are compiled first or take milliseconds.
+    """
     found = [
         Contender(DENSE, contenders._ours, note="with zeros"),
         Contender("dense loop", contenders._state_space, note="with zeros, count known"),
@@ -270,7 +272,7 @@ def chosen(case: Case) -> list[Contender]:
             lambda p: _loop(p, lambda matrix: _bsr(matrix, case.block), _add_bsr),
             note="count known, weight gradients dense",
         )
-        return [*found, Contender("block-sparse fused", _block_sparse), bsr, csr]
+        return [*found, Contender("block-sparse fused", _block_sparse), *((bsr, csr) if rest else ())]
     if case.granularity == "unit":
         return [*found, Contender("compacted", _compacted)]
     if case.granularity == "2:4":
@@ -323,7 +325,7 @@ def key(case: Case, shape: problems.Shape, mode: str) -> dict:
     }
 
 
-def measure_case(case, shape, tokens, device: str, rows: stage.Rows, seconds: float) -> None:
+def measure_case(case, shape, tokens, device: str, rows: stage.Rows, seconds: float, rest: bool) -> None:
     """All contenders of a case, forward and backward; rows that are known are left alone.
 
     tokens() -> x and upstream gradients in rotation.
@@ -338,7 +340,7 @@ def measure_case(case, shape, tokens, device: str, rows: stage.Rows, seconds: fl
     for mode in MODES:
         known = key(case, shape, mode)
         # 2:4 is for inference here.
-        competing = [c for c in chosen(case) if mode == "forward" or not c.name.startswith("2:4")]
+        competing = [c for c in chosen(case, rest) if mode == "forward" or not c.name.startswith("2:4")]
         timing.time_beside(
             rows, known, competing, problem, mode, device, seconds,
             lambda c, p, mode=mode: describe(p, mode),
@@ -370,7 +372,8 @@ def main(argv: list[str] | None = None) -> int:
                 drawn[shape] = draw_tokens(shape, dtype, device, cache)
             return drawn[shape]
 
-        measure_case(case, shape, tokens, device, rows, options.seconds)
+        rest = options.rest or options.dry_run
+        measure_case(case, shape, tokens, device, rows, options.seconds, rest)
         if device == "cuda":
             torch.cuda.empty_cache()
     return stage.end(rows, deadline)

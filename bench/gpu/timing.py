@@ -3,6 +3,7 @@
 A contender that is wrong, cannot run or breaks gets a row that says so and no time, and the others go on.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import measure
@@ -26,9 +27,12 @@ def errors(subject: measure.Subject, problem: Problem, recurrence: str) -> tuple
 
 
 def prepare(
-    contender: Contender, problem: Problem, mode: str, device: str
+    contender: Contender, problem: Problem, mode: str, device: str, seconds: float = 0.12
 ) -> tuple[measure.Subject | None, dict]:
-    """The subject, if it can run and is right, and what its row says besides the times."""
+    """The subject, if it can run and is right, and what its row says besides the times.
+
+    seconds: about so long is spent on eager calls. Raises `measure.NotCaptured` as `measure.Subject`.
+    """
     try:
         ready = contender.make(problem)
         subject = measure.Subject(ready, problem, mode, contender.compiled, contender.captured, device)
@@ -40,16 +44,20 @@ def prepare(
             return None, {**told, "failed": "wrong result, not timed"}
         if not subject.captured_agrees():
             return None, {**told, "failed": "the captured graph gives another result than the eager call"}
+        calls = max(2, min(20, round(seconds / max(subject.sample(1, eager=True), 1e-6))))
         told |= {
             "how": subject.how,
-            "host_us": 1e6 * subject.host_seconds(),
-            "eager_us": 1e6 * subject.sample(10, eager=True),
+            "sets": subject.sets,
+            "host_us": 1e6 * subject.host_seconds(calls),
+            "eager_us": 1e6 * subject.sample(calls, eager=True),
             "peak_bytes": subject.peak_bytes(),
             "saved_bytes": subject.saved_bytes(),
         }
         return subject, told
     except NotInstalled as reason:
         return None, {"skipped": str(reason)}
+    except measure.NotCaptured:
+        raise
     except Exception as error:  # of whatever kind: one contender must not cost the others their rows
         return None, {"failed": stage.reason(error)}
 
@@ -76,11 +84,33 @@ def time_beside(
     # The first is ours: it stands beside whatever is timed, and shows how far the device has drifted since.
     if chosen[0] not in todo and "us" in rows.known(contender=chosen[0].name, **known):
         todo.insert(0, chosen[0])
-    built = problem()
     subjects, bases = [], []
-    for contender in todo:
-        base = {**known, "contender": contender.name, "note": contender.note, **describe(contender, built)}
-        subject, told = prepare(contender, built, mode, device)
+
+    def fail(keys: list[dict], error: Exception, **more) -> None:
+        for key in keys:
+            rows.add({**key, "failed": stage.reason(error), **more})
+        stage.leave_if_lost(device)
+
+    keys = [{**known, "contender": contender.name, "note": contender.note} for contender in todo]
+    try:
+        with rows.attempt(*keys):
+            built = problem()
+    except Exception as error:
+        return fail(keys, error)
+    for contender, key in zip(todo, keys, strict=True):
+        # What could not be captured in this run is not tried so again, at the cost of a process each time.
+        if rows.matching(contender=contender.name, mode=mode, run=rows.common["run"], uncaptured=True):
+            contender = dataclasses.replace(contender, captured=False)
+        try:
+            with rows.attempt(key):
+                base = {**key, **describe(contender, built)}
+                subject, told = prepare(contender, built, mode, device, seconds)
+        except measure.NotCaptured as error:
+            fail([key], error, uncaptured=True)
+            stage.leave(error)
+        except Exception as error:
+            fail([key], error)
+            continue
         if subject is None:
             rows.add({**base, **told})
             stage.leave_if_lost(device)
@@ -89,12 +119,10 @@ def time_beside(
             bases.append({**base, **told})
     rounds = DRY_ROUNDS if rows.common.get("dry_run") else ROUNDS
     try:
-        measured = measure.interleaved(subjects, seconds, rounds)
+        with rows.attempt(*bases):
+            measured = measure.interleaved(subjects, seconds, rounds)
     except Exception as error:
-        for base in bases:
-            rows.add({**base, "failed": stage.reason(error)})
-        stage.leave_if_lost(device)
-        return
+        return fail(bases, error)
     for base, samples in zip(bases, measured, strict=True):
         row = {**base, **measure.quantiles(samples)}
         rows.add({**row, **finish(row)})

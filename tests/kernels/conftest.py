@@ -20,6 +20,12 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     ]
 
 
+def pytest_itemcollected(item):
+    # Where they are compiled they are among the tests that a GPU is for.
+    if os.environ.get("TRITON_INTERPRET") != "1" and item.path.name != "test_launch.py":
+        item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Fresh memory holds NaN (the largest number for integers), so that an element not written shows."""
