@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 CODE = ("kernels", "lion_fast", "bench/gpu")
+# Begins the name of code that has no history.
+DIGEST = "files-"
 # The exit status of a process that a CUDA error has left unable to go on, as that of `lion-fast bench`;
 # another process may go on.
 LOST_DEVICE = 4
@@ -49,7 +51,7 @@ def revision() -> str:
         digest = hashlib.sha256()
         for path in sorted(path for place in CODE for path in (ROOT / place).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-        return f"files-{digest.hexdigest()[:12]}"
+        return f"{DIGEST}{digest.hexdigest()[:12]}"
     return found + ("-changed" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -251,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.dry_run:
         bring_earlier_rows(stage.RESULTS, options.out)
+    if (found := stage.revision()).startswith(stage.DIGEST):
+        os.environ["LION_FAST_REVISION"] = found  # for the steps that would know none
     os.environ.setdefault("LION_FAST_RUN", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     return run_all(todo, options.out, 60 * options.minutes)
 
