@@ -99,7 +99,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         "--dist",
         "worksteal",
     )
-    pytest += ("--collect-only",) if dry else ("-m", "gpu or not slow")
+    pytest += ("--collect-only",) if dry else ("-m", "gpu")
     tests = ("tests/gpu", "tests/kernels", "tests/test_bench.py", "tests/test_frozen.py")
     pack = (("LION_FAST_CACHE", str(options.pack)), ("LION_FAST_OFFLINE", "1"))
     experiment = ("-m", "lion_fast", "experiment", str(options.grid), "--rows-only")

@@ -6,6 +6,7 @@ By hand:  TRITON_INTERPRET=1 pytest tests/kernels
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         "test_sparse.py",
         "test_layer_on_kernels.py",
     ]
+
+
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU these are its tests: `pytest -m gpu` runs them too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
