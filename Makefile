@@ -13,6 +13,7 @@ $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(RUN) -m pip check --disable-pip-version-check
 	touch $@
 
 demo: $(INSTALLED)  ## adapt a frozen backbone with LION beside VPT-deep and a linear probe

@@ -61,7 +61,7 @@ def test_the_states_form_trains_on_rows_as_it_does_on_images(tmp_path):
     "options", [{"form": "residual"}, {**STATES, "ends": ("input", "output")}, {**STATES, "ends": "input"}]
 )
 def test_nothing_is_cached_where_the_input_end_is_trained(options):
-    assert not loop._features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
+    assert not loop.features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_a_method_has_in_front_counts_when_it_is_frozen(tmp_path, method, o
 def test_nothing_is_cached_where_a_method_overrides_what_rows_leave_out(name):
     model = tiny_model("probe")
     model.__class__ = type("Own", (type(model),), {name: lambda self, *args: getattr(super(), name)(*args)})
-    assert not loop._features_are_constant(model, TrainConfig(**QUICK))
+    assert not loop.features_are_constant(model, TrainConfig(**QUICK))
 
 
 def test_the_part_behind_has_the_mode_of_its_model():

@@ -259,9 +259,9 @@ def test_cached_features_train_the_same_probe(tmp_path):
 
 def test_features_are_not_cached_under_augmentation_or_with_a_method(tmp_path):
     augmented = TrainConfig(**QUICK, augment="flip")
-    assert not loop._features_are_constant(tiny_model("probe"), augmented)
-    assert not loop._features_are_constant(tiny_model("lion"), TrainConfig(**QUICK))
-    assert loop._features_are_constant(tiny_model("probe"), TrainConfig(**QUICK))
+    assert not loop.features_are_constant(tiny_model("probe"), augmented)
+    assert not loop.features_are_constant(tiny_model("lion"), TrainConfig(**QUICK))
+    assert loop.features_are_constant(tiny_model("probe"), TrainConfig(**QUICK))
 
 
 def test_bf16_trains(tmp_path):

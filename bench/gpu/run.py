@@ -88,18 +88,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         words = script("check", "--small")
         return Step("tests", tool, words, 1.5, False, None, missing, () if dry else command, alone)
 
-    pytest = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "2" if dry else "12",
-        "--dist",
-        "worksteal",
-    )
-    # The others are for a machine that has all packages, as matplotlib.
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"-n{2 if dry else 12}", "--dist=worksteal")
     pytest += ("--collect-only",) if dry else ("-m", "gpu")
     tests = ("tests/gpu", "tests/kernels", "tests/test_bench.py", "tests/test_frozen.py")
     pack = (("LION_FAST_CACHE", str(options.pack)), ("LION_FAST_OFFLINE", "1"))

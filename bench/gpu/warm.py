@@ -8,6 +8,7 @@ Triton's own disk cache ($TRITON_CACHE_DIR, else ~/.triton/cache), where a later
 and the same sources finds its kernel. Needs no GPU. Exits with 1 where a kernel does not compile.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -172,6 +173,8 @@ def stand_in(setting: Setting) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    # There is a process for every core.
+    torch.set_num_threads(1)
     driver = SimpleNamespace()
     if setting.cuda:
         from triton.backends.nvidia.driver import CudaDriver
@@ -239,14 +242,16 @@ def _reason(error: BaseException) -> str:
 
 
 def _serve(pipe, setting: Setting) -> None:
-    """A worker: answers (function, argument) with (result, None) or (None, reason)."""
+    """A worker: answers (function, argument) with (result, None) or (None, reason), until nobody asks."""
     stand_in(setting)
-    while True:
-        function, argument = pipe.recv()
-        try:
-            pipe.send((function(argument), None))
-        except Exception as error:
-            pipe.send((None, _reason(error)))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            function, argument = pipe.recv()
+            try:
+                answer = function(argument), None
+            except Exception as error:
+                answer = None, _reason(error)
+            pipe.send(answer)
 
 
 class Worker:
@@ -277,12 +282,13 @@ class Worker:
 
 
 def present_setting(capability: int | None = None) -> Setting:
-    """The setting of this machine's device, or of `capability` (default 90) where there is none."""
-    if not torch.cuda.is_available():
-        return Setting(capability or CAPABILITY, {}, cuda=False)
-    major, minor = torch.cuda.get_device_capability()
-    tuned = tune.read(tune.path(torch.cuda.get_device_name()))
-    return Setting(capability or 10 * major + minor, tuned, cuda=True)
+    """The setting of this machine's device, or of another `capability` (default 90 where there is none)."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if capability in (None, 10 * major + minor):
+            tuned = tune.read(tune.path(torch.cuda.get_device_name()))
+            return Setting(10 * major + minor, tuned, cuda=True)
+    return Setting(capability or CAPABILITY, {}, cuda=False)
 
 
 def _say(text: str) -> None:
@@ -324,26 +330,27 @@ def warm(
         summary.failed[str(what)] = reason
         say(f"FAILED {what}: {reason}")
 
+    pool = ThreadPoolExecutor(jobs)
     try:
-        with ThreadPoolExecutor(jobs) as pool:
-            wanted: dict[Request, Call] = {}
-            for call, (found, reason) in zip(calls, pool.map(lambda c: ask(find, c), calls), strict=True):
-                if reason:
-                    failed(call, reason)
-                for request in found or ():
-                    wanted.setdefault(request, call)
-            say(f"{len(wanted)} kernels for {len(calls)} calls, {jobs} processes")
-            answers = pool.map(lambda item: ask(put, item[::-1]), wanted.items())
-            for n, (request, answer) in enumerate(zip(wanted, answers, strict=True), 1):
-                there, reason = answer or (None, None)
-                if reason:
-                    failed(request, reason)
-                summary.left += answer is None
-                summary.there += there is True
-                summary.compiled += there is False
-                if n % REPORT_EVERY == 0:
-                    say(f"{n} of {len(wanted)}, {time.monotonic() - begin:.0f} s")
+        wanted: dict[Request, Call] = {}
+        for call, (found, reason) in zip(calls, pool.map(lambda c: ask(find, c), calls), strict=True):
+            if reason:
+                failed(call, reason)
+            for request in found or ():
+                wanted.setdefault(request, call)
+        say(f"{len(wanted)} kernels for {len(calls)} calls, {jobs} processes")
+        answers = pool.map(lambda item: ask(put, item[::-1]), wanted.items())
+        for n, (request, answer) in enumerate(zip(wanted, answers, strict=True), 1):
+            there, reason = answer or (None, None)
+            if reason:
+                failed(request, reason)
+            summary.left += answer is None
+            summary.there += there is True
+            summary.compiled += there is False
+            if n % REPORT_EVERY == 0:
+                say(f"{n} of {len(wanted)}, {time.monotonic() - begin:.0f} s")
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.stop()
     summary.seconds = time.monotonic() - begin

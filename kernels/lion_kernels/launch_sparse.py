@@ -15,7 +15,7 @@ _PRODUCT = {
 # A step holds more than a product: the old state too, which is float32 where a half-precision one is damped.
 _STEP = {
     "half": _PRODUCT["half"],
-    "damped": {16: (128, 16, 16, 4, 4), 32: (64, 32, 32, 4, 4), 64: (64, 64, 64, 8, 3)},
+    "damped": {16: (128, 16, 16, 4, 4), 32: (64, 32, 32, 8, 4), 64: (64, 64, 64, 8, 3)},
     "tf32": _PRODUCT["tf32"],
     "ieee": _PRODUCT["ieee"] | {64: (32, 64, 16, 8, 2)},
 }

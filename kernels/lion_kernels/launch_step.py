@@ -41,7 +41,7 @@ CONFIGS = {
         "ieee": _IEEE,
     },
     90: {"half": _HALF, "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
-    100: {"half": StepConfig(64, 64, 64, 4, 3), "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
+    100: {"half": StepConfig(64, 64, 32, 4, 3), "damped": _DAMPED, "tf32": _TF32, "ieee": _IEEE},
 }
 
 

@@ -19,7 +19,7 @@ from lion_fast.methods import TunedModel
 from lion_fast.profiling import report, snapshot
 from lion_fast.profiling.parts import PARTS, PHASES, Clock, Parts, Place, Ranges, Untold, name_of
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.loop import _features_are_constant
+from lion_fast.training.loop import features_are_constant
 from lion_fast.training.memory import PeakMemory
 from lion_fast.training.metrics import autocast
 
@@ -103,7 +103,7 @@ def profile_model(
 
 
 def _kinds(model: TunedModel, mode: str) -> list[str]:
-    constant = mode == "train" and _features_are_constant(model, TrainConfig())
+    constant = mode == "train" and features_are_constant(model, TrainConfig())
     return [mode, "cached"] if constant else [mode]
 
 

@@ -207,7 +207,7 @@ class _Run:
             accumulation=config.grad_accumulation,
         )
         own = getattr(splits.train, "transform", None)  # of the caller's, and it may be random
-        self.cached = own is None and _features_are_constant(model, config)
+        self.cached = own is None and features_are_constant(model, config)
         self.store = FeatureStore() if store is None else store
         self.at = _Progress()
         self.best: dict[str, torch.Tensor] | None = None
@@ -754,7 +754,7 @@ def _best(history: list[dict], monitor: str) -> int:
     )
 
 
-def _features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
+def features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
     """In front of `behind` is the frozen backbone alone, and the images do not change from epoch to epoch."""
     known = {id(p) for p in model.behind().parameters()}
     known |= {id(p) for p in model.backbone.parameters() if not p.requires_grad}

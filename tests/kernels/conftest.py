@@ -6,6 +6,7 @@ By hand:  TRITON_INTERPRET=1 pytest tests/kernels
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     ]
 
 
-def pytest_itemcollected(item):
-    # Where they are compiled they are among the tests that a GPU is for.
-    if os.environ.get("TRITON_INTERPRET") != "1" and item.path.name != "test_launch.py":
-        item.add_marker(pytest.mark.gpu)
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU these are its tests: `pytest -m gpu` runs them too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent == Path(__file__).parent:
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
         ("solve", 32, HALF, (10, 0), launch.Config(64, 32, 4, 3)),
         ("solve", 128, torch.float16, (8, 0), launch.Config(64, 64, 8, 3)),
         ("solve", 200, HALF, (9, 0), launch.Config(32, 32, 16, 2, carry=True)),
-        ("adjoint", 64, FLOAT, (9, 0), launch.Config(32, 32, 8, 3)),
+        ("adjoint", 64, FLOAT, (9, 0), launch.Config(32, 32, 16, 2)),
     ],
 )
 def test_config_is_read_off_the_table(op, state, dtype, capability, expected):
