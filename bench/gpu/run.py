@@ -78,7 +78,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
             words = ("--backbones", "vit_tiny_patch16_224", "--img-size", "32", "--batch-sizes", "2")
             words += ("--rounds", "1", "--methods", *dry_methods)
         where = ("--device", device, "--out", str((out / ROW_FILES[0]).parent))
-        return ("-m", "lion_fast", "bench", *words, "--rows-only", *where)
+        return ("-m", "lion_fast", "bench", *words, "--rows-only", "--progress", *where)
 
     def sanitizer(tool: str) -> Step:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")

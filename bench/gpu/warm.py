@@ -119,9 +119,12 @@ def default_calls() -> list[Call]:
         train(rows, **options)
         found.append(dataclasses.replace(found[-2], save=False))
 
-    for case in check.cases(rest=False):
-        options = {"width": case.width, "state": case.state, "activation": case.activation}
-        train(case.rows, case.wide, **options, damping=case.damping, block=case.block, tol=0.0)
+    def check_all(small: bool) -> None:
+        for case in check.cases(rest=False, small=small):
+            options = {"width": case.width, "state": case.state, "activation": case.activation}
+            train(case.rows, case.wide, **options, damping=case.damping, block=case.block, tol=0.0)
+
+    check_all(small=False)
     for shape in problems.FIRST_SHAPES:
         train_and_infer(shape.rows, width=shape.width, state=shape.state)
     # A ViT-B with form="residual", then with "states": 16 rows of width R an image, float32 in autocast too.
@@ -136,6 +139,7 @@ def default_calls() -> list[Call]:
             train_and_infer(rows, **dense, block=case.block)
         elif case.granularity == "unit":
             train_and_infer(rows, width=case.width, state=case.state - round(case.sparsity * case.state))
+    check_all(small=True)
     return list(dict.fromkeys(found))
 
 

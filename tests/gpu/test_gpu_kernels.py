@@ -161,7 +161,9 @@ def test_the_layer_compiles_whole(backend):
     layer = LionLayer(768, 32, backend="triton", device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = torch.randn(4, 197, 768, device="cuda", dtype=torch.bfloat16)
-    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+    # Inductor may round W's bound otherwise, and with it a result to its other neighbour in bfloat16.
+    rounding = 2**-7 if backend == "inductor" else 0
+    torch.testing.assert_close(compiled(x), layer(x), rtol=rounding, atol=rounding)
 
 
 @on_gpu_only
