@@ -1,10 +1,16 @@
 import os
+import signal
 import sys
+import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+
+if threading.current_thread() is threading.main_thread():
+    # A shell's background job ignores Ctrl-C, and its processes would too, which some tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import sum_in_order

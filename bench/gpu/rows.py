@@ -212,8 +212,9 @@ def end(rows: Rows, deadline: Deadline, wrong: int = 0) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """An error in a line; a compiler's says in its second what its first announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 def leave_if_lost(device: str) -> None:

@@ -237,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a dry run does not write to bench/results; give another --out")
     if options.device == "cuda" and not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
         parser.error("this machine has no CUDA device; `--dry-run --device cpu` tries the program")
+    # A shell's background job ignores Ctrl-C, and so would every step, which could then only be killed.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.dry_run:
         bring_earlier_rows(stage.RESULTS, options.out)

@@ -58,6 +58,14 @@ def test_gradients_equal_those_of_the_unrolled_loop(activation, residual):
         assert relative < 5e-6, f"d{name}: {relative:.1e}"
 
 
+def assert_agree(expected, got):
+    """out, dx and residual by their entries; parameters' gradients, sums over rows that cancel, by their norm."""
+    for theirs, ours in zip(expected[:3], got[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for theirs, ours in zip(expected[3:], got[3:], strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+
+
 @pytest.mark.parametrize("recurrence", ["free", "tied"])
 @pytest.mark.parametrize("backward", ["neumann", "jfb", "phantom", "exact"])
 def test_the_layer_agrees_with_its_torch_backend(recurrence, backward):
@@ -79,8 +87,7 @@ def test_the_layer_agrees_with_its_torch_backend(recurrence, backward):
         out.backward(torch.randn(2, 35, 30, device=DEVICE))
         results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
         assert info.converged.all()
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert_agree(*results)
 
 
 @pytest.mark.parametrize("state", [12, 32])
@@ -95,8 +102,7 @@ def test_a_state_layer_agrees_with_its_torch_backend(backward, state):
         out.backward(torch.randn(2, 35, state, device=DEVICE))
         results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
         assert info.converged.all()
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert_agree(*results)
 
 
 def test_the_layer_compiles_to_one_graph():
