@@ -59,7 +59,7 @@ def test_gradients_equal_those_of_the_unrolled_loop(activation, residual):
 
 
 def assert_agree(expected, got):
-    """out, dx and residual by their entries; parameters' gradients, sums over rows that cancel, by their norm."""
+    """out, dx and residual by entries; parameters' gradients, sums over rows that cancel, by their norm."""
     for theirs, ours in zip(expected[:3], got[:3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     for theirs, ours in zip(expected[3:], got[3:], strict=True):
