@@ -91,6 +91,20 @@ def test_a_later_launch_finds_its_kernel(cache):
     assert (again.compiled, again.there, again.failed) == (0, 4, {})
 
 
+def test_functions_that_kernels_call_have_their_keys_from_the_start():
+    """Else, in Triton 3.6, the name of a kernel in the cache depends on what was launched before it."""
+    code = (
+        "from triton.runtime.jit import JITFunction\n"
+        "from lion_kernels import activations, adjoint, solve, sparse_kernels, step\n"
+        "modules = activations, adjoint, solve, sparse_kernels, step\n"
+        "found = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]\n"
+        "late = {f.__name__ for f in found if f.hash is None}\n"
+        "assert len(found) > 20 and all(name.endswith('_kernel') for name in late), late\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_launchers_say_what_a_call_needs(worker):
     assert kernels(worker, "solve", 131) == ["_solve_fwd_kernel"]
     fused = ["_adjoint_kernel", "_weight_grads_kernel", "_sum_splits_kernel"]
