@@ -46,7 +46,7 @@ def interpret(name, path=None):
 
 def oldest_triton():
     """A folder with the oldest supported Triton, installed once; skips where it cannot be fetched."""
-    folder = cache_dir() / f"triton-{OLDEST}"
+    folder = cache_dir() / f"triton-{OLDEST}-{sys.implementation.cache_tag}"  # it is compiled for a Python
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = tempfile.mkdtemp(dir=folder.parent)
