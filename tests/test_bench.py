@@ -637,7 +637,7 @@ def test_the_command(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["measured"] == 4 and told["failed"] == [] and told["regressions"] == []
     assert "x floor" in (old / "report.md").read_text()
-    # the same rows, but as if they had been a million times as fast, on whatever machine: everything regressed
+    # the same rows, but a million times as fast, on whatever machine: everything regressed
     body = json.loads((old / "rows.json").read_text())
     for row in body["rows"]:
         for name in ("seconds", "seconds_q20", "seconds_q80"):
