@@ -22,6 +22,8 @@ from lion_fast.methods import available
 
 TINY = "vit_tiny_patch16_224"
 SETTING = Setting(TINY, "train", 2, img_size=32)
+# The setting of commands that a test can wait for.
+SMALL = ["--backbones", TINY, "--img-size", "32", "--batch-sizes", "1"]
 
 
 def vit(depth=1, size=32, **options):
@@ -608,18 +610,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(plan, "measure", stop_at_second)
-    options = [
-        "--backbones",
-        TINY,
-        "--img-size",
-        "32",
-        "--batch-sizes",
-        "1",
-        "--methods",
-        "probe",
-        "--rounds",
-        "1",
-    ]
+    options = [*SMALL, "--methods", "probe", "--rounds", "1"]
     argv = ["bench", *options, "--out", str(tmp_path), "--no-progress"]
     assert main(argv) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
@@ -631,7 +622,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
 
 def test_the_command(tmp_path, capsys):
     old, new = tmp_path / "old", tmp_path / "new"
-    options = ["--backbones", TINY, "--img-size", "32", "--batch-sizes", "1", "--methods", "probe", "lion"]
+    options = [*SMALL, "--methods", "probe", "lion"]
     options += ["--rounds", "1", "--modes", "train"]
     assert main(["bench", *options, "--out", str(old), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -676,18 +667,7 @@ def test_wrong_options_are_refused(tmp_path, capsys):
 
 def small_command(out, *more):
     """The command of a plan that a test can wait for: three contenders beside the floor of a ViT-Ti."""
-    options = [
-        "--backbones",
-        TINY,
-        "--img-size",
-        "32",
-        "--batch-sizes",
-        "1",
-        "--rounds",
-        "2",
-        "--lengths",
-        "2",
-    ]
+    options = [*SMALL, "--rounds", "2", "--lengths", "2"]
     options += ["--methods", "probe", "vpt", *more]
     return ["bench", *options, "--rows-only", "--device", "cpu", "--no-progress", "--out", str(out)]
 

@@ -1,7 +1,7 @@
 """The problems of the GPU run: shapes, weights, and the bytes and operations that cannot be avoided."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,17 +68,17 @@ class Problem:
     tied: tuple[Tensor, ...]
     applications: dict[str, float]
     steps: dict[str, int]
+    known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def exact(self, recurrence: str) -> tuple[Tensor, Tensor]:
         """out - x of the first tokens and their dx, in float64; computed once."""
-        kept = self.__dict__.setdefault("_exact", {})
-        if recurrence not in kept:
+        if recurrence not in self.known:
             A, W, b, V, c = (t.double() for t in (self.free if recurrence == "free" else self.tied))
             x, g = self.x[0].double(), self.upstream[0].double()
             out, p, _, _ = reference.solve(x, A, W, b, V, c, ACTIVATION, MAX_ITER, TOL, 1.0, True)
             dx = reference.adjoint(g, x, p, A, W, V, ACTIVATION, NEUMANN_TERMS, 0.0, 1.0, True)[0]
-            kept[recurrence] = out - x, dx
-        return kept[recurrence]
+            self.known[recurrence] = out - x, dx
+        return self.known[recurrence]
 
 
 def weights(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

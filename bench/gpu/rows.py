@@ -180,6 +180,14 @@ def arguments(summary: str) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_no_result(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error where a CPU is to be measured, or a dry run to write among the results."""
+    if options.device == "cpu" and not options.dry_run:
+        parser.error("a CPU's times are no results; use --dry-run")
+    if options.dry_run and RESULTS.resolve() in (options.out.resolve(), *options.out.resolve().parents):
+        parser.error("a dry run does not write to bench/results; give another --out")
+
+
 def begin(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, Rows, Deadline]:
@@ -187,12 +195,9 @@ def begin(
     import torch
 
     options = parser.parse_args(argv)
-    if options.device == "cpu" and not options.dry_run:
-        parser.error("a CPU's times are no results; use --dry-run")
+    refuse_no_result(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine's torch sees no CUDA device; `--dry-run --device cpu` tries the program")
-    if options.dry_run and RESULTS.resolve() in (options.out.resolve(), *options.out.resolve().parents):
-        parser.error("a dry run does not write to bench/results; give another --out")
     torch.manual_seed(0)
     common = environment(options.device, options.dtype)
     if options.dry_run:

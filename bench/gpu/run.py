@@ -231,10 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         for step in todo:
             print(f"{step.stage:<10}{step.name:<26}at most {step.minutes:g} min  {step.missing or ''}")
         return 0
-    if options.device == "cpu" and not options.dry_run:
-        parser.error("a CPU's times are no results; use --dry-run")
-    if options.dry_run and stage.RESULTS in (options.out, *options.out.parents):
-        parser.error("a dry run does not write to bench/results; give another --out")
+    stage.refuse_no_result(parser, options)
     if options.device == "cuda" and not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
         parser.error("this machine has no CUDA device; `--dry-run --device cpu` tries the program")
     # A shell's background job ignores Ctrl-C, and so would every step, which could then only be killed.

@@ -259,12 +259,9 @@ def _in_processes(plan: _Plan, home: Workshop, workers: int, late: Late, keep: K
                     row, fault = connection.recv()
                 except EOFError:
                     team[connection].join(10)
-                    row, fault = (
-                        None,
-                        (
-                            f"its process died (exit code {team[connection].exitcode}); out of memory is the "
-                            "usual reason: run again with fewer workers. Rows written before are kept"
-                        ),
+                    fault = (
+                        f"its process died (exit code {team[connection].exitcode}); out of memory is the "
+                        "usual reason: run again with fewer workers. Rows written before are kept"
                     )
                 if fault:
                     broken.append(f"{item}: {fault}")
