@@ -54,6 +54,6 @@ setup(
     package_data={"lion_fast": ["py.typed", "**/*.json"], "lion_kernels": ["py.typed", "*.json"]},
     install_requires=["torch>=2.6", *TRAIN],
     extras_require={**EXTRAS, "dev": [*DEV, *(need for extra in EXTRAS.values() for need in extra)]},
-    entry_points={"console_scripts": ["lion-fast=lion_fast.cli:main"]},
+    entry_points={"console_scripts": ["lion-fast=lion_fast.commands.main:main"]},
     zip_safe=False,
 )

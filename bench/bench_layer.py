@@ -1,6 +1,6 @@
 """Speed of one equilibrium layer on this machine, as ratios: `make bench`.
 
-Contenders on the same tokens and weights: the formula as an eager loop (`lion_fast.reference`, free:
+Contenders on the same tokens and weights: the formula as an eager loop (`equilibrium.reference`, free:
 R wide, injection inside; tied: D wide), the layer (R wide, injection hoisted, plain torch on a CPU and
 Triton on a GPU) and the layer compiled. Their outputs are compared before anything is timed. "easy"
 is a random recurrence (about 5 applications), "hard" one that contracts by its bound (about 26).

@@ -9,10 +9,11 @@ import copy
 import pytest
 import torch
 
-from lion_fast import create, fp8, frozen, load_backbone
-from lion_fast.backbones import prefix_block, prefix_kv
-from lion_fast.bench.measure import distance, forms_of, move_off_start
+from lion_fast import create, load_backbone
+from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import fp8, prefix_block, prefix_kv
 from lion_fast.methods import available
+from lion_fast.studies.cost.measure import distance, forms_of, move_off_start
 
 B, NAME, SIZE, DEPTH = 4, "vit_small_patch16_224", 224, 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

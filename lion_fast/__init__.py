@@ -9,10 +9,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _WHERE = {
-    "LionLayer": "lion_fast.layer",
-    "replace_layers": "lion_fast.layer",
-    "ImplicitLayer": "lion_fast.solvers",
-    "SolveInfo": "lion_fast.solvers",
+    "LionLayer": "lion_fast.equilibrium.layer",
+    "replace_layers": "lion_fast.equilibrium.layer",
+    "ImplicitLayer": "lion_fast.equilibrium.solvers",
+    "SolveInfo": "lion_fast.equilibrium.solvers",
     "LionModel": "lion_fast.methods.lion",
     "create": "lion_fast.methods",
     "load_backbone": "lion_fast.backbones",
@@ -20,10 +20,15 @@ _WHERE = {
     "save_adapter": "lion_fast.adapters",
     "load_data": "lion_fast.data",
 }
-_MODULES = (
-    "adapters", "backbones", "contraction", "data", "errors", "functional", "layer",
-    "methods", "pruning", "reference", "solvers", "training", "weights",
-)  # fmt: skip
+_MODULES = {
+    **{name: f"lion_fast.{name}" for name in ("adapters", "backbones", "data", "errors", "methods")},
+    **{name: f"lion_fast.{name}" for name in ("pruning", "training")},
+    **{
+        name: f"lion_fast.equilibrium.{name}"
+        for name in ("contraction", "functional", "layer", "reference", "solvers")
+    },
+    "weights": "lion_fast.backbones.weights",
+}
 
 __all__ = ["__version__", *_WHERE, *_MODULES]
 
@@ -32,7 +37,7 @@ def __getattr__(name: str):
     if name in _WHERE:
         value = getattr(import_module(_WHERE[name]), name)
     elif name in _MODULES:
-        value = import_module(f"lion_fast.{name}")
+        value = import_module(_MODULES[name])
     else:
         raise AttributeError(f"module 'lion_fast' has no attribute {name!r}")
     globals()[name] = value

@@ -2,6 +2,6 @@
 
 import sys
 
-from lion_fast.cli import main
+from lion_fast.commands.main import main
 
 sys.exit(main())

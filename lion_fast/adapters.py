@@ -19,7 +19,7 @@ import safetensors.torch
 import timm
 import torch
 
-import lion_fast
+from lion_fast import __version__
 from lion_fast.backbones import OWN_WEIGHTS, Backbone, load_backbone
 from lion_fast.errors import AdapterError, LionError
 from lion_fast.methods import TunedModel, available, create
@@ -66,7 +66,7 @@ def describe(model: TunedModel) -> dict[str, Any]:
         },
         "normalisation": images,
         "versions": {
-            "lion_fast": lion_fast.__version__,
+            "lion_fast": __version__,
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
@@ -164,7 +164,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise AdapterError(f"{path} has no valid format_version (got {version!r}); {again}")
     if version > FORMAT_VERSION:
         raise AdapterError(
-            f"{path} has format version {version}; this lion-fast {lion_fast.__version__} reads up to "
+            f"{path} has format version {version}; this lion-fast {__version__} reads up to "
             f"{FORMAT_VERSION}. Install the lion-fast that wrote it"
         )
     _check_fields(path, description)

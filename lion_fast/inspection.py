@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lion_fast
-from lion_fast.contraction import spectral_norm_bound
-from lion_fast.layer import LionLayer
+from lion_fast import __version__
+from lion_fast.equilibrium.contraction import spectral_norm_bound
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.pixel import PixelEnd, conv_norm_bound
+from lion_fast.equilibrium.states import StateLayer
 from lion_fast.methods import TunedModel
-from lion_fast.methods.pixel import PixelEnd, conv_norm_bound
 from lion_fast.methods.read_out import ReadOut
-from lion_fast.states import StateLayer
 from lion_kernels.reference import ACTIVATIONS
 
 _RATE_STEPS = 200
@@ -25,6 +25,7 @@ def parameter_counts(model: TunedModel) -> dict[str, int]:
     """Trained numbers of the method: "dense" (all), "kept" (those not exactly zero in A, W, U and V, the
     pruned ones being zero), "with_head" (kept and the head).
 
+    >>> import lion_fast
     >>> small = lion_fast.load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
     >>> parameter_counts(lion_fast.create(small, "lion", num_classes=10, state_dim=16))
     {'dense': 3344, 'kept': 3344, 'with_head': 7834}
@@ -127,7 +128,7 @@ def environment() -> dict[str, object]:
     cuda = torch.cuda.is_available()
     reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.float32, 32)
     return {
-        "lion_fast": lion_fast.__version__,
+        "lion_fast": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lion_fast import weights
+from lion_fast.files import FetchError
 
 
 def write_image(path: Path, value: int = 0, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Path:
@@ -53,7 +53,7 @@ def fetched(get):
         return get()
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, weights.FetchError):
+        while cause is not None and not isinstance(cause, FetchError):
             cause = cause.__cause__
         if cause is None:
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lion_fast.weights import cache_dir
+from lion_fast.files import cache_dir
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lion_fast import reference
-from lion_fast.functional import equilibrium
-from lion_fast.solvers import implicit
+from lion_fast.equilibrium.functional import equilibrium
+from lion_fast.equilibrium.solvers import implicit
 
 
 class NotInstalled(Exception):

@@ -5,7 +5,7 @@ python bench/gpu/pack.py --check                   # are all files as the manife
 LION_FAST_CACHE=build/gpu-pack LION_FAST_OFFLINE=1 \\
     python -m lion_fast experiment bench/accuracy/gpu.yaml --workers 8 --minutes 3 --rows-only --out rows
 
-A pack is a cache folder: weights as lion_fast.weights keeps them, MNIST-5k, and of Fashion-MNIST the images
+A pack is a cache folder: weights as backbones.weights keeps them, MNIST-5k, and of Fashion-MNIST the images
 that the grid's draws need. It is made from files whose sha256 is known. Keep it out of git and pass it on to
 nobody: the weights' licence is known by their metadata alone.
 """
@@ -22,7 +22,8 @@ from lion_fast import weights
 from lion_fast.data import load_data
 from lion_fast.data.offline import write_fashion_part
 from lion_fast.errors import DataError, LionError, OptionError
-from lion_fast.experiments.grid import Grid, read_grid
+from lion_fast.files import cache_dir, sha256_file
+from lion_fast.studies.grid import Grid, read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID, OUT = ROOT / "bench" / "accuracy" / "gpu.yaml", ROOT / "build" / "gpu-pack"
@@ -47,7 +48,7 @@ def pack(grid: Grid, out: str | os.PathLike, limit: int = LIMIT) -> dict:
         files = {
             path.relative_to(new).as_posix(): {
                 "bytes": path.stat().st_size,
-                "sha256": weights.sha256_file(path),
+                "sha256": sha256_file(path),
             }
             for path in sorted(new.rglob("*"))
             if path.is_file()
@@ -96,9 +97,9 @@ def pack_images(grid: Grid, folder: Path) -> dict[str, str]:
     for source, names in wanted.items():
         sources[source] = f"{len(names)} images"
         if source == "fashion-mnist":
-            write_fashion_part(names, weights.cache_dir(), folder)
+            write_fashion_part(names, cache_dir(), folder)
         elif source == "mnist-5k":
-            shutil.copytree(weights.cache_dir() / "data" / source, folder / "data" / source)
+            shutil.copytree(cache_dir() / "data" / source, folder / "data" / source)
             sources[source] = "all images"
         else:
             sources[source] = "none: scikit-learn has them"
@@ -115,7 +116,7 @@ def check(folder: str | os.PathLike) -> dict:
     wrong = [
         name
         for name, told in manifest["files"].items()
-        if not (folder / name).is_file() or weights.sha256_file(folder / name) != told["sha256"]
+        if not (folder / name).is_file() or sha256_file(folder / name) != told["sha256"]
     ]
     if wrong:
         raise DataError(f"{folder}: missing or changed: {', '.join(wrong)}; make the pack again")

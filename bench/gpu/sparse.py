@@ -23,7 +23,7 @@ from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOL, Problem
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lion_fast.functional import adjoint_options
+from lion_fast.equilibrium.functional import adjoint_options
 from lion_fast.pruning import two_of_four
 from lion_fast.pruning.blocksparse import _BlockSparseEquilibrium
 from lion_fast.pruning.masks import expand_blocks, unit_mask

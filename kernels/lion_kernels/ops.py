@@ -2,7 +2,7 @@
 
 `solve` and `adjoint` run the Triton kernels or the plain-torch reference, by `backend`. Being custom
 ops they are single nodes for `torch.compile`, and their outputs never alias an input. They have no
-derivative of their own: `lion_fast.functional` pairs them in an autograd.Function.
+derivative of their own: `lion_fast.equilibrium.functional` pairs them in an autograd.Function.
 
 They are defined by schema, since the wrapper of `torch.library.custom_op` costs the host three times
 as much a call (measured: 29 against 9 us), which is more than a whole solve takes on a GPU.

@@ -1,10 +1,10 @@
 """Images for training and evaluation: folders, lists, built-in sets, splits, draws, transforms."""
 
-from .draws import draw_fraction, draw_long_tail, draw_per_class, draw_total, long_tail_counts
-from .images import ArrayImages, FileImages, ImageSet, read_image, to_rgb
-from .loading import Splits, load_data, load_images
-from .offline import OFFLINE
-from .transforms import transforms
+from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total, long_tail_counts
+from lion_fast.data.images import ArrayImages, FileImages, ImageSet, read_image, to_rgb
+from lion_fast.data.loading import Splits, load_data, load_images
+from lion_fast.data.offline import OFFLINE
+from lion_fast.data.transforms import transforms
 
 __all__ = [
     "OFFLINE",

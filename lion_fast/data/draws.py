@@ -7,7 +7,7 @@ each class, so with one seed a smaller draw is contained in a larger one.
 import torch
 from torch import Tensor
 
-from ..errors import DataError, OptionError
+from lion_fast.errors import DataError, OptionError
 
 
 def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, OptionError, check_choice
-from ..weights import cache_dir
-from .draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
-from .images import ImageSet
-from .offline import OFFLINE
-from .sources import (
+from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
+from lion_fast.data.images import ImageSet
+from lion_fast.data.offline import OFFLINE
+from lion_fast.data.sources import (
     BIRD_LISTS,
     CHECK,
     Raw,
@@ -26,6 +24,8 @@ from .sources import (
     read_folder,
     read_vtab,
 )
+from lion_fast.errors import DataError, OptionError, check_choice
+from lion_fast.files import cache_dir
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load_data(
     check: "header" looks at the structure of every file and the end of a JPEG, "decode" decodes all of
     them, "none" trusts them.
     Files that fail are left out and listed in `description["skipped"]`; strict: raise instead.
-    cache: folder for downloads; default `lion_fast.weights.cache_dir()`.
+    cache: folder for downloads; default `lion_fast.files.cache_dir()`.
 
     Raises DataError for data that cannot be used, OptionError for options that make no sense.
 

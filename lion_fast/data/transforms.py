@@ -5,8 +5,8 @@ import math
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from ..backbones import RESIZE
-from ..errors import check_choice
+from lion_fast.errors import check_choice
+from lion_fast.options import RESIZE
 
 _INTERPOLATION = {mode.value: mode for mode in InterpolationMode}
 AUGMENT = ("none", "flip", "crop")

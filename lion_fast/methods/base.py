@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lion_fast import frozen
 from lion_fast.backbones import Backbone, load_backbone
+from lion_fast.backbones import cheaper as frozen
+from lion_fast.equilibrium.masked import count_dropped, match_masks
 from lion_fast.errors import AdapterError, BackboneError, OptionError, check_number
-from lion_fast.masked import count_dropped, match_masks
 
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 

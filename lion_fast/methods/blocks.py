@@ -10,11 +10,11 @@ from collections.abc import Callable
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from lion_fast import frozen
-from lion_fast.at_work import works_for_first
 from lion_fast.backbones import Backbone, takes_prefix
+from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones.at_work import works_for_first
+from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import BackboneError, OptionError
-from lion_fast.frozen import mlp_branch
 
 __all__ = [
     "after_attention",

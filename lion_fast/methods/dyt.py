@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.at_work import works_for_first
+from lion_fast.backbones.at_work import works_for_first
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods.adapter import Bottleneck
 from lion_fast.methods.base import TunedModel, register

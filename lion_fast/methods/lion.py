@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.pixel import PixelEnd
+from lion_fast.equilibrium.solvers import SolveInfo
 from lion_fast.errors import OptionError, check_choice
-from lion_fast.layer import LionLayer
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_count
-from lion_fast.methods.pixel import PixelEnd
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
-from lion_fast.solvers import SolveInfo
 
 ENDS = ("input", "output")
 FORMS = ("states", "residual")

@@ -9,9 +9,9 @@ from timm.layers import LayerNorm2d
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
-from lion_fast.at_work import works_for_first
+from lion_fast.backbones.at_work import works_for_first
+from lion_fast.backbones.fp8 import Fp8Linear
 from lion_fast.errors import BackboneError
-from lion_fast.fp8 import Fp8Linear
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import check_blocks
 from lion_fast.methods.owned import BackboneHook, Merged, mergeable_copy, own_copy, runs

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
-from lion_fast.at_work import works_for_first
+from lion_fast.backbones.at_work import works_for_first
 
 
 def to_windows(block: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

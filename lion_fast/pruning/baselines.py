@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import OptionError, check_choice, check_whole
-from lion_fast.masked import Masked
 from lion_fast.pruning.masks import CRITERIA, check_target, find_layers, find_matrices, select
 
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lion_fast.equilibrium.functional import adjoint_options, check_input
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.solvers import SolveInfo, default_tol
 from lion_fast.errors import OptionError
-from lion_fast.functional import adjoint_options, check_input
-from lion_fast.layer import LionLayer
-from lion_fast.solvers import SolveInfo, default_tol
 from lion_kernels import launch_step, reference
 from lion_kernels.sparse import BLOCKS, BlockPattern, BlockSparse, find_pattern, has_kernels
 

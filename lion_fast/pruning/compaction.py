@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lion_fast.contraction import contraction_scale
+from lion_fast.equilibrium.contraction import contraction_scale
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
-from lion_fast.layer import LionLayer
-from lion_fast.states import StateLayer
 from lion_kernels.reference import ACTIVATIONS
 
 # Applications that the constant units get to come to rest, at their rate of at most gamma.

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
-from lion_fast.layer import LionLayer
 from lion_fast.pruning.compaction import find_units
 from lion_fast.pruning.two_of_four import is_two_of_four
-from lion_fast.states import StateLayer
 from lion_kernels.launch import padded_state
 from lion_kernels.sparse import BLOCKS, find_pattern
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.masked import Masked
+from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError, check_choice
-from lion_fast.layer import LionLayer
-from lion_fast.masked import Masked
-from lion_fast.states import StateLayer
 
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")

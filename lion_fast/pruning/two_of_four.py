@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.equilibrium.functional import check_input
+from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.solvers import SolveInfo, default_tol
 from lion_fast.errors import OptionError
-from lion_fast.functional import check_input
-from lion_fast.layer import LionLayer
-from lion_fast.solvers import SolveInfo, default_tol
 from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR
 
 # What both of torch's libraries (cuSPARSELt, CUTLASS) take in half precision.

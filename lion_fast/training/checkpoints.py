@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from lion_fast.errors import CheckpointError
+from lion_fast.files import sync_folder, write_synced
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 KEPT = 2
@@ -63,13 +64,13 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], 
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         for name, data in files.items():
-            _write_synced(work / name, data)
-        _sync_folder(work)
+            write_synced(work / name, data)
+        sync_folder(work)
         if final.exists():
             # A resumed run meets a step again; a folder can only replace an empty one.
             shutil.rmtree(final)
         os.replace(work, final)
-        _sync_folder(folder)
+        sync_folder(folder)
         for old in list_checkpoints(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -79,30 +80,6 @@ def write_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], 
             f"another output folder, then resume from the one before it"
         ) from error
     return final
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    _write_synced(work, data)
-    os.replace(work, path)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_whole(path: Path) -> str | None:

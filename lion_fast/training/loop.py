@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lion_fast.errors import CheckpointError, DataError, LionError, OptionError
+from lion_fast.files import write_atomically
 from lion_fast.pruning import RobustPruner
 from lion_fast.training import checkpoints
 from lion_fast.training.config import TrainConfig
@@ -411,7 +412,7 @@ class _Run:
             line = f"epoch {epoch} of {self.config.epochs}: loss {row['train_loss']:.4f}{told}"
             print(f"{line} ({row['seconds']:.1f} s)", file=sys.stderr, flush=True)
         if self.main:
-            checkpoints.write_atomically(self.out_dir / "metrics.csv", _to_csv(at.history).encode())
+            write_atomically(self.out_dir / "metrics.csv", _to_csv(at.history).encode())
             self._tensorboard(
                 {f"epoch/{k}": v for k, v in row.items() if k not in ("step", "epoch")}, at.step
             )
@@ -867,7 +868,7 @@ class _CsvLog:
                         continue  # a line that was being written when the process died
                     if int(row["step"]) <= keep_to_step:
                         rows.append(row)
-        checkpoints.write_atomically(path, (_to_csv(rows) if rows else "").encode())
+        write_atomically(path, (_to_csv(rows) if rows else "").encode())
         self.names = list(rows[0]) if rows else None
 
     def add(self, row: dict) -> None:

@@ -5,8 +5,8 @@ import torch
 from kernel_helpers import DEVICE, problem
 
 from lion_fast import LionLayer
-from lion_fast.functional import equilibrium
-from lion_fast.states import StateLayer
+from lion_fast.equilibrium.functional import equilibrium
+from lion_fast.equilibrium.states import StateLayer
 from lion_kernels import ops, reference
 from lion_kernels.adjoint import adjoint
 

@@ -1,0 +1,79 @@
+"""`lion-fast experiment`: run what is left of a grid, write rows and report."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lion_fast.errors import OptionError
+
+EXIT_LEFT = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("grid", metavar="GRID.yaml", help="the experiment, see docs/experiments.md")
+    parser.add_argument("--out", help="folder of rows, report and plots [runs/experiments/NAME]")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the device [1]"
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin no run after so long")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME=LABEL,...", help="run only this method=, set= or backbone="
+    )
+    parser.add_argument("--stage", choices=("tune", "final", "all"), default="all", help="[all]")
+    parser.add_argument(
+        "--rows-only", action="store_true", default=False, help="write rows.jsonl, no report or plots"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", default=False, help="write the report of the rows, run nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Run and report. The dict has "left", the number of runs for another time."""
+    from lion_fast.studies import report, runner
+    from lion_fast.studies.grid import read_grid
+    from lion_fast.studies.rows import NAME
+
+    if args.rows_only and args.report_only:
+        raise OptionError("--rows-only and --report-only exclude each other")
+    grid = read_grid(args.grid)
+    out = Path(getattr(args, "out", None) or runner.default_out(grid))
+    minutes, only = getattr(args, "minutes", None), parse_only(getattr(args, "only", []))
+    told = runner.Told()
+    if not args.report_only:
+        try:
+            told = runner.run(
+                grid,
+                out,
+                workers=args.workers,
+                minutes=minutes,
+                only=only,
+                stage=args.stage,
+                say=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+        except KeyboardInterrupt as error:
+            error.args = ("interrupted",)
+            error.hint = f"rows are in {out}; the same command goes on from there"
+            raise
+    path = out / NAME if args.rows_only else report.write(grid, out)
+    if not args.json:
+        left = f", {told.left} left: run again to go on" if told.left else ""
+        print(f"{told.done} runs done ({told.failed} failed), {told.held} were there{left}: {path}")
+    return {"out": str(out), "report": None if args.rows_only else str(path), **vars(told)}
+
+
+def exit_code(result: dict) -> int:
+    """3 where time ran out before the plan was done, else 0."""
+    return EXIT_LEFT if result.get("left") else 0
+
+
+def parse_only(given: list[str]) -> dict[str, list[str]]:
+    """{"method": [labels], ...} of method=a,b set=c."""
+    only: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, labels = text.partition("=")
+        if not equals or not labels:
+            raise OptionError(f"--only takes method=, set= or backbone= with labels; got {text!r}")
+        only.setdefault(name, []).extend(label for label in labels.split(",") if label)
+    return only

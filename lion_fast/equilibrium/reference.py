@@ -1,0 +1,66 @@
+"""The layer as its formula reads: the oracle of the tests and the "before" of every benchmark."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lion_fast.equilibrium import layer
+from lion_fast.equilibrium.contraction import contraction_scale
+from lion_fast.equilibrium.functional import check_input
+from lion_fast.equilibrium.solvers import SolveInfo, apply_policy, default_tol, implicit
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
+
+
+class LionLayer(layer.LionLayer):
+    """`lion_fast.LionLayer` by an eager loop over f(z; x); same arguments, state_dict and meaning.
+
+    recurrence="free" iterates z in R dimensions, "tied" the token-space state y in D dimensions,
+    y = V phi(A (x + s y) + b) with the scale s of the contraction bound inside. The injection is
+    computed in each application of f, one stop test is made a step, and every product is its own
+    kernel. `backend` is accepted and ignored. The residual of "tied" is measured in token space.
+
+    >>> fast, plain = layer.LionLayer(8, 4), LionLayer(8, 4)
+    >>> _ = plain.load_state_dict(fast.state_dict())
+    >>> x = torch.randn(3, 8)
+    >>> bool((fast(x) - plain(x)).abs().max() < 1e-4)
+    True
+    """
+
+    def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        tol = default_tol(x.dtype) if self.tol is None else self.tol
+        phi = ACTIVATIONS[self.activation].phi
+        acc = accumulate_dtype(x.dtype)
+        check_input(x, self.dim)
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.reshape(-1, self.dim).to(acc)
+            A, V = self.masked("A"), self.masked("V")
+            A, Wh, b, V, c = (t.to(acc) for t in (A, self.recurrence_matrix(), self.b, V, self.c))
+            if self.recurrence == "free":
+                z0 = tokens.new_zeros(tokens.shape[0], self.state_dim)
+
+                def f(z: Tensor, x: Tensor) -> Tensor:
+                    return phi(F.linear(z, Wh) + F.linear(x, A, b))
+
+            else:
+                z0 = torch.zeros_like(tokens)
+                s = contraction_scale(A @ V, self.gamma / ACTIVATIONS[self.activation].lipschitz)
+
+                def f(y: Tensor, x: Tensor) -> Tensor:
+                    return F.linear(phi(F.linear(x + s * y, A, b)), V)
+
+            z, info = implicit(
+                f,
+                tokens,
+                z0,
+                max_iter=self.max_iter,
+                tol=tol,
+                damping=self.damping,
+                backward=self.backward,
+                neumann_terms=min(self.neumann_terms, self.max_iter - 1),
+                early_exit=True,
+            )
+            prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
+            out = (tokens + prompt).to(x.dtype).reshape(x.shape)
+        info = SolveInfo(info.residual.reshape(x.shape[:-1]), info.iterations.reshape(x.shape[:-1]), tol)
+        apply_policy(info, self.on_failure, self._hint())
+        return (out, info) if return_info else out

@@ -1,0 +1,108 @@
+"""`StateLayer`: an equilibrium layer that gives its states instead of adding their read-out."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lion_fast.equilibrium.contraction import bounded
+from lion_fast.equilibrium.functional import check_input, equilibrium
+from lion_fast.equilibrium.masked import Masked
+from lion_fast.equilibrium.solvers import SolveInfo, apply_policy, check_solve_options
+from lion_fast.errors import check_choice, check_gamma, check_whole, names_options
+from lion_kernels import ops
+from lion_kernels.reference import ACTIVATIONS
+
+
+class StateLayer(Masked):
+    """Z = phi(Z Wh^T + x A^T + b), per token: the equilibrium of a `LionLayer` without its read-out.
+
+    Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
+    in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype, under autocast too. The
+    injection is a product of its own in x's dtype; the solve then runs on rows of width R, by the kernels of
+    `LionLayer`.
+
+    Args:
+        dim: width D of a token.
+        state_dim: width R of the state.
+        activation, gamma, damping, max_iter, tol, backward, neumann_terms, backend, on_failure: see
+            `LionLayer`. max_iter=1 leaves phi(x A^T + b), and W without effect.
+
+    Raises OptionError on an option outside its range, ValueError or TypeError on input that does not fit.
+
+    >>> layer = StateLayer(8, state_dim=4)
+    >>> layer(torch.randn(2, 5, 8)).shape, sum(p.numel() for p in layer.parameters())
+    (torch.Size([2, 5, 4]), 52)
+    """
+
+    matrices = ("A", "W")
+
+    @names_options
+    def __init__(
+        self,
+        dim: int,
+        state_dim: int = 32,
+        *,
+        activation: str = "tanh",
+        gamma: float = 0.8,
+        damping: float = 1.0,
+        max_iter: int = 50,
+        tol: float | None = None,
+        backward: str = "neumann",
+        neumann_terms: int = 8,
+        backend: str = "auto",
+        on_failure: str = "ignore",
+    ) -> None:
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("backend", backend, ops.BACKENDS)
+        self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
+        self.solve |= {"neumann_terms": neumann_terms}
+        check_solve_options(**self.solve, on_failure=on_failure)
+        check_whole("dim", dim)
+        check_whole("state_dim", state_dim)
+        check_gamma(gamma)
+        self.dim, self.state_dim = dim, state_dim
+        self.activation, self.gamma = activation, gamma
+        self.backend, self.on_failure = backend, on_failure
+        self.A = nn.Parameter(torch.empty(state_dim, dim))
+        self.W = nn.Parameter(torch.empty(state_dim, state_dim))
+        self.b = nn.Parameter(torch.empty(state_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A and W normal with variance 1/D and 1/R, b zero."""
+        nn.init.normal_(self.A, std=self.dim**-0.5)
+        nn.init.normal_(self.W, std=self.state_dim**-0.5)
+        nn.init.zeros_(self.b)
+
+    def recurrence_matrix(self) -> Tensor:
+        """Wh [R, R] with Lip(phi) ||Wh||_2 <= gamma, in the graph of the parameters."""
+        return bounded(self.masked("W"), self.gamma / ACTIVATIONS[self.activation].lipschitz)
+
+    def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        check_input(x, self.dim)
+        # as a LionLayer's, the state does not depend on whether autocast is on
+        with torch.autocast(x.device.type, enabled=False):
+            q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
+        # with A = V = 1 and b = c = 0 the whole solve's output is its state; each a tensor of its own, since
+        # torch.compile leaves the graph where an autograd.Function gets one twice
+        new = {"dtype": self.A.dtype, "device": self.A.device}
+        A, V = (torch.eye(self.state_dim, **new) for _ in range(2))
+        b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
+        inspect = self.on_failure != "ignore" and not torch.compiler.is_compiling()
+        out = equilibrium(
+            q, A, self.recurrence_matrix(), b, V, c,
+            activation=self.activation, **self.solve, backend=self.backend, residual=False,
+            return_info=return_info or inspect,
+        )  # fmt: skip
+        z, info = out if return_info or inspect else (out, None)
+        if inspect:
+            apply_policy(info, self.on_failure, "Raise max_iter or tol, or lower gamma.")
+        z = z.to(x.dtype)
+        return (z, info) if return_info else z
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, state_dim={self.state_dim}, activation={self.activation!r}, gamma={self.gamma}, "
+            f"backend={self.backend!r}"
+        )

@@ -1,0 +1,41 @@
+"""Settings in YAML files, with values as everybody means them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lion_fast.errors import OptionError
+
+# How images are brought to the backbone's size: short side and centre, or both sides.
+RESIZE = ("crop", "direct")
+
+
+def read_settings(path: Path, what: str) -> dict:
+    """The mapping that a YAML file holds; `OptionError` where it holds none, calling it `what`."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"the {what} {path} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"the {what} {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise OptionError(f"the {what} {path} must hold `name: value` lines")
+    return numbers(settings)
+
+
+def numbers(value: object) -> Any:
+    """With texts such as 1e-3, which YAML does not take for numbers, as numbers; in lists and mappings too.
+
+    >>> numbers({"lr": "1e-3", "length": [5, "1E1"], "pool": "cls"})
+    {'lr': 0.001, 'length': [5, 10.0], 'pool': 'cls'}
+    """
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value

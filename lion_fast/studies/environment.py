@@ -1,0 +1,81 @@
+"""Where and with what rows are taken: versions, device, threads, revision."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lion_fast import __version__
+
+# The folder that holds the packages; a checkout where they are not installed
+SOURCES = Path(__file__).resolve().parents[2]
+
+
+def context(device: torch.device) -> dict[str, Any]:
+    """Where and with what rows are taken: versions, device, threads, git revision."""
+    import timm
+
+    versions = {"lion_fast": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    versions["python"] = platform.python_version()
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    versions["cuda"] = torch.version.cuda
+    return {
+        "versions": versions,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        **git_revision(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_revision() -> dict[str, Any]:
+    """The revision of the running sources and whether they differ from it.
+
+    LION_FAST_REVISION names it where it is set: a copy of the tree has no history, or one of its own. Else
+    git is asked; None where the sources are in no checkout, or in one that does not know them.
+    """
+    if named := os.environ.get("LION_FAST_REVISION"):
+        return {"git": named, "git_code": named, "git_changed": None}
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(SOURCES), *args],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    code = ("--", "lion_fast", "kernels")  # documents may change between two runs
+    # installed packages may lie inside somebody else's checkout
+    revision = git("log", "-1", "--format=%H", *code) if (SOURCES / ".git").exists() else None
+    if not revision:
+        return {"git": None, "git_code": None, "git_changed": None}
+    changed = git("status", "--porcelain", "--untracked-files=no", *code)
+    return {
+        "git": git("rev-parse", "HEAD"),
+        "git_code": revision,
+        "git_changed": None if changed is None else bool(changed),
+    }

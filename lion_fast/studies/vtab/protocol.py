@@ -1,0 +1,137 @@
+"""What is run: a method, its configurations on each task, seeds; the same for every task and every resume."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lion_fast.commands.vtab import DECIDED, SEEDS
+from lion_fast.errors import OptionError
+from lion_fast.methods import available, method_options
+from lion_fast.methods.base import check_kinds
+from lion_fast.training import TrainConfig
+from lion_fast.training.config import FREE_ON_RESUME, refuse_unknown
+from lion_fast.training.presets import TASKS, Preset, preset
+
+# A preset's own grid is searched up to this size; VPT's has 240 configurations.
+LARGEST_GRID = 12
+# Else these multiples of the preset's own values.
+SMALL_GRID = {"lr": (0.25, 1.0, 4.0), "weight_decay": (0.1, 1.0)}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Options of the method and training settings, complete; `varied` is what the grid gave it."""
+
+    options: Mapping[str, Any]
+    train: Mapping[str, Any]
+    varied: Mapping[str, Any]
+
+    def label(self) -> str:
+        """What the grid gave it, in words.
+
+        >>> Configuration({}, {}, {"lr": 0.001, "length": 10}).label()
+        'lr=0.001 length=10'
+        """
+        said = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.varied.items())
+        return said or "the only configuration"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A method on VTAB-1k.
+
+    Args:
+        method: Name of the method.
+        preset: "common": one training setting and six configurations of learning rate and weight decay,
+            alike for every method. "paper": as published, with values by task where they are known.
+        grid: Values by the name of a method option or training setting, all combinations of which are tried;
+            None: the preset's grid where that has at most `LARGEST_GRID` configurations, else `SMALL_GRID`
+            around the preset's values. Names that `options` or `train` fix are left out of it.
+        options: Method options that hold for every configuration, over the preset's.
+        train: Training settings likewise.
+        seeds: Seeds of the final runs. The first one is also the seed of the tuning runs.
+
+    Raises:
+        OptionError: An unknown method, preset or name, a value out of range, a name both fixed and in
+            `grid`, or one that the protocol decides.
+
+    >>> [c.label() for c in Protocol("probe", train={"lr": 0.1}).configurations("cifar")]
+    ['weight_decay=0.0001', 'weight_decay=0.01']
+    """
+
+    method: str
+    preset: str = "common"
+    grid: Mapping[str, Sequence] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = SEEDS
+
+    def __post_init__(self) -> None:
+        preset(self.method, self.preset)
+        known = list(method_options(available()[self.method]))
+        settings = [name for name in TrainConfig.__dataclass_fields__ if name not in DECIDED]
+        for name in (*(self.grid or {}), *self.train):
+            if name in DECIDED:
+                raise OptionError(f"VTAB-1k's protocol decides {name}: {DECIDED[name]}")
+        refuse_unknown(dict(self.grid or {}), known + settings, f"name in the grid of {self.method}:")
+        refuse_unknown(dict(self.options), known, f"option of {self.method}")
+        refuse_unknown(dict(self.train), settings, "training option")
+        for name, values in (self.grid or {}).items():
+            if name in self.options or name in self.train:
+                raise OptionError(f"{name} is both fixed and in the grid; give it once")
+            if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
+                raise OptionError(f"the grid needs values for {name}, as {name}=V1,V2; got {values!r}")
+            repeated = [v for i, v in enumerate(values) if v in list(values)[:i]]
+            if repeated:
+                raise OptionError(f"the grid has {name}={repeated[0]} twice")
+        seeds = list(self.seeds)
+        if not seeds or len(set(seeds)) < len(seeds) or any(type(s) is not int or s < 0 for s in seeds):
+            raise OptionError(f"seeds must be different integers of at least 0; got {seeds}")
+
+    def source(self, task: str) -> Preset:
+        """The preset with the values of the task where it has such."""
+        by_task = self.preset == "paper" and self.method in TASKS
+        return preset(self.method, self.preset, task if by_task else None)
+
+    def configurations(self, task: str) -> list[Configuration]:
+        """Everything that is tried on a task, checked, in the order in which it is tried."""
+        base = self.source(task)
+        options = dict(base.options) | dict(self.options)
+        train = dict(base.train) | dict(self.train) | {"keep": "last"}
+        train.pop("seed", None)  # published seeds were chosen; ours are given
+        fixed = {*self.options, *self.train}
+        grid = self.grid
+        if grid is None:
+            grid = {name: values for name, values in base.grid.items() if name not in fixed}
+            if not 1 < len(list(itertools.product(*grid.values()))) <= LARGEST_GRID:
+                grid = {
+                    name: tuple(dict.fromkeys(float(f"{train[name] * m:.6g}") for m in multiples))
+                    for name, multiples in SMALL_GRID.items()
+                    if name not in fixed
+                }
+        found = []
+        for values in itertools.product(*grid.values()):
+            varied = dict(zip(grid, values, strict=True))
+            own = {k: v for k, v in varied.items() if k in method_options(available()[self.method])}
+            rest = {k: v for k, v in varied.items() if k not in own}
+            found.append(Configuration(options | own, train | rest, varied))
+            check_kinds(available()[self.method], found[-1].options)
+            TrainConfig.from_dict(dict(found[-1].train))
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What must agree for two runs to share rows; JSON-able. More seeds or tasks may follow."""
+        return {
+            "method": self.method,
+            "preset": self.preset,
+            "grid": None if self.grid is None else {k: list(v) for k, v in self.grid.items()},
+            "options": dict(self.options),
+            "train": {k: v for k, v in self.train.items() if k not in FREE_ON_RESUME},
+            # what nobody gave decides numbers too, and may be another thing in a later version
+            "defaults": {
+                "options": method_options(available()[self.method]),
+                "train": TrainConfig().to_fingerprint(),
+            },
+            "tuning_seed": self.seeds[0],
+        }

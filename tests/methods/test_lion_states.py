@@ -1,0 +1,855 @@
+"""LION's form "states": the layer, the map it reads, the model, its training and its pruning."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from kernel_helpers import torch_solve
+from safetensors.torch import save_file
+from training_helpers import TINY, random_splits, tiny_model, write_images
+
+import lion_fast
+from lion_fast import LionLayer, load_backbone, reference
+from lion_fast.adapters import load_adapter, save_adapter
+from lion_fast.commands.main import main
+from lion_fast.equilibrium.pixel import PixelEnd
+from lion_fast.equilibrium.states import StateLayer
+from lion_fast.errors import BackboneError, ConvergenceError, OptionError
+from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
+from lion_fast.methods import LionModel, create
+from lion_fast.methods.read_out import ReadOut, coarse_rows, map_place
+from lion_fast.pruning import (
+    RobustPruner,
+    compact,
+    compact_model,
+    count_parameters,
+    describe_forms,
+    kept_shares,
+    prune_once,
+)
+from lion_fast.pruning.blocksparse import BlockSparseLayer
+from lion_fast.training import TrainConfig, fit
+
+D, R = 12, 5
+PHI = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}
+VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
+BACKBONES = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "registers": ("vit_small_patch14_reg4_dinov2", VIT | {"img_size": 28}),
+    "no class token": ("vit_base_patch16_siglip_224", VIT),
+    "norm_pre": ("vit_base_patch32_clip_224", VIT | {"img_size": 64}),
+    "deit": ("deit_tiny_distilled_patch16_224", VIT),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swinv2": ("swinv2_tiny_window8_256", SWIN),
+    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "img_size": 64}),
+    "efficientnet": ("efficientnet_lite0", {"img_size": 64}),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64}),
+    "mobilenetv3": ("mobilenetv3_small_050", {"img_size": 64}),
+}
+VITS = ["vit", "registers", "no class token", "norm_pre", "deit"]
+FAMILIES = ["vit", "swin", "resnet"]
+
+
+def backbone(key="vit", **more):
+    name, kwargs = BACKBONES[key]
+    return load_backbone(name, pretrained=False, **kwargs | more)
+
+
+def images(model, batch=3, dtype=torch.float32):
+    size = (model if hasattr(model, "img_size") else model.backbone).img_size
+    size = size if isinstance(size, tuple) else (size, size)
+    return torch.randn(batch, 3, *size, dtype=dtype)
+
+
+def rough(layer):
+    """Weights large enough that the bound is at work and every term of the gradient matters."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(0.6 * torch.randn_like(p))
+    return layer
+
+
+def unrolled(layer, x, steps=400):
+    """The formula, `steps` times, differentiated by plain autograd."""
+    Wh, phi = layer.recurrence_matrix(), PHI[layer.activation]
+    q = x @ layer.masked("A").T + layer.b
+    z = torch.zeros_like(q)
+    for _ in range(steps):
+        z = phi(z @ Wh.T + q)
+    return z
+
+
+def gradients(module, out, upstream, *inputs):
+    return torch.autograd.grad(out, [*inputs, *(p for p in module.parameters() if p.requires_grad)], upstream)
+
+
+def assert_close_each(actual, expected, tol):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).norm() <= tol * e.norm() + 1e-14
+
+
+# the layer
+
+
+@pytest.mark.parametrize("activation", PHI)
+def test_states_and_exact_gradients_are_those_of_the_unrolled_formula(activation):
+    options = {"tol": 1e-14, "max_iter": 400, "gamma": 0.9, "backward": "exact"}
+    layer = rough(StateLayer(D, R, activation=activation, **options).double())
+    assert torch.linalg.matrix_norm(layer.W, 2) > 0.9  # so the bound is in the graph
+    x = torch.randn(3, 4, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 4, R, dtype=torch.float64)
+    out, expected = layer(x), unrolled(layer, x)
+    assert out.shape == (3, 4, R) and torch.allclose(out, expected, rtol=0, atol=1e-12)
+    assert_close_each(gradients(layer, out, upstream, x), gradients(layer, expected, upstream, x), 1e-9)
+
+
+@pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
+def test_one_step_has_its_own_gradient(backward):
+    """max_iter=1 is phi(x A^T + b): the gradient of that, in every mode, and none for W."""
+    layer = rough(StateLayer(D, R, max_iter=1, backward=backward).double())
+    x = torch.randn(3, 4, D, dtype=torch.float64, requires_grad=True)
+    upstream, given = torch.randn(3, 4, R, dtype=torch.float64), (x, layer.A, layer.b)
+    out, expected = layer(x), torch.tanh(x @ layer.A.T + layer.b)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(out, [*given, layer.W], upstream)
+    assert_close_each(found[:3], torch.autograd.grad(expected, given, upstream), 1e-12)
+    assert not found[3].any()
+
+
+@pytest.mark.parametrize("backward", ["neumann", "exact", "phantom"])
+@pytest.mark.parametrize("kind", [LionLayer, reference.LionLayer, BlockSparseLayer])
+@pytest.mark.parametrize("recurrence", ["free", "tied"])
+def test_one_step_of_a_layer_has_its_own_gradient(kind, recurrence, backward):
+    if kind is BlockSparseLayer and recurrence == "tied":
+        pytest.skip("block-sparse layers are free")
+    made = reference.LionLayer if kind is reference.LionLayer else LionLayer
+    layer = rough(
+        made(32, 32, recurrence=recurrence, activation="tanh", max_iter=1, backward=backward).double()
+    )
+    if kind is BlockSparseLayer:
+        prune_once(layer, 0.9, granularity="block", block=16, criterion="magnitude")
+    net = BlockSparseLayer(layer, block=16) if kind is BlockSparseLayer else layer
+    x, upstream = torch.randn(5, 32, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
+    A, V = layer.masked("A"), layer.masked("V")
+    expected = x + torch.tanh(x @ A.T + layer.b) @ V.T + layer.c
+    given = (layer.A, layer.b, layer.V, layer.c)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(net(x), given, upstream)
+    assert_close_each(found, torch.autograd.grad(expected, given, upstream), 1e-12)
+    if recurrence == "free":
+        assert not torch.autograd.grad(net(x), layer.W, upstream)[0].any()
+
+
+def test_one_step_of_the_pixel_end_is_the_same_with_and_without_gradients():
+    end = rough(PixelEnd(3, 4, activation="tanh", max_iter=1).double())
+    x, upstream = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = x + F.conv2d(torch.tanh(F.conv2d(x, end.U, end.b, padding=1)), end.V, end.c)
+    with torch.no_grad():
+        torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
+    given = (end.U, end.b, end.V, end.c)
+    found = torch.autograd.grad(end(x), (*given, end.W), upstream)
+    assert_close_each(found[:4], torch.autograd.grad(expected, given, upstream), 1e-12)
+    assert not found[4].any()
+
+
+def test_a_gradient_has_no_more_terms_than_there_were_recurrences():
+    """Two applications pass one recurrence: one Neumann term, however many are asked for."""
+    x, upstream = torch.randn(6, D, dtype=torch.float64), torch.randn(6, R, dtype=torch.float64)
+    layers = [StateLayer(D, R, max_iter=2, neumann_terms=terms).double() for terms in (1, 8)]
+    layers[1].load_state_dict(rough(layers[0]).state_dict())
+    one, eight = (gradients(layer, layer(x), upstream) for layer in layers)
+    assert all(torch.equal(a, b) for a, b in zip(one, eight, strict=True))
+
+
+@pytest.mark.parametrize("backward, terms", [("jfb", 0), ("neumann", 0), ("neumann", 3), ("neumann", 8)])
+def test_truncated_gradients_are_the_series(backward, terms):
+    """dq = g (I + J + ... + J^k) slope, from dense Jacobians per token."""
+    options = {"tol": 1e-14, "max_iter": 400, "backward": backward, "neumann_terms": terms}
+    layer = rough(StateLayer(D, R, **options).double())
+    x = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(6, R, dtype=torch.float64)
+    found = torch.autograd.grad(layer(x), [x, layer.A, layer.b], g)
+    z, Wh = unrolled(layer, x).detach(), layer.recurrence_matrix().detach()
+    slope = 1 - z**2
+    dq = []
+    for i in range(6):
+        J = slope[i][:, None] * Wh  # dz'/dz
+        series = sum(torch.linalg.matrix_power(J, k) for k in range(terms + 1))
+        dq.append((g[i] @ series) * slope[i])
+    dq = torch.stack(dq)
+    assert_close_each(found, (dq @ layer.A, dq.T @ x, dq.sum(0)), 1e-10)
+
+
+def test_one_application_leaves_the_recurrence_without_effect():
+    layer = rough(StateLayer(D, R, max_iter=1))
+    x = torch.randn(7, D)
+    torch.testing.assert_close(layer(x), torch.tanh(x @ layer.A.T + layer.b))
+
+
+@pytest.mark.parametrize("activation", PHI)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_bound_holds_for_whatever_weights(activation, scale):
+    lipschitz = {"gelu": 1.1290, "silu": 1.0999}.get(activation, 1.0)
+    layer = StateLayer(D, 16, activation=activation, gamma=0.7)
+    layer.W.data.mul_(scale)
+    norm = torch.linalg.matrix_norm(layer.recurrence_matrix().double(), 2)
+    assert norm * lipschitz <= 0.7 * (1 + 1e-4)
+    if scale == 1e-3:
+        assert torch.equal(layer.recurrence_matrix(), layer.W)
+
+
+def test_counts_shapes_and_dtypes():
+    layer = StateLayer(D, R)
+    assert sum(p.numel() for p in layer.parameters()) == R * D + R * R + R
+    for lead in ((), (1,), (0,), (2, 3), (2, 0, 3)):
+        assert layer(torch.randn(*lead, D)).shape == (*lead, R)
+    exact = layer(torch.randn(40, D, generator=torch.Generator().manual_seed(0)))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(40, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+        out, info = layer(x, return_info=True)
+        assert out.dtype == dtype and info.residual.shape == (40,) and info.converged.all()
+        # rounding of x and q, and the looser tolerance of half types, each within 1 / (1 - gamma)
+        assert (out.float() - exact).norm() <= 5 * (4 * torch.finfo(dtype).eps + 1e-2) * exact.norm()
+
+
+def test_autocast_changes_nothing():
+    layer, x = rough(StateLayer(D, R)), torch.randn(6, D)
+    upstream = torch.randn(6, R)
+    plain = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x)
+    assert torch.equal(mixed, plain)
+    for found, expected in zip(
+        gradients(layer, mixed, upstream), gradients(layer, plain, upstream), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dim": 0}, "dim must be a whole number"),
+        ({"state_dim": 2.0}, "state_dim must be a whole number"),
+        ({"state_dim": True}, "state_dim must be a whole number"),
+        ({"gamma": 1.0}, r"gamma must be in \(0, 1\)"),
+        ({"gamma": "a"}, "gamma"),
+        ({"activation": "elu"}, "activation must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"damping": 0.0}, "damping"),
+        ({"backward": "bptt"}, "backward must be one of"),
+        ({"neumann_terms": -1}, "neumann_terms"),
+        ({"tol": -1.0}, "tol"),
+        ({"on_failure": "shrug"}, "on_failure must be one of"),
+        ({"recurrence": "tied"}, "recurrence"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        StateLayer(**{"dim": D, "state_dim": R} | options)
+
+
+def test_bad_input_and_failures():
+    layer = StateLayer(D, R)
+    for wrong in (torch.randn(3, D + 1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=f"width {D}"):
+            layer(wrong)
+    with pytest.raises(TypeError):
+        layer(torch.ones(3, D, dtype=torch.long))
+    with pytest.raises(RuntimeError):
+        StateLayer(D, R, backend="triton")(torch.randn(3, D))
+    stuck = rough(StateLayer(D, R, max_iter=1, on_failure="raise"))
+    with pytest.raises(ConvergenceError, match="Raise max_iter"):
+        stuck(torch.randn(3, D))
+    with pytest.warns(UserWarning):
+        rough(StateLayer(D, R, max_iter=1, on_failure="warn"))(torch.randn(3, D))
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_states_after_a_given_number_of_steps(damping):
+    """Against the kernels' own reference in float64, with an identity in and out."""
+    layer = rough(StateLayer(D, R, tol=0.0, max_iter=7, damping=damping).double())
+    x, one = torch.randn(9, D, dtype=torch.float64), torch.eye(R, dtype=torch.float64)
+    zero = torch.zeros(R, dtype=torch.float64)
+    q = F.linear(x, layer.A, layer.b)
+    expected, _ = torch_solve(q, one, layer.recurrence_matrix(), zero, one, zero, "tanh", 7, damping, False)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler):
+    torch._dynamo.reset()
+    layer = rough(StateLayer(D, R))
+    x, upstream = torch.randn(2, 8, D, requires_grad=True), torch.randn(2, 8, R)
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    out = compiled(x)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-5)
+    assert_close_each(gradients(layer, out, upstream, x), gradients(layer, expected, upstream, x), 1e-4)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_compiled_model(key):
+    torch._dynamo.reset()
+    model = create(backbone(key), num_classes=3, state_dim=4)
+    x, g = images(model), torch.randn(3, 3)
+    expected = model(x)
+    out = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_close_each(gradients(model, out, g), gradients(model, expected, g), 1e-4)
+
+
+# the map
+
+
+@pytest.mark.parametrize("key", VITS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_map_of_a_vit_is_timms(key, wide):
+    side = BACKBONES[key][1]["img_size"]
+    vit = backbone(key, **({"img_size": (side, 2 * side)} if wide else {})).double()
+    x = images(vit, 2, torch.float64)
+    for at in range(3):
+        y, found = vit.body_and_map(vit.enter(x), at)
+        (expected,) = vit.model.forward_intermediates(x, indices=[at], intermediates_only=True)
+        torch.testing.assert_close(found, expected.permute(0, 2, 3, 1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(y, vit.body(vit.enter(x)), rtol=0, atol=1e-12)
+        assert found.shape[2] == (2 if wide else 1) * found.shape[1]
+        assert found.shape[-1] == vit.map_widths[at] == 48
+    assert len(vit.map_widths) == 3
+
+
+@pytest.mark.parametrize("key", ["swin", "swinv2", "resnet", "efficientnet", "convnext", "mobilenetv3"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_map_of_the_others_is_what_their_stage_gives(key, wide):
+    net = backbone(key, **({"img_size": (64, 128)} if wide else {})).double()
+    x = images(net, 2, torch.float64)
+    names = [info["module"] for info in net.model.feature_info]
+    assert len(net.map_widths) == len(names) >= 4
+    for at, name in enumerate(names):
+        kept = {}
+        module = net.model.get_submodule(name)
+        hook = module.register_forward_hook(lambda _, args, out: kept.__setitem__("out", out))  # noqa: B023
+        y, found = net.body_and_map(net.enter(x), at)
+        body = net.body(net.enter(x))  # the hook's last call is of this forward
+        hook.remove()
+        expected = kept["out"] if net.family == "swin" else kept["out"].permute(0, 2, 3, 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(y, body, rtol=0, atol=1e-12)
+        assert found.shape[-1] == net.map_widths[at]
+        assert found.shape[2] == (2 if wide else 1) * found.shape[1]
+
+
+def test_images_of_another_size_than_the_backbones_are_refused_or_served():
+    vit = backbone("vit", dynamic_img_size=True)
+    with pytest.raises(BackboneError, match="gave 8 patch rows; images of 32 pixels make 2 x 2"):
+        create(vit, num_classes=2, state_dim=4)(torch.randn(1, 3, 32, 64))
+
+
+def test_a_hybrid_has_its_patches_behind_a_cnn():
+    vit = load_backbone("vit_tiny_r_s16_p8_224", pretrained=False, img_size=64, depth=2)
+    y, found = vit.body_and_map(vit.enter(torch.randn(2, 3, 64, 64)), 0)
+    assert found.shape == (2, 2, 2, 192) and y.shape == (2, 5, 192)
+
+
+@pytest.mark.parametrize(
+    "key, place", [("vit", 1), ("swin", 2), ("resnet", 3), ("convnext", 2), ("efficientnet", 3)]
+)
+def test_where_the_map_is_taken(key, place):
+    assert map_place(backbone(key)) == place
+    assert create(backbone(key), num_classes=2).at == place
+
+
+# the read-out
+
+
+def test_the_read_outs_layout_by_hand():
+    """Cell (i, j) stands at i g + j, states of a cell together, behind the normed features."""
+    B, H, W, C, g, N = 2, 6, 9, 7, 3, 10
+    features, maps = torch.randn(B, N, dtype=torch.float64), torch.randn(B, H, W, C, dtype=torch.float64)
+    end = ReadOut(N, g * g, C, R, tol=1e-13, max_iter=300).double()
+    rough(end.layer)
+    out = end(coarse_rows(features, maps, g))
+    assert out.shape == (B, N + g * g * R) and out.dtype == torch.float64 and end.out_features == out.shape[1]
+    for b in range(B):
+        normed = (features[b] - features[b].mean()) / (features[b].var(correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(out[b, :N], normed, rtol=0, atol=1e-12)
+        for i, j in itertools.product(range(g), range(g)):
+            cell = maps[b, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((0, 1))
+            cell = (cell - cell.mean()) / (cell.var(correction=0) + 1e-5).sqrt()
+            at = N + (i * g + j) * R
+            state = unrolled(end.layer, cell[None])[0]
+            torch.testing.assert_close(out[b, at : at + R], state, rtol=0, atol=1e-10)
+
+
+def test_half_rows_become_float32_and_a_small_map_repeats():
+    features, maps = torch.randn(2, 3).bfloat16(), torch.randn(2, 1, 2, 4).bfloat16()
+    rows = coarse_rows(features, maps, 4)
+    assert rows.dtype == torch.float32 and rows.shape == (2, 3 + 16 * 4)
+    cells = rows[:, 3:].view(2, 4, 4, 4)
+    for i, j in itertools.product(range(4), range(4)):
+        assert torch.equal(cells[:, i, j], maps[:, 0, j // 2].float())
+
+
+# the model
+
+
+def by_hand(model, x):
+    """Features and states from timm's own forward, in a loop over cells."""
+    net, timm_model = model.backbone, model.backbone.model
+    if net.family == "vit":
+        rows = timm_model.forward_features(x)
+        features = timm_model.forward_head(rows, pre_logits=True)
+        (maps,) = timm_model.forward_intermediates(x, indices=[model.at], intermediates_only=True)
+    else:
+        features = timm_model.forward_head(timm_model.forward_features(x), pre_logits=True)
+        maps = []
+        module = timm_model.get_submodule(timm_model.feature_info[model.at]["module"])
+        hook = module.register_forward_hook(lambda _, args, out: maps.append(out))
+        timm_model.forward_features(x)
+        hook.remove()
+        maps = maps[0].permute(0, 3, 1, 2) if net.family == "swin" else maps[0]
+    states = []
+    for cell in F.adaptive_avg_pool2d(maps, model.grid).flatten(2).unbind(2):
+        states.append(unrolled(model.output_end.layer, F.layer_norm(cell, cell.shape[1:])))
+    return model.head(torch.cat([F.layer_norm(features, features.shape[1:]), *states], 1))
+
+
+@pytest.mark.parametrize("key", ["vit", "registers", "norm_pre", "swin", "swinv2", "resnet", "convnext"])
+def test_the_model_by_hand(key):
+    options = {"state_dim": R, "grid": 3, "tol": 1e-13, "max_iter": 400, "backward": "exact"}
+    model = create(backbone(key), num_classes=4, **options).double()
+    rough(model.output_end.layer), model.head.weight.data.normal_()
+    x, g = images(model, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    out, expected = model(x), by_hand(model, x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    assert_close_each(gradients(model, out, g), gradients(model, expected, g), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "name, options, width, features",
+    [
+        ("vit_base_patch16_224", {"depth": 1, "img_size": 32}, 768, 768),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "img_size": 32}, 768, 768),
+        ("resnet18", {}, 256, 512),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 384, 768),
+    ],
+)
+def test_counts_and_the_heads_width(name, options, width, features):
+    net = load_backbone(name, pretrained=False, **options)
+    for state, grid in ((32, 4), (16, 2)):
+        model = create(net, num_classes=10, state_dim=state, grid=grid)
+        own = state * width + state * state + state
+        assert model.num_trainable() == own
+        head = 10 * (features + grid * grid * state + 1)
+        assert model.num_trainable(head=True) == own + head and model.head.in_features * 10 + 10 == head
+        assert parameter_counts(model) == {"dense": own, "kept": own, "with_head": own + head}
+
+
+# the same reading behind other methods
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_probe_of_the_map_reads_what_lion_reads(key):
+    """Its logits are linear in LION's rows, normed: a LION whose states are the cells themselves."""
+    net = backbone(key)
+    lion = create(net, num_classes=4, grid=3, pool="mean")
+    probe = create(net, "probe", num_classes=4, grid=3, pool="mean").double()
+    probe.head.weight.data.normal_()
+    x = images(probe, dtype=torch.float64)
+    features, cells = lion.double().encode(x).split((net.width_out, 9 * net.map_widths[lion.at]), 1)
+    cells = cells.view(len(x), 9, -1)
+    rows = [F.layer_norm(r, r.shape[-1:]).flatten(1) for r in (features, cells)]
+    expected = torch.cat(rows, 1) @ probe.head.weight.T + probe.head.bias
+    torch.testing.assert_close(probe(x), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(probe.behind()(probe.encode(x)), expected, rtol=0, atol=1e-10)
+    width = net.width_out + 9 * net.map_widths[lion.at]
+    assert (probe.num_trainable(), probe.num_trainable(head=True)) == (0, 4 * (width + 1))
+    assert probe.encoding() != create(net, "probe", num_classes=4, pool="mean").encoding()
+
+
+@pytest.mark.parametrize("key", ["vit", "registers"])
+def test_vpt_with_lions_output_end(key):
+    """Deep prompts carried through by hand, and the map of a block read as LION reads it."""
+    net = backbone(key)
+    model = create(net, "vpt", num_classes=4, length=3, state_dim=R, pool="cls+mean").double().eval()
+    rough(model.output_end.layer), model.head.weight.data.normal_()
+    x, head = images(model, dtype=torch.float64), net.num_prefix_tokens
+    rows, inside = net.enter(x), None
+    for i, block in enumerate(net.blocks):
+        prompts = model.prompts[i].expand(len(x), -1, -1)
+        rows = block(torch.cat([rows[:, :head], prompts, rows[:, head:]], 1))
+        rows = torch.cat([rows[:, :head], rows[:, head + 3 :]], 1)
+        inside = rows if i == len(net.blocks) // 3 else inside
+    rows = net.norm(rows)
+    side = math.isqrt(inside.shape[1] - head)
+    maps = inside[:, head:].unflatten(1, (side, side))
+    features = torch.cat([rows[:, 0], rows[:, head:].mean(1)], 1)
+    expected = model.head(model.output_end(coarse_rows(features, maps, 4)))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+    prompts = len(net.blocks) * 3 * net.width_in
+    assert model.num_trainable() == prompts + R * net.width_out + R * R + R
+    (model(x) * torch.randn(len(x), 4)).sum().backward()
+    assert model.prompts.grad.abs().amax((1, 2)).min() > 0 and model.output_end.layer.A.grad.any()
+
+
+@pytest.mark.parametrize("method, options", [("probe", {"grid": 3}), ("vpt", {"state_dim": 4, "length": 2})])
+def test_those_come_back_from_their_adapter(method, options, tmp_path):
+    model = create(backbone("vit"), method, num_classes=3, **options).eval()
+    save_adapter(model, tmp_path)
+    again = load_adapter(tmp_path, backbone=model.backbone)
+    x = images(model)
+    assert torch.equal(again(x), model(x)) and again.options == model.options
+
+
+def test_info_of_vpt_with_lions_output_end():
+    model = create(backbone("vit"), "vpt", num_classes=3, state_dim=4, length=2).eval()
+    found = measure_ends(model, images(model))
+    assert found["output"]["rate"] <= found["output"]["certified"] <= 0.8 * (1 + 1e-4)
+    assert 1 <= found["output"]["iterations"] <= found["output"]["max_iterations"] <= 50
+
+
+def test_info_of_a_pixel_end_on_a_backbone_held_in_bfloat16():
+    net = load_backbone("resnet10t", pretrained=False, precision="bf16")
+    model = create(net, num_classes=2, form="residual", ends="input", pixel_channels=2).eval()
+    found = measure_ends(model, torch.randn(1, 3, 32, 32))
+    assert found["input"]["iterations"] == model.diagnostics()["input_iterations"]
+
+
+def test_what_those_refuse():
+    for key, options in (
+        ("vit", {"depth": "shallow"}), ("vit", {"form": "naive"}), ("swin", {}), ("resnet", {}),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match="goes with deep prompts in their exact form on a ViT"):
+            create(backbone(key), "vpt", num_classes=2, state_dim=4, **options)
+    with pytest.raises(OptionError, match="state_dim must be a whole number of at least 1"):
+        create(backbone("vit"), "vpt", num_classes=2, state_dim=0)
+    with pytest.raises(OptionError, match="grid must be a positive integer"):
+        create(backbone("vit"), "probe", num_classes=2, grid=0)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_no_gradient_passes_in_front_of_the_output_end(key):
+    model = create(backbone(key), num_classes=3, state_dim=4).train()
+    assert model.input_end is None and model.options["ends"] == ["output"]
+    rows = model.encode(images(model))
+    assert not rows.requires_grad and rows.grad_fn is None
+    behind = {id(p) for p in model.behind().parameters()}
+    assert {id(p) for p in model.trainable_parameters()} == behind
+    model(images(model)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.trainable_parameters())
+    assert all(p.grad is None for p in model.backbone.parameters())
+    x = images(model)
+    torch.testing.assert_close(model.behind()(model.encode(x)), model(x))
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_both_ends(key):
+    """The input end gets gradients by both ways: features and map. Against finite differences."""
+    options = {"ends": ("input", "output"), "state_dim": 4, "tol": 1e-13, "max_iter": 300}
+    model = create(backbone(key), num_classes=2, activation="tanh", backward="exact", **options).double()
+    x, g = images(model, 2, torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    loss = (model(x) * g).sum()
+    loss.backward()
+    assert model.diagnostics().keys() >= {"input_iterations", "output_iterations"}
+    for name in ("input_end.V", "input_end.W", "output_end.layer.A", "output_end.layer.W"):
+        p = model.get_parameter(name)
+        direction, step = torch.randn_like(p), 1e-5
+        with torch.no_grad():
+            p.add_(step * direction)
+            up = (model(x) * g).sum()
+            p.sub_(2 * step * direction)
+            down = (model(x) * g).sum()
+            p.add_(step * direction)
+        slope = ((up - down) / (2 * step)).item()
+        assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-9), name
+
+
+def test_options_and_errors():
+    vit = backbone()
+    model = create(vit, num_classes=2)
+    assert model.form == "states" and model.pool == "backbone" == model.options["pool"]
+    assert model.options["activation"] == "tanh" and (model.options["at"], model.options["grid"]) == (1, 4)
+    assert create(vit, num_classes=2, form="residual").options["activation"] == "relu"
+    assert create(vit, num_classes=2).head.in_features == 48 + 16 * 32
+    assert create(vit, num_classes=2, pool="cls+mean").head.in_features == 96 + 16 * 32
+    assert create(vit, num_classes=2, ends="input").head.in_features == 48  # pools as the backbone does
+    for option, message in (
+        ({"form": "state"}, "form must be one of"),
+        ({"at": 3}, "at must be a block or stage of vit_tiny_patch16_224, 0 to 2; got 3"),
+        ({"at": -1}, "0 to 2; got -1"),
+        ({"at": True}, "at must be"),
+        ({"at": 1.0}, "at must be"),
+        ({"grid": 0}, "grid must be"),
+        ({"grid": 2.5}, "grid must be"),
+        ({"recurrence": "tied"}, 'needs form="residual"'),
+        ({"recurrence": "loose"}, "recurrence"),
+        ({"gamma": 1.0}, "gamma must be in"),
+        ({"pool": "max"}, "pool of vit_tiny_patch16_224"),
+        ({"state_dim": 0}, "state_dim"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            LionModel(vit, 2, **option)
+    with pytest.raises(OptionError, match="lion does not merge"):
+        model.merge()
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_an_adapter_comes_back_without_saying_options(key, tmp_path):
+    net = backbone(key)
+    model = create(net, num_classes=3, state_dim=6, grid=2, at=0, gamma=0.7).eval()
+    rough(model.output_end.layer)
+    save_adapter(model, tmp_path)
+    again = load_adapter(tmp_path, backbone=net)
+    x = images(model)
+    assert again.options == model.options and torch.equal(again(x), model(x))
+    assert again.at == 0 and again.grid == 2 and again.output_end.layer.gamma == 0.7
+    assert set(model.adapter_state_dict()) == {
+        *(f"output_end.layer.{name}" for name in ("A", "W", "b")),
+        "head.weight",
+        "head.bias",
+    }
+
+
+@pytest.mark.parametrize("options", [{"memory": "save"}, {"fold": True}, {"memory": "save", "fold": True}])
+def test_cheaper_backbones_compute_the_same(options):
+    plain = backbone()
+    cheap = copy.deepcopy(plain)
+    lion_fast.backbones.cheaper.apply(cheap, **options)
+    for ends_ in (("output",), ("input", "output")):
+        first, second = (create(net, num_classes=3, seed=0, ends=ends_) for net in (plain, cheap))
+        x, g = images(first), torch.randn(3, 3)
+        out, other = first(x), second(x)
+        torch.testing.assert_close(other, out, rtol=1e-5, atol=1e-5)
+        assert_close_each(gradients(second, other, g), gradients(first, out, g), 1e-4)
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_backbone_held_in_bfloat16(key):
+    plain, half = backbone(key), None
+    half = copy.deepcopy(plain)
+    lion_fast.backbones.cheaper.apply(half, precision="bf16")
+    first, second = (create(net, num_classes=3, seed=0) for net in (plain, half))
+    x = images(first)
+    out = second(x)
+    assert out.dtype == torch.float32 and second.encode(x).dtype == torch.float32
+    assert (out - first(x)).norm() <= 0.1 * first(x).norm()
+
+
+# training
+
+
+QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
+
+
+@pytest.mark.parametrize("more", [{}, {"prune": 0.5}])
+def test_fit_on_cached_rows_is_fit_on_images(tmp_path, more):
+    found = []
+    for cached in (True, False):
+        model = tiny_model(form="states")
+        config = TrainConfig(**QUICK, cache_features=cached, **more)
+        result = fit(model, random_splits(), config, tmp_path / str(cached), progress=False)
+        assert result.cached_features is cached
+        found.append((result.history, model.adapter_state_dict()))
+    (history, state), (others, other) = found
+    for row, also in zip(history, others, strict=True):
+        assert row["train_loss"] == pytest.approx(also["train_loss"], rel=1e-4)
+        assert row["val_loss"] == pytest.approx(also["val_loss"], rel=1e-4)
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_with_an_input_end_nothing_is_cached(tmp_path):
+    model = tiny_model(form="states", ends=("input", "output"))
+    result = fit(model, random_splits(), TrainConfig(**QUICK), tmp_path, progress=False)
+    assert not result.cached_features
+
+
+@pytest.mark.parametrize("granularity", ["element", "unit"])
+def test_fit_prunes(tmp_path, granularity):
+    model = tiny_model(form="states")
+    config = TrainConfig(**QUICK | {"epochs": 4}, prune=0.5, prune_granularity=granularity)
+    report = fit(model, random_splits(), config, tmp_path, progress=False).pruning
+    layer = model.output_end.layer
+    sizes = {"A": 8 * 32, "W": 8 * 8}
+    assert report["phase"] == "hard"
+    assert {n: m["total"] for n, m in report["matrices"].items()} == {
+        f"output_end.layer.{name}": size for name, size in sizes.items()
+    }
+    kept = {name: int(mask.sum()) for name, mask in layer.masks().items()}
+    assert kept == {n.rsplit(".", 1)[1]: m["kept"] for n, m in report["matrices"].items()}
+    if granularity == "unit":
+        assert kept == {"A": 4 * 32, "W": 4 * 4}
+    else:
+        assert sum(kept.values()) == (8 * 32 + 8 * 8) // 2
+    for name in sizes:
+        assert (getattr(layer, name)[~layer.masks()[name]] == 0).all()
+    own = sum(kept.values()) + 8
+    assert report["parameters"]["dense"] == sum(sizes.values()) + 8 == model.num_trainable()
+    assert report["parameters"]["kept"] == own == model.num_trainable(kept=True)
+    head = 3 * (32 + 16 * 8 + 1)
+    assert report["parameters"]["kept_with_head"] == own + head
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tmp_path / "adapter", backbone=model.backbone)
+    assert again.output_end.layer.masks().keys() == {"A", "W"}
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+
+
+# pruning
+
+
+def test_units_of_states_are_ranked_by_their_row_of_a_and_row_and_column_of_w():
+    layer = rough(StateLayer(D, R))
+    A, W = layer.A.detach().abs(), layer.W.detach().abs()
+    mean = [(A[i].sum() + W[i].sum() + W[:, i].sum() - W[i, i]).item() / (D + 2 * R - 1) for i in range(R)]
+    best = sorted(range(R), key=lambda i: -mean[i])[:3]
+    b = layer.b.detach().clone()
+    prune_once(layer, 0.6, granularity="unit")
+    for i in range(R):
+        kept = i in best
+        assert bool((layer.A[i] != 0).all()) is kept and bool((layer.A[i] == 0).all()) is not kept
+        for j in range(R):
+            assert (layer.W[i, j] != 0).item() is (kept and j in best)
+    assert torch.equal(layer.b, b)  # biases are exempt
+    x = torch.randn(4, D)
+    dead = [i for i in range(R) if i not in best]
+    torch.testing.assert_close(layer(x)[:, dead], torch.tanh(b[dead]).expand(4, -1))
+    # the kept ones are the small layer's
+    small = StateLayer(D, 3, tol=1e-7)
+    small.load_state_dict({"A": layer.A[best], "W": layer.recurrence_matrix()[best][:, best], "b": b[best]})
+    layer.solve["tol"] = 1e-7
+    torch.testing.assert_close(layer(x)[:, best], small(x), rtol=0, atol=1e-5)
+
+
+def test_blocks_and_two_of_four_of_states():
+    layer = rough(StateLayer(64, 32))
+    expected = {name: getattr(layer, name).detach().abs() for name in "AW"}
+    prune_once(layer, 0.5, granularity="2:4")
+    for name, values in expected.items():
+        groups = values.reshape(-1, 4)
+        best = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, 1).indices, True)
+        assert torch.equal(layer.masks()[name], best.view_as(values))
+    layer = rough(StateLayer(64, 32))
+    prune_once(layer, 0.5, granularity="block", block=16)
+    kept = torch.cat([m.unfold(0, 16, 16).unfold(1, 16, 16).flatten() for m in layer.masks().values()])
+    tiles = kept.view(-1, 16 * 16).float().mean(1)
+    assert ((tiles == 0) | (tiles == 1)).all() and tiles.sum() == (2 * 4 + 2 * 2) / 2
+    assert layer(torch.randn(3, 64)).shape == (3, 32)
+
+
+@pytest.mark.parametrize("granularity", ["element", "unit", "2:4"])
+def test_robust_training_of_states(granularity):
+    layer = StateLayer(D, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    pruner = RobustPruner(layer, optimizer, keep=0.5, total_steps=8, granularity=granularity)
+    for _ in range(8):
+        layer(torch.randn(16, D)).square().sum().backward()
+        pruner.step()
+        optimizer.zero_grad()
+    report = pruner.finalize()
+    if granularity == "unit":
+        assert [m["kept"] for m in report["matrices"].values()] == [4 * D, 4 * 4]
+    else:
+        assert report["kept_share"] == 0.5
+    assert count_parameters(layer)["kept"] == sum(m["kept"] for m in report["matrices"].values()) + 8
+    assert set(kept_shares(layer)) == {"A", "W"}
+
+
+def test_compaction_leaves_states_alone():
+    layer = StateLayer(D, R)
+    prune_once(layer, 0.6, granularity="unit")
+    with pytest.raises(OptionError, match="a StateLayer cannot be compacted: every state is an output"):
+        compact(layer)
+    model = create(backbone(), num_classes=2, state_dim=8, ends=("input", "output"))
+    rough(model.input_end)
+    prune_once(model, 0.5, granularity="unit", scope="layer")
+    x = images(model)
+    before, end = model(x), model.output_end.layer
+    assert compact_model(model) == {"input_end": (8, 4)}
+    assert model.output_end.layer is end and end.state_dim == 8 and end.masks().keys() == {"A", "W"}
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    states = create(backbone(), num_classes=2, state_dim=8)
+    assert compact_model(states) == {}
+    (form,) = describe_forms(states).values()
+    assert form["name"] == "dense" and "none can go" in form["reason"]
+
+
+# inspection and the command line
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_measured_ends(key):
+    model = create(backbone(key), num_classes=2, state_dim=8, gamma=0.8, ends=("input", "output"))
+    rough(model.output_end.layer)
+    assert ends(model)["output"] is model.output_end.layer
+    told = measure_ends(model, images(model))
+    assert told.keys() == {"input", "output"}
+    layer = model.output_end.layer
+    exact = torch.linalg.matrix_norm(layer.recurrence_matrix().detach().double(), 2).item()
+    assert exact <= told["output"]["certified"] <= 0.8 * (1 + 1e-4)
+    assert 0 < told["output"]["rate"] <= told["output"]["certified"]
+    assert 1 <= told["output"]["iterations"] <= told["output"]["max_iterations"] <= 50
+    assert told["output"]["gamma"] == 0.8 and told["output"]["converged"] == 1.0
+    prune_once(model, 0.5)
+    layer_zeros = sum(int((~m).sum()) for end in ends(model).values() for m in end.masks().values())
+    assert parameter_counts(model)["kept"] == parameter_counts(model)["dense"] - layer_zeros
+
+
+def test_the_measured_rate_of_states_is_that_of_a_known_map():
+    """Near zero tanh is linear: the iteration's rate is W's largest eigenvalue."""
+    layer = StateLayer(4, 2)
+    with torch.no_grad():
+        layer.W.copy_(torch.tensor([[0.6, 0.0], [0.0, 0.1]]))
+        layer.A.mul_(1e-6)
+    certified, rate = _bound_and_rate(layer, torch.randn(50, 4))
+    assert rate == pytest.approx(0.6, abs=1e-3) and 0.6 <= certified < 0.63
+
+
+def test_the_command_line(tmp_path, capsys):
+    photos = str(write_images(tmp_path / "images", each=10))
+    weights = tmp_path / "tiny.safetensors"
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **TINY).state_dict(), weights
+    )
+    flags = ["--backbone", "vit_tiny_patch16_224", "--weights", str(weights), "--img-size", "32"]
+    flags += [f"--backbone-set={key}={value}" for key, value in TINY.items()]
+    out = tmp_path / "run"
+    command = ["finetune", photos, "--out", str(out), *flags, "--epochs", "2", "--device", "cpu"]
+    assert main([*command, "--set", "state_dim=8", "--batch-size", "8", "--no-progress"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    own = 8 * 32 + 8 * 8 + 8
+    head = 3 * (32 + 16 * 8 + 1)
+    assert results["parameters"] == {"dense": own, "kept": own, "with_head": own + head}
+    assert results["fit"]["cached_features"] is True
+    capsys.readouterr()
+
+    assert main(["info", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == results["parameters"] and told["ends"].keys() == {"output"}
+    assert (
+        told["ends"]["output"]["certified"] <= 0.8 * (1 + 1e-4)
+        and told["forms"]["output_end.layer"]["name"] == "dense"
+    )
+    assert main(["info", str(out)]) == 0
+    assert "output end: gamma 0.8, certified bound" in capsys.readouterr().out
+
+    pruned = tmp_path / "pruned"
+    arguments = ["prune", str(out), "--keep", "0.5", "--granularity", "unit", "--compact", "--out"]
+    assert main([*arguments, str(pruned), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    kept = 4 * 32 + 4 * 4 + 8
+    assert told["units"] == {} and told["bytes"] < told["bytes_before"]
+    assert told["parameters"] == {"dense": own, "kept": kept, "with_head": kept + head}
+    assert main(["evaluate", str(pruned), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] > 0
+    assert main(["info", str(pruned), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["kept"] == kept
