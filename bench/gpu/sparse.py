@@ -28,7 +28,7 @@ from lion_fast.pruning import two_of_four
 from lion_fast.pruning.blocksparse import _BlockSparseEquilibrium
 from lion_fast.pruning.masks import expand_blocks, unit_mask
 from lion_kernels import launch_step, reference
-from lion_kernels.sparse import BLOCKS, find_pattern
+from lion_kernels.blocks import BLOCKS, find_pattern
 
 MODES = ("forward", "backward")
 SPARSITIES = (0.75, 0.5, 0.9, 0.25, 0.95, 0.0)

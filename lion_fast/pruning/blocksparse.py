@@ -9,7 +9,8 @@ from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.solvers import SolveInfo, default_tol
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
-from lion_kernels.sparse import BLOCKS, BlockPattern, BlockSparse, find_pattern, has_kernels
+from lion_kernels.blocks import BLOCKS, BlockPattern, BlockSparse, find_pattern
+from lion_kernels.sparse import has_kernels
 
 
 class _BlockSparseEquilibrium(torch.autograd.Function):
