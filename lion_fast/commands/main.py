@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lion_fast.errors import DataError, LionError, OptionError
-from lion_fast.options import numbers, read_settings
+from lion_fast.options import key_values, read_settings, refuse_unknown
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -263,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     from lion_fast.commands import vtab as vtab_command
+    from lion_fast.studies.vtab import DECIDED
 
     vtab = add("vtab", run_vtab, "the VTAB-1k protocol: tune, choose, train on the 1,000, test, report")
     vtab_command.add_arguments(vtab)
@@ -278,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
         {
             name: (kind, re.sub(r" \[\S*\]$", "", text))
             for name, (kind, text) in _training_options().items()
-            if name not in vtab_command.DECIDED
+            if name not in DECIDED
         },
     )
 
@@ -361,8 +362,6 @@ def _training_options() -> dict[str, tuple[type, str]]:
 
 def _settings(args: argparse.Namespace) -> dict:
     """Config file, then flags; unknown names refused."""
-    from lion_fast.training.config import refuse_unknown
-
     training = _training_options()
     known = [
         *_DATA_OPTIONS,
@@ -383,7 +382,7 @@ def _settings(args: argparse.Namespace) -> dict:
         given = settings.get(name) or {}
         if not isinstance(given, dict):
             raise OptionError(f"{name} must be a mapping of names to values; got {given!r}")
-        settings[name] = given | dict(_key_value(text, flag) for text in getattr(args, flag, []))
+        settings[name] = given | key_values(getattr(args, flag, []), "--" + flag.replace("_", "-"))
     if not settings.get("data"):
         raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
     for name in ("out", "method", "backbone", "weights"):
@@ -448,18 +447,6 @@ def _name_backbone(settings: dict) -> None:
 def _data_seed(settings: dict) -> int:
     seed = settings.get("data_seed")
     return settings.get("seed", 0) if seed is None else seed
-
-
-def _key_value(text: str, flag: str) -> tuple[str, object]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise OptionError(f"--{flag.replace('_', '-')} takes KEY=VALUE; got {text!r}")
-    try:
-        return key.strip().replace("-", "_"), numbers(yaml.safe_load(value))
-    except yaml.YAMLError as error:
-        raise OptionError(f"the value of {text!r} cannot be read") from error
 
 
 def run_finetune(args: argparse.Namespace) -> dict:
@@ -904,14 +891,12 @@ def run_vtab(args: argparse.Namespace) -> dict:
         raise OptionError("vtab runs in one process; start one for some --tasks each, with an --out each")
     given = vars(args)
     method = given.get("method", "lion")
-    options = dict(_key_value(text, "set") for text in given.get("set", []))
+    options = key_values(given.get("set", []), "--set")
     training = {name: given[name] for name in _training_options() if name in given}
     protocol = command.make_protocol(args, method, options, training)
     folders = tasks.find_tasks(args.root, given.get("tasks"))
     settings = {"resize": "direct"} | {name: given[name] for name in _MODEL_OPTIONS if name in given}
-    settings["backbone_options"] = dict(
-        _key_value(text, "backbone_set") for text in given.get("backbone_set", [])
-    )
+    settings["backbone_options"] = key_values(given.get("backbone_set", []), "--backbone-set")
     _name_backbone(settings)
     out = Path(given.get("out") or command.default_out(method))
     reading = {name: given[name] for name in ("check", "strict") if name in given}
@@ -971,10 +956,8 @@ def _new_model(args: argparse.Namespace):
     device = _device(args)
     settings = {"pretrained": False, "backbone": args.model}
     settings |= {name: given[name] for name in ("weights", "pretrained", "img_size") if name in given}
-    settings["backbone_options"] = dict(
-        _key_value(text, "backbone_set") for text in given.get("backbone_set", [])
-    )
-    options = dict(_key_value(text, "set") for text in given.get("set", []))
+    settings["backbone_options"] = key_values(given.get("backbone_set", []), "--backbone-set")
+    options = key_values(given.get("set", []), "--set")
     model = lion_fast.create(
         _load_backbone(settings, 0),
         given.get("method", "lion"),
