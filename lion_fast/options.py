@@ -47,14 +47,17 @@ def kind(option: Field) -> type:
     return next((t for t in typing.get_args(option.type) if t is not types.NoneType), option.type)
 
 
-def help_of(option: Field) -> str:
-    """Help of an option with its choices and default."""
+def default_of(option: Field) -> str:
+    """The default of an option in words."""
+    default = option.metadata["default_is"] or ("none" if option.default is None else option.default)
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+
+
+def help_of(option: Field, default: str | None = None) -> str:
+    """Help of an option with its choices and default; `default`: another one, in words."""
     about, choices = option.metadata, ", ".join(map(str, option.metadata["choices"]))
-    default = about["default_is"] or ("none" if option.default is None else option.default)
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
     text = about["help"] + (f": {choices}" if choices else "")
-    return text if kind(option) is dict else f"{text} [{default}]"
+    return text if kind(option) is dict else f"{text} [{default or default_of(option)}]"
 
 
 def documented(cls: _Class) -> _Class:

@@ -35,7 +35,6 @@ KNOWN = {
     ("lion_fast.equilibrium.layer", "lion_fast"),
     ("lion_fast.equilibrium.layer", "lion_fast.pruning"),
     ("lion_fast.methods.base", "lion_fast.adapters"),
-    ("lion_fast.commands.main", "lion_fast"),
 }
 
 
