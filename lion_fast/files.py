@@ -19,8 +19,11 @@ class FetchError(WeightsError):
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content in one step."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(work, data)
-    os.replace(work, path)
+    try:
+        write_synced(work, data)
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -34,7 +34,6 @@ KNOWN = {
     ("lion_kernels.sparse", "lion_kernels.sparse_kernels"),
     ("lion_fast.equilibrium.layer", "lion_fast"),
     ("lion_fast.equilibrium.layer", "lion_fast.pruning"),
-    ("lion_fast.methods.base", "lion_fast.adapters"),
     ("lion_fast.studies.vtab.protocol", "lion_fast.commands.vtab"),
     ("lion_fast.commands.main", "lion_fast"),
 }
