@@ -836,7 +836,7 @@ def _info_methods(args: argparse.Namespace) -> dict:
 
 def _info_adapter(args: argparse.Namespace) -> dict:
     from lion_fast.inspection import measure_ends, parameter_counts
-    from lion_fast.pruning import describe_forms
+    from lion_fast.pruning import describe_storage
 
     model, _, folder = _load(args)
     backbone = model.backbone
@@ -851,7 +851,7 @@ def _info_adapter(args: argparse.Namespace) -> dict:
         "classes": model.classes,
         "parameters": parameter_counts(model),
         "ends": measure_ends(model, images.to(device)),
-        "forms": describe_forms(model),
+        "forms": describe_storage(model),
         "measured_on": measured_on,
     }
     if not args.json:
@@ -868,7 +868,7 @@ def _info_adapter(args: argparse.Namespace) -> dict:
                 )
             )
         for name, form in result["forms"].items():
-            print(f"{name}: best form {form['name']}: {form['reason']}")
+            print(f"{name}: best storage {form['name']}: {form['reason']}")
         if result["ends"]:
             print(f"measured on {measured_on}")
     return result
