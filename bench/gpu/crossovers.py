@@ -2,8 +2,8 @@
 
     python bench/gpu/crossovers.py bench/results/gpu-*.jsonl [--out FILE] [--plot FILE]
 
-Writes lion_fast/pruning/crossovers.json, which `lion_fast.pruning.choose_storage` reads. Devices that the rows
-do not name keep their entries.
+Writes lion_fast/pruning/crossovers.json, which `lion_fast.pruning.choose_storage` reads. Devices that the
+rows do not name keep their entries.
 """
 
 import argparse
@@ -65,10 +65,10 @@ def _from(points: list[dict]) -> float | None:
 def find_crossovers(rows: Iterable[dict], dtype: str = "bf16") -> dict:
     """What crossovers.json holds, from rows of one dtype.
 
-    Per device and storage a list of {"state_dim", "width", "block", "from_sparsity", "backward_from_sparsity"},
-    for the forward and the backward pass alone; the second is None where dense stayed ahead, and an entry is
-    left out where it stayed ahead in the forward pass. Where one state width was measured at several token
-    widths, the worst counts. A sparsity is that of W: blocks, units or entries.
+    Per device and storage a list of {"state_dim", "width", "block", "from_sparsity",
+    "backward_from_sparsity"}, for the forward and the backward pass alone; the second is None where dense
+    stayed ahead, and an entry is left out where it stayed ahead in the forward pass. Where one state width
+    was measured at several token widths, the worst counts. A sparsity is that of W: blocks, units or entries.
     """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for found in compare(r for r in rows if r["dtype"] == dtype):

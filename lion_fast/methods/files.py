@@ -60,7 +60,7 @@ def write_adapter(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / TENSORS, tensors)
-        write_atomically(directory / DESCRIPTION, f"{text}\n".encode())
+        write_atomically(directory / DESCRIPTION, f"{text}\n")
     except OSError as error:
         raise AdapterError(
             f"the adapter cannot be written to {directory}: {error.strerror or error}; "

@@ -138,7 +138,7 @@ def _same_scale(layer: LionLayer, A: Tensor, V: Tensor, kept: Tensor) -> bool:
 
 
 def describe_compacted(model: nn.Module) -> dict[str, dict]:
-    """Widths and recurrence of each compacted layer of a model by name, for `restore_compacted`; JSON-able."""
+    """Widths and recurrence of each compacted layer by name, for `restore_compacted`; JSON-able."""
     return {
         name: {"state_dim": m.state_dim, "recurrence": m.recurrence, "compacted_from": m.compacted_from}
         for name, m in model.named_modules()

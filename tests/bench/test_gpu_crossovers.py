@@ -1,4 +1,4 @@
-"""Crossovers from made rows: where a storage begins to pay, the file that `choose_storage` reads, the plot."""
+"""Crossovers from made rows: where a storage begins to pay, the file `choose_storage` reads, the plot."""
 
 import json
 import sys
