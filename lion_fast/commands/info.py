@@ -58,7 +58,7 @@ def _methods() -> tuple[dict, list[str]]:
 
 def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
     from lion_fast.inspection import measure_ends, parameter_counts
-    from lion_fast.pruning import describe_forms
+    from lion_fast.pruning import describe_storage
 
     model, _, folder = load_run(args.adapter, weights=args.weights)
     images, measured_on = sample_images(args.images, model.backbone, 32 if args.images else 8)
@@ -71,7 +71,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         "classes": model.classes,
         "parameters": parameter_counts(model),
         "ends": measure_ends(model, images.to(next(model.parameters()).device)),
-        "forms": describe_forms(model),
+        "forms": describe_storage(model),
         "measured_on": measured_on,
     }
     lines = [
@@ -87,5 +87,5 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         )
         for name, end in result["ends"].items()
     ]
-    lines += [f"{name}: best form {form['name']}: {form['reason']}" for name, form in result["forms"].items()]
+    lines += [f"{name}: best storage {form['name']}: {form['reason']}" for name, form in result["forms"].items()]
     return result, lines + ([f"measured on {measured_on}"] if result["ends"] else [])
