@@ -133,7 +133,7 @@ def test_numbers_as_people_write_them_in_yaml(images, model_flags, tmp_path):
 @pytest.mark.parametrize(
     "arguments,told",
     [
-        (["--set", "stat_dim=8"], "method lion has no option stat_dim; its options are pool"),
+        (["--set", "stat_dim=8"], "unknown option of lion 'stat_dim'; did you mean state_dim?"),
         (["--set", "gamma=1.5"], "gamma must be"),
         (["--set", "oops"], "--set takes KEY=VALUE; got 'oops'"),
         (["--method", "lionn"], "no method named 'lionn'; the methods are "),
