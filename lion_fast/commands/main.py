@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lion_fast.errors import DataError, LionError, OptionError
-from lion_fast.options import numbers, read_settings
+from lion_fast.options import numbers, read_settings, sides
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -883,8 +883,7 @@ def _images(args: argparse.Namespace, backbone, count: int):
     if "images" in args:
         paths, view = _find_images(args.images)[:count], transforms(backbone)
         return torch.stack([view(read_image(path)) for path in paths]), f"{len(paths)} given images"
-    size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
-    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(count, 3, *sides(backbone.img_size), generator=torch.Generator().manual_seed(0))
     return images, f"{count} random-normal images (give --images for real ones)"
 
 
