@@ -31,7 +31,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
-_UNFITTING = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_UNFITTING = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:

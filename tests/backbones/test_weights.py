@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lion_fast import files, weights
+from lion_fast import files, load_backbone, weights
 from lion_fast.errors import WeightsError
 
 
@@ -486,6 +486,9 @@ def test_load_into_reads_jax_checkpoints(tmp_path):
     weights.load_into(model, tmp_path / "w.npz")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), source(images), rtol=0, atol=0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    backbone = load_backbone("vit_tiny_patch16_224", weights=tmp_path / "w.npz", **shape)
+    torch.testing.assert_close(backbone(images), source(images), rtol=0, atol=0)
     arrays.pop("Transformer/encoder_norm/scale")
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(WeightsError, match="encoder_norm/scale"):
