@@ -7,7 +7,7 @@ each class, so with one seed a smaller draw is contained in a larger one.
 import torch
 from torch import Tensor
 
-from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.errors import DataError, check_number, check_whole
 
 
 def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:
@@ -58,10 +58,7 @@ def long_tail_counts(counts: Tensor | list[int], imbalance: float) -> list[int]:
     >>> long_tail_counts([5000] * 10, 100)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     """
-    if not isinstance(imbalance, (int, float)) or not 1 <= imbalance < float("inf"):
-        raise OptionError(
-            f"imbalance is the ratio of the largest to the smallest class, >= 1; got {imbalance!r}"
-        )
+    check_number("imbalance", imbalance, least=1, note="the ratio of the largest to the smallest class")
     counts = [int(c) for c in counts]
     if len(counts) < 2 or min(counts) < 1:
         raise DataError(

@@ -11,7 +11,6 @@ from typing import Any
 from lion_fast.data.images import EXTENSIONS, FileImages, ImageSet, problem_of
 from lion_fast.errors import DataError
 
-CHECK = ("header", "decode", "none")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
