@@ -148,7 +148,7 @@ class Bench:
         view = images.with_transform(transforms(self.backbone))
         if self.options.form != "states":
             return evaluate(model, view, 64)
-        rows, _ = self.store.rows(model, images, "no", 64, lambda: encode(model, view, 64))
+        rows, _ = self.store.features(model, images, "no", 64, lambda: encode(model, view, 64))
         return evaluate(model.behind(), rows, 1024, num_classes=model.num_classes)
 
     def about(self) -> dict:

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from lion_fast.errors import CheckpointError
 from lion_fast.files import sync_folder, write_synced
 
+FOLDER = "checkpoints"  # of an output folder
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})")
@@ -103,8 +104,29 @@ def check_whole(path: Path) -> str | None:
     return None
 
 
-def find_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint called "latest", "previous" (the one before the latest), or `step-XXXXXXXX`.
+def prepare_output(
+    out_dir: str | os.PathLike, *, resume: bool | str = False, overwrite: bool = False
+) -> None:
+    """Make the output folder, and refuse one that holds an earlier run unless that is meant.
+
+    Raises:
+        CheckpointError: It cannot be made, or holds checkpoints while neither `resume` nor `overwrite` is
+            given, or none while `resume` is.
+    """
+    folder = Path(out_dir) / FOLDER
+    found = list_checkpoints(folder)
+    if resume:
+        find_checkpoint(folder, resume)
+    elif found and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it (--resume), "
+            "overwrite it (--overwrite), or choose another output folder"
+        )
+    check_room(Path(out_dir), 0)
+
+
+def find_checkpoint(folder: Path, which: bool | str) -> Path:
+    """The checkpoint called "latest" (or True), "previous" (the one before it), or `step-XXXXXXXX`.
 
     Raises:
         CheckpointError: It does not exist; the message names those that do.
@@ -112,7 +134,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     found = list_checkpoints(folder)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {folder}; start without resume")
-    if which == "latest":
+    if which in (True, "latest"):
         return found[-1]
     if which == "previous" and len(found) > 1:
         return found[-2]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, check_whole
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +76,11 @@ class Metrics:
             "counts": dict(zip(names, self.counts, strict=True)),
             "confusion": self.confusion,
         }
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What sums of losses and counts are kept in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def autocast(device: torch.device, mixed_precision: str):
@@ -143,8 +148,7 @@ def evaluate(
     own = dataset if processes == 1 else Subset(dataset, range(rank, n, processes))
     device = next(model.parameters()).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    loss_sum = torch.zeros((), dtype=exact, device=device)
+    loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     loader = DataLoader(own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or rank != 0)
     with evaluating(model), autocast(device, mixed_precision):
@@ -165,9 +169,8 @@ def evaluate(
 
 
 def _check_loading(batch_size: int, num_workers: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}")
+    check_whole("batch_size", batch_size)
+    check_whole("num_workers", num_workers, 0)
 
 
 def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augment: str = "none") -> Dataset:
