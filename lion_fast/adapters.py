@@ -22,6 +22,7 @@ import torch
 from lion_fast import __version__
 from lion_fast.backbones import OWN_WEIGHTS, Backbone, load_backbone
 from lion_fast.errors import AdapterError, LionError
+from lion_fast.files import write_atomically
 from lion_fast.methods import TunedModel, available, create
 from lion_fast.pruning.compaction import describe_compacted, restore_compacted
 from lion_fast.pruning.packing import MASK, is_packed, pack_state, unpack_state
@@ -111,25 +112,13 @@ def save_adapter(model: TunedModel, directory: str | os.PathLike) -> None:
         raise AdapterError(f"not saved: the description of the model is not plain JSON ({error})") from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / TENSORS, tensors)
-        _replace(directory / DESCRIPTION, text.encode())
+        write_atomically(directory / TENSORS, tensors)
+        write_atomically(directory / DESCRIPTION, text)
     except OSError as error:
         raise AdapterError(
             f"the adapter cannot be written to {directory}: {error.strerror or error}; "
             "give a writable directory on a disk with room"
         ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -27,13 +27,6 @@ ONLY = {"data": {"errors", "options", "files"}, "lion_kernels": set()}
 
 # Violations on their way out: the list only shrinks.
 KNOWN = {
-    ("lion_kernels.launch", "lion_kernels.launch_sparse"),
-    ("lion_kernels.launch", "lion_kernels.launch_step"),
-    ("lion_kernels.launch", "lion_kernels.tune"),
-    ("lion_kernels.sparse", "lion_kernels.ops"),
-    ("lion_kernels.sparse", "lion_kernels.sparse_kernels"),
-    ("lion_fast.equilibrium.layer", "lion_fast"),
-    ("lion_fast.equilibrium.layer", "lion_fast.pruning"),
     ("lion_fast.methods.base", "lion_fast.adapters"),
     ("lion_fast.studies.vtab.protocol", "lion_fast.commands.vtab"),
     ("lion_fast.commands.main", "lion_fast"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.equilibrium.masked import count_dropped, match_masks
-from lion_fast.errors import AdapterError, BackboneError, OptionError, check_number
+from lion_fast.errors import AdapterError, BackboneError, OptionError, check_bool, check_number, check_whole
 
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 
@@ -64,8 +64,8 @@ def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
             if p.kind is not p.KEYWORD_ONLY or p.name not in options:
                 continue
             value = options[p.name]
-            if kinds == (bool,) and not isinstance(value, bool):
-                raise OptionError(f"{p.name} must be true or false; got {value!r}")
+            if kinds == (bool,):
+                check_bool(p.name, value)
             if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
                 check_number(p.name, value)
 
@@ -107,8 +107,7 @@ class TunedModel(nn.Module):
             raise OptionError(
                 f"method {self.method} has no option {', '.join(unknown)}; its options are {valid}"
             )
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise OptionError(f"num_classes must be a positive integer; got {num_classes!r}")
+        check_whole("num_classes", num_classes)
         backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(backbone, Backbone):
             raise BackboneError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked, count_dropped
-from lion_fast.errors import CheckpointError, OptionError, check_choice, check_whole
+from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_whole
 from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
@@ -94,12 +94,10 @@ class RobustPruner:
         check_whole("total_steps", total_steps)
         refresh = max(1, total_steps // 20) if refresh is None else refresh
         ema = refresh if ema is None else ema
-        for name, value in (("refresh", refresh), ("ema", ema)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number of steps of at least 1; got {value!r}")
-        for name, value, below in (("decay", decay, float("inf")), ("regrow", regrow, 1.0)):
-            if not 0 <= value < below:
-                raise OptionError(f"{name} must be in [0, {below:g}); got {value!r}")
+        check_whole("refresh", refresh)
+        check_whole("ema", ema)
+        check_number("decay", decay, least=0)
+        check_number("regrow", regrow, least=0, below=1)
         if regrow and criterion != "saliency":
             raise OptionError(f"regrow goes with criterion='saliency'; got criterion={criterion!r}")
         self.target, self.optimizer = target, optimizer
