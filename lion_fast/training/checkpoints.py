@@ -4,6 +4,7 @@ A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (method, hea
 `state.json` (progress and fingerprint) and `manifest.json` (size and sha256 of the other two).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ class Checkpoint:
 
     tensors: dict[str, torch.Tensor]
     state: dict
-    path: Path | None = None
+    path: Path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -157,23 +158,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if fault:
         older = [other for other in list_checkpoints(path.parent) if other.name < path.name]
         whole = [other.name for other in older if check_whole(other) is None]
-        hint = (
-            f"The one before it is whole: resume from {whole[-1]}"
-            if whole
-            else "There is no whole one before it: start again without resume"
-        )
+        hint = "There is no whole one before it: start again without resume"
+        if whole:
+            hint = f"The one before it is whole: resume from {whole[-1]}"
         raise CheckpointError(f"the checkpoint {path} is damaged: {fault}. {hint}")
     tensors = load((path / TENSORS).read_bytes())
     return Checkpoint(tensors, json.loads((path / STATE).read_bytes()), path)
 
 
-def check_fingerprint(found: dict, wanted: dict, path: Path | None) -> None:
+def check_fingerprint(checkpoint: Checkpoint, wanted: dict) -> None:
     """Raise `CheckpointError` naming every entry in which a fingerprint differs from this run's."""
-    differences = list(_differences(found, wanted))
+    differences = list(_differences(checkpoint.state["fingerprint"], wanted))
     if differences:
+        told = "; ".join(differences)
         raise CheckpointError(
-            f"the checkpoint {path} is from another run: {'; '.join(differences)}. Resume with the options "
-            "it was written with, or choose another output folder"
+            f"the checkpoint {checkpoint.path} is from another run: {told}. Resume with the options it was "
+            "written with, or choose another output folder"
         )
 
 
@@ -228,7 +228,5 @@ def check_room(out_dir: Path, tensor_bytes: int) -> None:
             "were tried). Choose another output folder"
         ) from error
     finally:
-        try:
+        with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        except OSError:
-            pass

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lion_fast.training.metrics import Metrics, evaluate
+from lion_fast.training.metrics import evaluate
 from lion_fast.training.setup import Setup
 from lion_fast.training.state import State, Sums
 
@@ -22,7 +22,16 @@ def end_epoch(setup: Setup, state: State, check: Callable[[], None] | None) -> N
         "train_accuracy": correct.item() / sums.images,
     }
     if setup.items.val is not None:
-        found = _validate(setup, check)
+        found = evaluate(
+            setup.model.behind() if setup.items.cached else setup.model,
+            setup.items.val,
+            setup.config.eval_batch_size or setup.config.batch_size,
+            num_classes=setup.model.num_classes,
+            num_workers=setup.num_workers,
+            mixed_precision=setup.precision,
+            accelerator=setup.accelerator,
+            check=check,
+        )
         row["val_accuracy"] = found.accuracy
         row["val_balanced_accuracy"] = found.balanced_accuracy
         row["val_loss"] = found.loss
@@ -34,20 +43,6 @@ def end_epoch(setup: Setup, state: State, check: Callable[[], None] | None) -> N
     if setup.items.val is not None and best_epoch(setup, state.history) == len(state.history) - 1:
         weights = setup.model.adapter_state_dict()
         state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
-
-
-def _validate(setup: Setup, check: Callable[[], None] | None) -> Metrics:
-    cached, config = setup.items.cached, setup.config
-    return evaluate(
-        setup.model.behind() if cached else setup.model,
-        setup.items.val,
-        config.eval_batch_size or config.batch_size,
-        num_classes=setup.model.num_classes,
-        num_workers=0 if cached else config.num_workers,
-        mixed_precision=setup.precision,
-        accelerator=setup.accelerator,
-        check=check,
-    )
 
 
 def best_epoch(setup: Setup, history: list[dict]) -> int:

@@ -3,15 +3,18 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from lion_fast.errors import LionError
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import autocast, evaluating
+
+if TYPE_CHECKING:
+    from lion_fast.methods import TunedModel
 
 # Bytes of features that a run keeps; with more, the frozen part computes in every epoch.
 MEMORY_LIMIT = 4 * 2**30
@@ -34,20 +37,23 @@ class FeatureStore:
         self._found: OrderedDict[tuple, tuple[object, object, TensorDataset, float]] = OrderedDict()
 
     def features(
-        self, model, dataset: Dataset, precision: str, batch_size: int, compute: Callable[[], TensorDataset]
+        self, model: "TunedModel", dataset: Dataset, view: Dataset, batch_size: int, **reading
     ) -> tuple[TensorDataset, float]:
-        """Those of a data set, from `compute` where they are not there yet, and the seconds that took."""
+        """Those of a data set, encoded where they are not there yet, and the seconds that took.
+
+        view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
+        """
+        precision = reading.get("mixed_precision", "no")
         key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
-        found = self._found.get(key)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
-        if found is None:
+        if key not in self._found:
             started = time.perf_counter()
-            features = compute()
-            found = self._found[key] = (dataset, model.backbone, features, time.perf_counter() - started)
+            made = encode(model, view, batch_size, **reading)
+            self._found[key] = (dataset, model.backbone, made, time.perf_counter() - started)
         self._found.move_to_end(key)
         while len(self._found) > self.limit or (len(self._found) > 1 and self._bytes() > MEMORY_LIMIT):
             self._found.popitem(last=False)
-        return found[2:]
+        return self._found[key][2:]
 
     def _bytes(self) -> int:
         return sum(t.nbytes for _, _, features, _ in self._found.values() for t in features.tensors)
@@ -60,7 +66,7 @@ class FeaturesTooLarge(LionError, MemoryError):
     """The features of a data set would take more than `MEMORY_LIMIT`."""
 
 
-def features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
+def features_are_constant(model: "TunedModel", config: TrainConfig) -> bool:
     """In front of `behind` is the frozen backbone alone, and the images do not change from epoch to epoch."""
     known = {id(p) for p in model.behind().parameters()}
     known |= {id(p) for p in model.backbone.parameters() if not p.requires_grad}
@@ -72,7 +78,7 @@ def features_are_constant(model: nn.Module, config: TrainConfig) -> bool:
 
 
 def encode(
-    model,
+    model: "TunedModel",
     dataset: Dataset,
     batch_size: int = 64,
     *,

@@ -9,28 +9,28 @@ from tqdm import tqdm
 
 from lion_fast.errors import OptionError
 from lion_fast.files import write_atomically
+from lion_fast.training.setup import Setup
 
 
 class Logs:
-    """The logs of a run in `folder`; those of a process that is not `main` say nothing.
+    """The logs of a run in `folder`; only the main process writes.
 
     Args:
         step: Steps done; what earlier logs say of later ones is dropped.
-        steps: Steps in the whole run.
-        tensorboard: Also write TensorBoard events.
         bar: Show a progress bar on stderr.
         lines: Print a line an epoch to stderr.
     """
 
-    def __init__(
-        self, folder: Path, step: int, steps: int, *, main: bool, tensorboard: bool, bar: bool, lines: bool
-    ) -> None:
-        self.folder, self.main, self.lines, self.board = folder, main, lines, None
-        if main:
+    def __init__(self, folder: Path, setup: Setup, step: int, *, bar: bool, lines: bool) -> None:
+        self.folder, self.lines, self.epochs = folder, lines, setup.config.epochs
+        self.main, self.board = setup.accelerator.is_main_process, None
+        if self.main:
             self.steps = _GrowingCsv(folder / "steps.csv", keep_to_step=step)
-            if tensorboard:
+            if setup.config.tensorboard:
                 self.board = _summary_writer(folder / "tensorboard", step)
-        self.bar = tqdm(total=steps, initial=step, desc="train", unit="step", disable=not bar, leave=False)
+        self.bar = tqdm(
+            total=setup.plan.steps, initial=step, desc="train", unit="step", disable=not bar, leave=False
+        )
 
     def __enter__(self) -> "Logs":
         return self
@@ -46,7 +46,7 @@ class Logs:
             self.steps.add(row)
             self._draw("step", row)
 
-    def add_epoch(self, history: list[dict], epochs: int) -> None:
+    def add_epoch(self, history: list[dict]) -> None:
         """The rows of metrics.csv, of which the last one is new."""
         if not self.main:
             return
@@ -58,7 +58,7 @@ class Logs:
             told = f", val accuracy {row['val_accuracy']:.4f}"
             self.bar.set_postfix_str(f"epoch {row['epoch']}{told}")
         if self.lines:
-            line = f"epoch {row['epoch']} of {epochs}: loss {row['train_loss']:.4f}{told}"
+            line = f"epoch {row['epoch']} of {self.epochs}: loss {row['train_loss']:.4f}{told}"
             print(f"{line} ({row['seconds']:.1f} s)", file=sys.stderr, flush=True)
 
     def _draw(self, what: str, row: dict) -> None:

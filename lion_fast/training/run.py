@@ -19,15 +19,8 @@ from lion_fast.training.epoch import best_epoch, end_epoch, patience_is_over
 from lion_fast.training.features import FeatureStore
 from lion_fast.training.logs import Logs
 from lion_fast.training.memory import PeakMemory
-from lion_fast.training.order import derive_seed, private_generators, seed_everything
-from lion_fast.training.setup import (
-    Setup,
-    check_splits,
-    deterministic,
-    make_accelerator,
-    name_classes,
-    set_up,
-)
+from lion_fast.training.order import derive_seed, deterministic, private_generators, seed_everything
+from lion_fast.training.setup import Setup, check_splits, make_accelerator, name_classes, set_up
 from lion_fast.training.state import State, Sums, fingerprint, pack, unpack
 from lion_fast.training.step import take_step
 from lion_fast.training.stop import Interrupted, Interruption, Leave, TrainingError
@@ -138,15 +131,7 @@ def fit(
                 else:
                     state = unpack(setup, checkpoint)
                 lines = main and progress is None and not bar
-                with Logs(
-                    out_dir,
-                    state.step,
-                    setup.plan.steps,
-                    main=main,
-                    tensorboard=config.tensorboard,
-                    bar=bar,
-                    lines=lines,
-                ) as logs:
+                with Logs(out_dir, setup, state.step, bar=bar, lines=lines) as logs:
                     run = _Run(setup, state, logs, interruption, out_dir / checkpoints.FOLDER, identity)
                     stopped = run.train()
             return _finish(setup, state, stopped, memory)
@@ -159,7 +144,7 @@ def _open_output(
     folder, checkpoint = out_dir / checkpoints.FOLDER, None
     if resume:
         checkpoint = checkpoints.read_checkpoint(checkpoints.find_checkpoint(folder, resume))
-        checkpoints.check_fingerprint(checkpoint.state["fingerprint"], identity, checkpoint.path)
+        checkpoints.check_fingerprint(checkpoint, identity)
     if accelerator.is_main_process:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         checkpoints.check_room(out_dir, 4 * trained)
@@ -253,7 +238,7 @@ class _Run:
             end_epoch(setup, state, self.interruption.leave_if_asked if alone else None)
         except Leave:
             raise Interrupted(self._save()) from None
-        self.logs.add_epoch(state.history, config.epochs)
+        self.logs.add_epoch(state.history)
         self._check_finite()
         epochs, every = config.checkpoint_epochs, config.checkpoint_every
         if (epochs and len(state.history) % epochs == 0) or (every and state.step % every == 0):

@@ -1,8 +1,7 @@
 """What a run works with: its images, accelerator, network and optimiser, checked before any of it trains."""
 
-import contextlib
+import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lion_fast.errors import DataError, OptionError
 from lion_fast.pruning import RobustPruner
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeaturesTooLarge, FeatureStore, encode, features_are_constant
+from lion_fast.training.features import FeaturesTooLarge, FeatureStore, features_are_constant
 from lion_fast.training.metrics import check_labels, with_transform
 from lion_fast.training.order import Plan, SeededItems, ShareSampler
 from lion_fast.training.stop import quiet_worker
@@ -70,6 +69,11 @@ class Setup:
         return "no" if self.items.cached else self.config.mixed_precision
 
     @property
+    def num_workers(self) -> int:
+        """Processes that read items."""
+        return 0 if self.items.cached else self.config.num_workers
+
+    @property
     def first_pruned(self) -> int:
         """Index of the first epoch that ends with pruned weights; 0 where nothing is pruned."""
         return self.pruner.hard // self.plan.steps_per_epoch if self.pruner is not None else 0
@@ -88,7 +92,7 @@ class Setup:
         loader = DataLoader(
             SeededItems(self.items.train, None if cached else config.seed),
             batch_sampler=ShareSampler(self.plan, self.accelerator.process_index, step),
-            num_workers=0 if cached else config.num_workers,
+            num_workers=self.num_workers,
             worker_init_fn=quiet_worker,
             pin_memory=self.accelerator.device.type == "cuda" and not cached,
         )
@@ -118,28 +122,16 @@ def set_up(
         processes=accelerator.num_processes,
         accumulation=config.grad_accumulation,
     )
-    images = _images(model, splits, config)
     model.to(accelerator.device).train()
-    own = getattr(splits.train, "transform", None)  # of the caller's, and it may be random
-    items = images
-    if own is None and features_are_constant(model, config):
-        with contextlib.suppress(FeaturesTooLarge):
-            items = _features(model, splits, images, config, store, progress, check)
+    items = _read_items(model, splits, config, store, progress, check)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(_make_optimizer(model, trained, config))
     pruner = None
     if config.prune is not None:
+        names = ("granularity", "block", "criterion", "scope", "decay")
+        options = {name: getattr(config, f"prune_{name}") for name in names}
         pruner = RobustPruner(
-            model,
-            optimizer,
-            keep=config.prune,
-            total_steps=plan.steps,
-            granularity=config.prune_granularity,
-            block=config.prune_block,
-            criterion=config.prune_criterion,
-            scope=config.prune_scope,
-            decay=config.prune_decay,
-            seed=config.seed,
+            model, optimizer, keep=config.prune, total_steps=plan.steps, seed=config.seed, **options
         )
     net = model.behind() if items.cached else model
     if accelerator.num_processes > 1:
@@ -149,38 +141,36 @@ def set_up(
     return Setup(model, config, accelerator, plan, items, net, trained, optimizer, pruner)
 
 
-def _images(model: "TunedModel", splits: "Splits", config: TrainConfig) -> Items:
-    if config.augment != "none" and getattr(splits.train, "transform", None) is not None:
-        raise OptionError(
-            f'augment="{config.augment}" goes with images that fit transforms itself; the training '
-            'images have a transform of their own. Put the augmentation there, or leave augment "none"'
-        )
+def _read_items(
+    model: "TunedModel",
+    splits: "Splits",
+    config: TrainConfig,
+    store: FeatureStore,
+    progress: bool,
+    check: Callable[[], None],
+) -> Items:
+    """Features where they do not change and fit into memory, else images as the model takes them."""
     train = with_transform(model, splits.train, True, config.augment)
-    return Items(train, with_transform(model, splits.val) if splits.val else None)
-
-
-def _features(model, splits, images: Items, config, store, progress: bool, check) -> Items:
-    """The features of images, and the seconds that those to train on took."""
-    batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
-
-    def read(own: Dataset, view: Dataset) -> tuple[Dataset, float]:
-        def compute() -> Dataset:
-            return encode(
-                model,
-                view,
-                batch,
-                num_workers=config.num_workers,
-                mixed_precision=precision,
-                progress=progress,
-                check=check,
-                worker_init_fn=quiet_worker,
-            )
-
-        return store.features(model, own, precision, batch, compute)
-
-    train, seconds = read(splits.train, images.train)
-    val = read(splits.val, images.val)[0] if images.val is not None else None
-    return Items(train, val, cached=True, seconds=seconds)
+    val = with_transform(model, splits.val) if splits.val else None
+    images = Items(train, val)
+    # a transform of the caller's may be random
+    if getattr(splits.train, "transform", None) is not None or not features_are_constant(model, config):
+        return images
+    read = functools.partial(
+        store.features,
+        model,
+        batch_size=config.eval_batch_size or config.batch_size,
+        num_workers=config.num_workers,
+        mixed_precision=config.mixed_precision,
+        progress=progress,
+        check=check,
+        worker_init_fn=quiet_worker,
+    )
+    try:
+        features, seconds = read(splits.train, train)
+        return Items(features, val and read(splits.val, val)[0], cached=True, seconds=seconds)
+    except FeaturesTooLarge:
+        return images
 
 
 def _make_optimizer(
@@ -193,8 +183,7 @@ def _make_optimizer(
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     settings = [
-        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-        for (scale, decay), parameters in groups.items()
+        {"params": p, "weight_decay": decay, "lr_scale": scale} for (scale, decay), p in groups.items()
     ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, momentum=0.9)
@@ -228,25 +217,8 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
     return accelerator
 
 
-@contextlib.contextmanager
-def deterministic(asked: bool) -> Iterator[None]:
-    """Torch's deterministic algorithms only, while it lasts."""
-    if not asked:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-
-
 def check_splits(splits: "Splits", num_classes: int, config: TrainConfig) -> None:
-    """Refuse images that nothing can be learnt from, and early stopping without images to judge by."""
+    """Refuse images that nothing can be learnt from, or that do not go with the options."""
     if not splits.train:
         raise DataError("there are no training images")
     for name in ("train", "val"):
@@ -258,6 +230,11 @@ def check_splits(splits: "Splits", num_classes: int, config: TrainConfig) -> Non
                 raise DataError(
                     "all training images are of one class; at least two are needed to learn anything"
                 )
+    if config.augment != "none" and getattr(splits.train, "transform", None) is not None:
+        raise OptionError(
+            f'augment="{config.augment}" goes with images that fit transforms itself; the training '
+            'images have a transform of their own. Put the augmentation there, or leave augment "none"'
+        )
     if config.early_stop and not splits.val:
         raise OptionError("early_stop needs validation images; this split has none (val=0)")
 

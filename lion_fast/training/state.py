@@ -1,5 +1,6 @@
 """How far a run is, and what of it a checkpoint holds, so that it goes on with the same bits."""
 
+import collections
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,22 +75,18 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Tensor], dict]:
 
 def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
     """The state in a checkpoint, after its tensors have gone to the model, the optimiser and the pruner."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "pruner": {}}
+    parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in checkpoint.tensors.items():
-        part, rest = name.split("/", 1)
-        parts[part][rest] = tensor.to(setup.accelerator.device, copy=True)
+        part, key = name.rsplit("/", 1)
+        parts[part][key] = tensor.to(setup.accelerator.device, copy=True)
     setup.model.load_adapter_state_dict(parts["model"])
-    states = setup.optimizer.optimizer.state
-    for name, tensor in parts["optimizer"].items():
-        parameter, key = name.rsplit("/", 1)
-        # Adam counts its steps on the CPU
-        states[setup.trained[parameter]][key] = tensor.cpu() if key == "step" else tensor
+    for name, parameter in setup.trained.items():
+        for key, tensor in parts[f"optimizer/{name}"].items():
+            # Adam counts its steps on the CPU
+            setup.optimizer.optimizer.state[parameter][key] = tensor.cpu() if key == "step" else tensor
     told = checkpoint.state
     if setup.pruner is not None:
-        found: dict[str, dict[str, Tensor]] = {part: {} for part in _PRUNER_TENSORS}
-        for name, tensor in parts["pruner"].items():
-            part, matrix = name.split("/", 1)
-            found[part][matrix] = tensor
+        found = {part: parts[f"pruner/{part}"] for part in _PRUNER_TENSORS}
         setup.pruner.load_state_dict(told["pruner"] | found)
     if told["scaler"]:
         setup.accelerator.scaler.load_state_dict(told["scaler"])

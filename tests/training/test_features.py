@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 from training_helpers import QUICK, random_splits, same_bits, tiny_backbone, tiny_model
 
 import lion_fast
@@ -138,32 +137,22 @@ def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):
 
 
 def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
-    store = FeatureStore(limit=2)
+    store, items = FeatureStore(limit=2), Counting(random_splits(n=1).train)
     model, other = tiny_model("probe"), tiny_model("probe")
-    items = random_splits().train
-    made = []
-
-    def compute(name):
-        made.append(name)
-        return TensorDataset(torch.zeros(4))
-
-    for turn in (model, other, model):
-        store.features(turn, items, "no", 8, lambda turn=turn: compute(turn))
-    assert made == [model, other]
-    store.features(model, items, "bf16", 8, lambda: compute("bf16"))  # drops the other backbone's
-    store.features(model, items, "no", 8, lambda: compute("never"))
-    store.features(other, items, "no", 8, lambda: compute("again"))
-    assert made == [model, other, "bf16", "again"]
+    # bf16 drops the other backbone's
+    calls = [(model, "no", 1), (other, "no", 2), (model, "no", 2), (model, "bf16", 3), (model, "no", 3)]
+    for turn, precision, reads in [*calls, (other, "no", 4)]:
+        store.features(turn, items, items, 8, mixed_precision=precision)
+        assert items.reads == reads
 
 
 def test_a_store_forgets_what_is_too_much(monkeypatch):
-    monkeypatch.setattr("lion_fast.training.features.MEMORY_LIMIT", 100)
+    monkeypatch.setattr(features, "MEMORY_LIMIT", 1450)  # an image takes 4 * 32 bytes, and 8 for its label
     store, model = FeatureStore(), tiny_model("probe")
-    held = [random_splits().train for _ in range(3)]
-    for items, numbers in zip(held, (10, 10, 200), strict=True):  # of 4 bytes
-        store.features(model, items, "no", 8, lambda numbers=numbers: TensorDataset(torch.zeros(numbers)))
-    assert repr(store) == "FeatureStore(1 of 16)"  # the latest one stays, whatever its size
-    assert store.features(model, held[2], "no", 8, lambda: None)[0].tensors[0].numel() == 200
+    for n, kept in ((5, 1), (5, 2), (11, 1)):  # the latest one stays, whatever its size
+        items = random_splits(n=n).train
+        store.features(model, items, items, 8)
+        assert repr(store) == f"FeatureStore({kept} of 16)"
 
 
 def test_a_transform_of_the_callers_is_used_in_training_and_may_be_random(tmp_path):

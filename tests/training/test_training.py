@@ -26,92 +26,54 @@ def after_step():
     handle.remove()
 
 
-def reference_step_adamw(
-    state: dict, grad: torch.Tensor, p: torch.Tensor, lr: float, decay: float
-) -> torch.Tensor:
-    """AdamW as its paper writes it, in float64."""
-    state["t"] += 1
-    state["m"] = 0.9 * state["m"] + 0.1 * grad
-    state["v"] = 0.999 * state["v"] + 0.001 * grad**2
-    m, v = state["m"] / (1 - 0.9 ** state["t"]), state["v"] / (1 - 0.999 ** state["t"])
-    return p * (1 - lr * decay) - lr * m / (v.sqrt() + 1e-8)
-
-
 # -- the numbers
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_steps_are_adamw_with_warmup_cosine_smoothing_decay_and_clipping(tmp_path, accumulation):
     """Against the formulas in float64 on a linear head; tolerance: float32 rounding over 12 steps."""
-    splits, classes = random_splits(n=21, n_val=0), 3
-    model = tiny_model("probe")
-    config = TrainConfig(
-        epochs=4,
-        batch_size=8,
-        lr=0.05,
-        weight_decay=0.3,
-        warmup_epochs=1.5,
-        label_smoothing=0.2,
-        clip_norm=0.4,
-        grad_accumulation=accumulation,
-        device="cpu",
-    )
+    splits, model = random_splits(n=21, n_val=0), tiny_model("probe")
+    config = {"epochs": 4, "lr": 0.05, "weight_decay": 0.3, "warmup_epochs": 1.5, "label_smoothing": 0.2}
+    config |= {"clip_norm": 0.4, "grad_accumulation": accumulation}
     with torch.no_grad():
         features = model.eval().features(splits.train.images).double()
-    weight, bias = (p.detach().double().clone() for p in (model.head.weight, model.head.bias))
-    states = [{"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in (weight, bias)]
-    plan = Plan(n=21, batch_size=8, epochs=4, seed=0)
+    weight, bias = parameters = [p.detach().double().clone() for p in (model.head.weight, model.head.bias)]
+    groups = [{"params": [weight], "weight_decay": 0.3}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
     warm, total = 4, 12  # round(1.5 * 3) steps of warm-up, an even number rounds to even
-    assert (plan.steps, round(1.5 * 3)) == (total, warm)
     for step in range(total):
-        rate = 0.05 * (
-            (step + 1) / (warm + 1)
-            if step < warm
-            else 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
-        )
-        chosen = list(plan.indices(step))
+        up, down = (step + 1) / (warm + 1), 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (up if step < warm else down)
+        chosen = list(Plan(n=21, batch_size=8, epochs=4, seed=0).indices(step))
         x, y = features[chosen], splits.train.labels[chosen]
-        target = torch.nn.functional.one_hot(y, classes).double() * 0.8 + 0.2 / classes
+        target = torch.nn.functional.one_hot(y, 3).double() * 0.8 + 0.2 / 3
         error = ((x @ weight.T + bias).softmax(1) - target) / len(chosen)
         grads = [error.T @ x, error.sum(0)]
-        norm = sum(g.square().sum() for g in grads).sqrt()
-        grads = [g * min(1.0, 0.4 / (norm.item() + 1e-6)) for g in grads]
-        weight = reference_step_adamw(states[0], grads[0], weight, rate, 0.3)
-        bias = reference_step_adamw(states[1], grads[1], bias, rate, 0.0)
-    fit(model, splits, config, tmp_path)
+        norm = sum(g.square().sum() for g in grads).sqrt().item()
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad * min(1.0, 0.4 / (norm + 1e-6))
+        optimizer.step()
+    fit(model, splits, TrainConfig(**QUICK | config), tmp_path)
     torch.testing.assert_close(model.head.weight.double(), weight, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(model.head.bias.double(), bias, rtol=2e-4, atol=2e-5)
 
 
 def test_sgd_has_momentum_and_the_head_its_own_rate(tmp_path):
-    splits = random_splits(n=16, n_val=0)
-    model = tiny_model("lion")
-    model.train()
-    config = TrainConfig(
-        epochs=2,
-        batch_size=16,
-        optimizer="sgd",
-        lr=0.1,
-        lr_head=0.02,
-        weight_decay=0.0,
-        warmup_epochs=0,
-        device="cpu",
-    )
-    reference = tiny_model("lion").train()
-    momentum = {name: torch.zeros_like(p) for name, p in reference.named_parameters() if p.requires_grad}
+    splits, model, reference = random_splits(n=16, n_val=0), tiny_model(), tiny_model().train()
+    config = {"batch_size": 16, "optimizer": "sgd", "lr": 0.1, "lr_head": 0.02}
+    trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    momentum = {name: torch.zeros_like(p) for name, p in trained.items()}
     for step in range(2):
         chosen = list(Plan(n=16, batch_size=16, epochs=2, seed=0).indices(step))
-        loss = torch.nn.functional.cross_entropy(
-            reference(splits.train.images[chosen]), splits.train.labels[chosen]
-        )
-        names = list(momentum)
-        grads = torch.autograd.grad(loss, [dict(reference.named_parameters())[name] for name in names])
+        logits = reference(splits.train.images[chosen])
+        loss = torch.nn.functional.cross_entropy(logits, splits.train.labels[chosen])
+        grads = torch.autograd.grad(loss, list(trained.values()))
         with torch.no_grad():
-            for name, grad in zip(names, grads, strict=True):
+            for (name, parameter), grad in zip(trained.items(), grads, strict=True):
                 momentum[name] = 0.9 * momentum[name] + grad
-                rate = (0.02 if name.startswith("head.") else 0.1) * (1.0, 0.5)[step]
-                dict(reference.named_parameters())[name] -= rate * momentum[name]
-    fit(model, splits, config, tmp_path)
+                parameter -= (0.02 if name.startswith("head.") else 0.1) * (1.0, 0.5)[step] * momentum[name]
+    fit(model, splits, TrainConfig(**QUICK | config, weight_decay=0.0, warmup_epochs=0), tmp_path)
     for name, value in model.adapter_state_dict().items():
         torch.testing.assert_close(value, reference.adapter_state_dict()[name], rtol=1e-5, atol=1e-7)
 
@@ -129,17 +91,14 @@ def test_accumulation_gives_the_same_adapter(tmp_path, method):
     assert not same_bits(tiny_model(method).adapter_state_dict(), states[0])
 
 
-def test_the_frozen_backbone_keeps_every_bit(tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_it_learns_and_the_frozen_backbone_keeps_every_bit(tmp_path, precision):
     model = tiny_model()
     before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
-    fit(model, random_splits(), TrainConfig(**QUICK), tmp_path)
+    result = fit(model, random_splits(), TrainConfig(**QUICK, mixed_precision=precision), tmp_path)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
     assert same_bits(before, model.backbone.state_dict())
     assert all(p.grad is None for p in model.backbone.parameters())
-
-
-def test_bf16_trains(tmp_path):
-    result = fit(tiny_model(), random_splits(), TrainConfig(**QUICK, mixed_precision="bf16"), tmp_path)
-    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
 def test_deterministic_mode_is_only_for_the_run(tmp_path, monkeypatch, after_step):
@@ -171,19 +130,18 @@ def test_early_stopping_counts_from_the_best_epoch_and_keeps_what_is_asked(tmp_p
     assert evaluate(model, splits.val).loss == pytest.approx(losses[result.best_epoch - 1], rel=1e-5)
 
 
-def test_logs_have_a_row_per_epoch_and_the_solver_in_them(tmp_path):
-    result = fit(tiny_model(), random_splits(), TrainConfig(**QUICK, log_every=2), tmp_path)
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_logs_have_a_row_per_epoch_and_the_solver_in_them(tmp_path, tensorboard):
+    if tensorboard:
+        pytest.importorskip("tensorboard")
+    config = TrainConfig(**QUICK, log_every=2, tensorboard=tensorboard)
+    result = fit(tiny_model(), random_splits(), config, tmp_path)
+    assert any(tmp_path.glob("tensorboard/events.*")) == tensorboard
     rows = read_csv(tmp_path / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["val_loss"]) == result.history[1]["val_loss"]
     assert float(rows[1]["input_iterations"]) >= 1 and 0 <= float(rows[1]["output_residual"]) < 1
     assert [row["step"] for row in read_csv(tmp_path / "steps.csv")] == ["2", "3", "4", "6"]
-
-
-def test_tensorboard_writes_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    fit(tiny_model(), random_splits(), TrainConfig(**QUICK, tensorboard=True), tmp_path)
-    assert any((tmp_path / "tensorboard").glob("events.*"))
 
 
 # -- faults told before and during training
