@@ -15,7 +15,6 @@ from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.sources import (
     BIRD_LISTS,
-    CHECK,
     Raw,
     read_birds,
     read_csv,
@@ -26,6 +25,7 @@ from lion_fast.data.sources import (
 )
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir
+from lion_fast.options import CHECK
 
 
 @dataclass(frozen=True)

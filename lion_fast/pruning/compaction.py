@@ -61,7 +61,7 @@ def compact(layer: LionLayer) -> LionLayer:
     >>> from lion_fast import pruning
     >>> layer = LionLayer(8, 4)
     >>> pruning.prune_once(layer, 0.5, granularity="unit")
-    >>> layer.compact().state_dim
+    >>> pruning.compact(layer).state_dim
     2
     """
     if isinstance(layer, StateLayer):
@@ -177,7 +177,7 @@ def compact_model(model: nn.Module) -> dict[str, tuple[int, int]]:
     Raises OptionError where the model is itself a layer, which cannot be replaced.
     """
     if isinstance(model, LionLayer):
-        raise OptionError("a layer cannot be replaced inside itself: use layer = layer.compact()")
+        raise OptionError("a layer cannot be replaced inside itself: use layer = compact(layer)")
     found = {name: m for name, m in model.named_modules() if isinstance(m, LionLayer)}
     changed = {}
     for name, layer in found.items():

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_whole
+from lion_fast.options import CRITERIA
 from lion_fast.pruning.counts import count_parameters
-from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
+from lion_fast.pruning.masks import Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
 

@@ -15,8 +15,8 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
 from lion_fast.pruning.compaction import find_units
 from lion_fast.pruning.two_of_four import is_two_of_four
+from lion_kernels.blocks import BLOCKS, find_pattern
 from lion_kernels.launch import padded_state
-from lion_kernels.sparse import BLOCKS, find_pattern
 
 # Up to this state width the tokens' way through memory is what a solve costs, and its weights stay on chip.
 TRAFFIC_BOUND = 128

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solvers import SolveInfo, default_tol
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.errors import OptionError
 from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR
 
@@ -127,7 +127,7 @@ class TwoOfFourLayer(nn.Module):
             raise OptionError(f"{reason}; run the layer itself, which is dense")
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
             raise OptionError("2:4 storage has no gradients: call it under torch.no_grad(), train the layer")
-        tol = default_tol(x.dtype) if layer.tol is None else layer.tol
+        tol = layer.solve.tolerance(x.dtype)
         A, W, V = self._weights(x)
         rows = x.reshape(-1, layer.dim).contiguous()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -726,7 +726,7 @@ def test_units_of_states_are_ranked_by_their_row_of_a_and_row_and_column_of_w():
     # the kept ones are the small layer's
     small = StateLayer(D, 3, tol=1e-7)
     small.load_state_dict({"A": layer.A[best], "W": layer.recurrence_matrix()[best][:, best], "b": b[best]})
-    layer.solve["tol"] = 1e-7
+    layer.tol = 1e-7
     torch.testing.assert_close(layer(x)[:, best], small(x), rtol=0, atol=1e-5)
 
 
