@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from lion_fast.equilibrium import reference as reference
     from lion_fast.equilibrium import solvers as solvers
     from lion_fast.equilibrium.layer import LionLayer as LionLayer
-    from lion_fast.equilibrium.layer import replace_layers as replace_layers
+    from lion_fast.equilibrium.reference import replace_layers as replace_layers
+    from lion_fast.equilibrium.solve import SolveInfo as SolveInfo
     from lion_fast.equilibrium.solvers import ImplicitLayer as ImplicitLayer
-    from lion_fast.equilibrium.solvers import SolveInfo as SolveInfo
     from lion_fast.methods import create as create
     from lion_fast.methods.lion import LionModel as LionModel
 
