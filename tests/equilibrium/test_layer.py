@@ -691,7 +691,7 @@ def test_bad_options(options, message):
 
 def test_unknown_options_raise():
     for cls in (LionLayer, reference.LionLayer):
-        with pytest.raises(TypeError, match="no option gama; the options are state_dim, .*gamma, .*dtype"):
+        with pytest.raises(TypeError, match="'gama'; did you mean gamma.*state_dim"):
             cls(D, R, gama=0.5)
         with pytest.raises(OptionError, match="gama"):
             cls(D, R, gama=0.5)
@@ -699,7 +699,7 @@ def test_unknown_options_raise():
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
     layer = LionLayer(D, R)
     arguments = (torch.randn(2, D), layer.A, layer.W, layer.b, layer.V, layer.c)
-    with pytest.raises(TypeError, match="no option terms; the options are activation, .*neumann_terms"):
+    with pytest.raises(TypeError, match="unknown option 'terms'.*neumann_terms"):
         lion_fast.equilibrium.functional.equilibrium(*arguments, terms=3)
 
 
