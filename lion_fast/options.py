@@ -37,6 +37,20 @@ _Class = TypeVar("_Class", bound=type)
 _Options = TypeVar("_Options", bound="Options")
 
 
+def sides(img_size: object) -> tuple[int, int]:
+    """(height, width) of an image size, which is a side in pixels or (height, width); else `OptionError`.
+
+    >>> sides(224), sides([32, 64])
+    ((224, 224), (32, 64))
+    """
+    found = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,) * 2
+    if len(found) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
+        raise OptionError(
+            f"img_size must be a side in pixels or (height, width), at least 1 each; got {img_size!r}"
+        )
+    return found
+
+
 # -- settings as fields
 
 
