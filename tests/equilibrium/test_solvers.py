@@ -277,24 +277,24 @@ def test_policies(cell):
 
 
 def test_bad_use(cell):
-    f, x = cell
-    with pytest.raises(OptionError, match="solver must be one of picard, anderson, broyden"):
+    f, _ = cell
+    with pytest.raises(OptionError, match="solver"):
         ImplicitLayer(f, solver="newton")
-    with pytest.raises(
-        TypeError, match="no option max_iters; the options are solver, max_iter, .*on_failure"
-    ):
+    with pytest.raises(TypeError, match="max_iters.*solver, .*on_failure"):
         ImplicitLayer(f, max_iters=3)
+    z0 = torch.zeros(2, 3)
     for solver in SOLVERS.values():
-        with pytest.raises(TypeError, match="no option max_iters; the options are max_iter, tol"):
-            solver(torch.cos, torch.zeros(2, 3), max_iters=3)
+        for unknown in ("max_iters", "backward"):
+            with pytest.raises(TypeError, match=f"{unknown}; .*max_iter, tol"):
+                solver(torch.cos, z0, **{unknown: 3})
         for option, wrong in {"max_iter": 0, "tol": -1.0, "damping": 0.0}.items():
-            with pytest.raises(OptionError, match=f"{option} must be"):
-                solver(torch.cos, torch.zeros(2, 3), **{option: wrong})
-    with pytest.raises(ValueError, match="f must keep the state's shape"):
-        picard(lambda z: z[:, :2], torch.zeros(2, 3))
-    with pytest.raises(TypeError, match="floating-point input; got torch.int64"):
-        picard(torch.cos, torch.zeros(2, 3, dtype=torch.int64))
+            with pytest.raises(OptionError, match=option):
+                solver(torch.cos, z0, **{option: wrong})
+    with pytest.raises(ValueError, match="shape"):
+        picard(lambda z: z[:, :2], z0)
+    with pytest.raises(TypeError, match="int64"):
+        picard(torch.cos, z0.long())
     with pytest.raises(OptionError, match="window"):
-        anderson(torch.cos, torch.zeros(2, 3), window=0)
+        anderson(torch.cos, z0, window=0)
     with pytest.raises(OptionError, match="memory"):
-        broyden(torch.cos, torch.zeros(2, 3), memory=0)
+        broyden(torch.cos, z0, memory=0)
