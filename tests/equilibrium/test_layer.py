@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lion_fast.equilibrium import (
@@ -18,13 +19,12 @@ from lion_fast.equilibrium import (
     PixelEnd,
     SolveOptions,
     StateLayer,
-    contraction_scale,
     equilibrium,
     reference,
     replace_layers,
 )
 from lion_fast.errors import ConvergenceError, OptionError
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels import reference as kernels
 
 D, R = 12, 5
 BACKWARDS = ("neumann", "jfb", "exact", "phantom")
@@ -147,27 +147,6 @@ def test_gradient_is_the_dense_linear_solve(recurrence, mode):
     assert_close_each(actual, linear_solve(layer, x.detach(), upstream, inverse), 1e-10)
 
 
-@every_recurrence
-def test_jfb_is_one_application_at_the_detached_equilibrium(recurrence):
-    layer = double_layer(recurrence=recurrence, activation="tanh", backward="jfb")
-    x, upstream = tokens(6), torch.randn(6, D, dtype=torch.float64)
-    with torch.no_grad():
-        Wh = layer.recurrence_matrix()
-        z = torch.zeros(6, R, dtype=torch.float64)
-        for _ in range(400):
-            z = torch.tanh(z @ Wh.T + x @ layer.A.T + layer.b)
-        prompt = z @ layer.V.T
-    if recurrence == "free":
-        state = torch.tanh(z @ layer.recurrence_matrix().T + x @ layer.A.T + layer.b)
-    else:
-        limit = layer.gamma / ACTIVATIONS["tanh"].lipschitz
-        s = contraction_scale(layer.A @ layer.V, limit)
-        state = torch.tanh((x + s * prompt) @ layer.A.T + layer.b)
-    expected = x + state @ layer.V.T + layer.c
-    actual = gradients(layer, layer(x), x, upstream)
-    assert_close_each(actual, gradients(layer, expected, x, upstream), 1e-11)
-
-
 def test_neumann_error_falls_with_the_bound():
     """|error| <= gamma^(k+1) / (1 - gamma) |g| on the adjoint state, seen through db."""
     layer = double_layer(activation="relu", backward="exact", gamma=0.8)
@@ -226,7 +205,9 @@ def test_damping_changes_the_path_and_not_the_point(damping):
 
 def test_parameter_count():
     for width, state in ((768, 51), (384, 32), (7, 3)):
-        free = sum(p.numel() for p in LionLayer(width, state).parameters())
+        layer = LionLayer(width, state, device="meta", dtype=torch.bfloat16)
+        assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in layer.parameters())
+        free = sum(p.numel() for p in layer.parameters())
         assert free == 2 * state * width + state**2 + state + width
         tied = sum(p.numel() for p in LionLayer(width, state, recurrence="tied").parameters())
         assert tied == free - state**2
@@ -325,11 +306,6 @@ def test_copies_survive():
     assert sorted(LionLayer(D, R, recurrence="tied").state_dict()) == ["A", "V", "b", "c"]
 
 
-def test_factory_arguments():
-    layer = LionLayer(D, R, device="meta", dtype=torch.bfloat16)
-    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in layer.parameters())
-
-
 def test_two_forwards_one_backward():
     layer = double_layer()
     x1, x2, upstream = tokens(3), tokens(5), torch.randn(5, D, dtype=torch.float64)
@@ -417,12 +393,8 @@ def test_saved_for_backward_is_x_and_one_state(backward):
         widths = sorted(t.shape[-1] for t in per_token)
         assert widths == [R, D], widths
         assert {t.untyped_storage().data_ptr() for t in per_token if t.shape[-1] == D} == {x.data_ptr()}
-
-
-def test_nothing_is_saved_without_gradient():
-    layer = rough(LionLayer(D, R))
-    with torch.no_grad():
-        assert not [t for t in saved_tensors(layer, torch.randn(500, D)) if t.numel() >= 500]
+        with torch.no_grad():
+            assert not [t for t in saved_tensors(layer, x) if t.numel() >= rows]
 
 
 @both
@@ -469,17 +441,8 @@ def test_compiles_as_one_graph(compiler, recurrence):
     out = compiled(x)
     assert torch.allclose(out, expected, rtol=0, atol=1e-5)
     assert_close_each(gradients(layer, out, x, upstream), grads, 1e-4)
-    assert torch._dynamo.explain(layer)(x).graph_break_count == 0
-
-
-@pytest.mark.slow
-def test_info_compiles():
-    torch._dynamo.reset()
-    layer = rough(LionLayer(D, R))
-    x = tokens(8, dtype=torch.float32)
-    out, info = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, return_info=True)
-    expected, other = layer(x, return_info=True)
-    assert torch.allclose(out, expected, atol=1e-6)
+    (out, info), (_, other) = compiled(x, return_info=True), layer(x, return_info=True)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-5)
     assert torch.equal(info.iterations, other.iterations) and info.reason == "converged"
 
 
@@ -501,13 +464,12 @@ def test_a_token_does_not_depend_on_its_batch(dtype, width, state):
     assert torch.equal(layer(x[order]), whole[order])
 
 
-def test_input_gradient_does_not_depend_on_the_batch():
+def test_an_input_gradient_does_not_depend_on_its_batch():
     layer = rough(LionLayer(384, 32, backward="exact"))
     x, upstream = torch.randn(300, 384, requires_grad=True), torch.randn(300, 384)
     (whole,) = torch.autograd.grad(layer(x), x, upstream)
     part = x[100:117].detach().requires_grad_()
-    (some,) = torch.autograd.grad(layer(part), part, upstream[100:117])
-    assert torch.equal(some, whole[100:117])
+    assert torch.equal(torch.autograd.grad(layer(part), part, upstream[100:117])[0], whole[100:117])
 
 
 # The solve's record and its failures
@@ -539,12 +501,12 @@ def test_geometric_rates(rate):
     assert (info.iterations - expected).abs().max() <= 2
 
 
-@pytest.mark.parametrize("damping", [0.1, 0.01])
-def test_damping_does_not_fake_convergence(damping):
+def test_damping_does_not_fake_convergence():
     """A small step changes z little; the residual is that of the un-damped map."""
     x = torch.rand(3, R, dtype=torch.float64) + 0.5
-    _, info = aligned(x, 0.9, damping=damping, max_iter=5, tol=0.05)
-    assert info.reason == "max_iter" and (info.residual > 0.4).all()
+    for damping in (0.1, 0.01):
+        _, info = aligned(x, 0.9, damping=damping, max_iter=5, tol=0.05)
+        assert info.reason == "max_iter" and (info.residual > 0.4).all()
 
 
 def test_info_says_what_happened():
@@ -616,10 +578,6 @@ def test_broken_weights_are_named(name, bad):
 
 def test_no_host_synchronisation():
     """Fake CUDA tensors have no values: any look at one from the host raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from lion_kernels import reference as ops
-
     if torch.__version__ < "2.8" and not torch.cuda.is_available():
         pytest.skip("fake CUDA tensors need a GPU in this torch")
     with FakeTensorMode(), torch.no_grad():
@@ -628,9 +586,9 @@ def test_no_host_synchronisation():
         out, info = layer(x, return_info=True)
         assert out.device.type == info.residual.device.type == info.converged.device.type == "cuda"
         args = (x, layer.A, layer.recurrence_matrix(), layer.b, layer.V, layer.c, "relu", 50, 1e-4, 1.0, True)
-        _, p, _, count = ops.solve(*args)
+        _, p, _, count = kernels.solve(*args)
         assert count.shape == (70,) and p.shape == (70, R)
-        ops.adjoint(x, x, p, layer.A, layer.recurrence_matrix(), layer.V, "relu", 8, 1e-4, 1.0, True)
+        kernels.adjoint(x, x, p, layer.A, layer.recurrence_matrix(), layer.V, "relu", 8, 1e-4, 1.0, True)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             info.summary()
 
