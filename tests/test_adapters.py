@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 
 import lion_fast
-from lion_fast.adapters import DESCRIPTION, FORMAT_VERSION, TENSORS, load_adapter, read_adapter, save_adapter
+from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
 from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
 from lion_fast.methods import create
+from lion_fast.methods.files import DESCRIPTION, FORMAT_VERSION, TENSORS, read_adapter
 
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
@@ -331,7 +332,7 @@ def test_foreign_descriptions(content, tmp_path):
         ({"method": "tomorrow"}, "method 'tomorrow' is unknown here; known are .*lion, .*probe, .*vpt"),
         ({"method": None}, "method is missing"),
         ({"options": [1]}, "options is missing or no dict"),
-        ({"options": {"lenght": 3}}, "cannot be built: method probe has no option lenght"),
+        ({"options": {"lenght": 3}}, "cannot be built: unknown option of probe 'lenght'"),
         ({"options": {"backbone": "x"}}, "cannot be built"),
         ({"num_classes": 5}, "a head of 4 outputs; adapter.json says num_classes=5"),
         ({"classes": ["a"]}, "classes do not count num_classes=4 names"),

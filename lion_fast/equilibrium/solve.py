@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lion_fast.errors import ConvergenceError, check_choice, check_number, check_whole, names_options
+from lion_fast.errors import ConvergenceError, check_choice, check_number, check_whole
+from lion_fast.options import names_options
 from lion_kernels.ops import BACKENDS
 
 _Call = TypeVar("_Call", bound=Callable)
@@ -66,7 +67,7 @@ class SolveOptions:
         check_whole("neumann_terms", self.neumann_terms, 0)
         check_number("damping", self.damping, above=0, most=1)
         if self.tol is not None:
-            check_number("tol", self.tol, least=0, below=1, note="where 0 always makes max_iter applications")
+            check_number("tol", self.tol, least=0, below=1, note="0: always max_iter iterations")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual asked for of rows of `dtype`; TypeError where that is no float."""

@@ -1,4 +1,4 @@
-"""A LionLayer run with block-sparse products: the form for wide states with dead blocks."""
+"""A LionLayer run with block-sparse products: the storage for wide states with dead blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class BlockSparseLayer(nn.Module):
     def __init__(self, layer: LionLayer, block: int = 64) -> None:
         super().__init__()
         if not isinstance(layer, LionLayer) or layer.recurrence != "free":
-            raise OptionError("the block-sparse form is for a LionLayer with recurrence='free'")
+            raise OptionError("block-sparse storage is for a LionLayer with recurrence='free'")
         if block not in BLOCKS:
             raise OptionError(f"block must be one of {', '.join(map(str, BLOCKS))}; got {block!r}")
         self.layer, self.block = layer, block

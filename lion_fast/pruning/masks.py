@@ -12,11 +12,7 @@ from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError, check_choice, check_number
-
-GRANULARITIES = ("element", "unit", "block", "2:4")
-CRITERIA = ("saliency", "magnitude", "random")
-SCOPES = ("global", "layer", "matrix")
-BLOCKS = (16, 32, 64)
+from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
 
 
 class Matrix(NamedTuple):

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.masked import Masked, count_dropped
+from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_whole
-from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
+from lion_fast.options import CRITERIA
+from lion_fast.pruning.counts import count_parameters
+from lion_fast.pruning.masks import Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
 
@@ -274,7 +276,8 @@ class RobustPruner:
 
         `matrices`: per matrix `kept`, `total`, `share`, and off the mask the share of exact zeros
         (`decayed`) and the largest |w| (`largest_off_mask`), which a hard cut would take away at once.
-        `kept_share`: of all prunable entries. `parameters`: see `count_parameters`, by the mask of now.
+        `kept_share`: of all prunable entries. `parameters`: see `count_parameters`, by the mask of now; the
+        head is `target.head`.
         """
         matrices, kept, total = {}, 0, 0
         for m in self.matrices:
@@ -290,11 +293,11 @@ class RobustPruner:
                 "largest_off_mask": float(off.abs().max()) if off.numel() else 0.0,
             }
             kept, total = kept + count, total + size
-        counts = count_parameters(self.target)
-        if not self._hard:
-            # The layers do not carry the mask yet.
-            counts["kept"] -= total - kept
-            counts["kept_with_head"] -= total - kept
+        whole = isinstance(self.target, nn.Module)
+        model = self.target if whole else nn.ModuleList(self.layers.values())
+        counts = count_parameters(model, getattr(model, "head", None))
+        # Before the cut the layers do not carry the mask yet.
+        dropped = 0 if self._hard else total - kept
         return {
             "phase": self.phase,
             "step": self.steps_done,
@@ -302,7 +305,11 @@ class RobustPruner:
             "keep": self.keep,
             "kept_share": kept / total,
             "matrices": matrices,
-            "parameters": counts,
+            "parameters": {
+                "dense": counts["dense"],
+                "kept": counts["kept"] - dropped,
+                "kept_with_head": counts["kept_with_head"] - dropped,
+            },
         }
 
     def _options(self) -> dict[str, Any]:
@@ -378,20 +385,3 @@ def kept_shares(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> 
     matrices = find_matrices(find_layers(target))
     masks = {m.full_name: m.module.masks().get(m.name) for m in matrices}
     return {name: 1.0 if mask is None else float(mask.float().mean()) for name, mask in masks.items()}
-
-
-def count_parameters(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> dict[str, int]:
-    """Three counts: "dense" (the layers' parameters), "kept" (those on the masks, biases included) and
-    "kept_with_head" (kept and all else that the model trains).
-
-    >>> from lion_fast import LionLayer
-    >>> count_parameters(nn.Sequential(LionLayer(8, 4), nn.Linear(8, 2)))
-    {'dense': 92, 'kept': 92, 'kept_with_head': 110}
-    """
-    layers = find_layers(target)
-    own = {id(p): p.numel() for layer in layers.values() for p in layer.parameters()}
-    dense = sum(own.values())
-    dropped = sum(count_dropped(layer) for layer in layers.values())
-    others = target.parameters() if isinstance(target, nn.Module) else ()
-    head = sum(p.numel() for p in others if p.requires_grad and id(p) not in own)
-    return {"dense": dense, "kept": dense - dropped, "kept_with_head": dense - dropped + head}

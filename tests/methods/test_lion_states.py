@@ -28,7 +28,7 @@ from lion_fast.pruning import (
     compact,
     compact_model,
     count_parameters,
-    describe_forms,
+    describe_storage,
     kept_shares,
     prune_once,
 )
@@ -779,7 +779,7 @@ def test_compaction_leaves_states_alone():
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
     states = create(backbone(), num_classes=2, state_dim=8)
     assert compact_model(states) == {}
-    (form,) = describe_forms(states).values()
+    (form,) = describe_storage(states).values()
     assert form["name"] == "dense" and "none can go" in form["reason"]
 
 

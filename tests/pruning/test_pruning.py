@@ -1020,12 +1020,12 @@ def quarter_of_blocks(layer):
 
 def test_the_form_is_dense_without_a_measurement_and_says_why():
     assert pruning.measured_crossovers() == {}
-    form = pruning.choose_form(LionLayer(64, 128))
+    form = pruning.choose_storage(LionLayer(64, 128))
     assert form.name == "dense" and "bound by reading and writing the tokens" in form.reason
     wide = LionLayer(32, 192)
-    assert pruning.choose_form(wide) == ("dense", "the recurrence has no zeros", None)
+    assert pruning.choose_storage(wide) == ("dense", "the recurrence has no zeros", None)
     quarter_of_blocks(wide)
-    form = pruning.choose_form(wide)
+    form = pruning.choose_storage(wide)
     assert form.name == "dense" and "no measurement for this device (cpu)" in form.reason
 
 
@@ -1033,29 +1033,29 @@ def test_the_form_follows_measured_crossovers():
     wide = LionLayer(32, 192)
     quarter_of_blocks(wide)
     entries = [{"state_dim": 128, "block": 32, "from_sparsity": 0.5}]
-    assert pruning.choose_form(wide, crossovers={"cpu": {"block-sparse": entries}})[::2] == (
+    assert pruning.choose_storage(wide, crossovers={"cpu": {"block-sparse": entries}})[::2] == (
         "block-sparse",
         32,
     )
     # The widest measurement that is not wider than the layer decides.
     entries.append({"state_dim": 192, "block": 32, "from_sparsity": 0.9})
     entries.append({"state_dim": 512, "block": 32, "from_sparsity": 0.1})
-    form = pruning.choose_form(wide, crossovers={"cpu": {"block-sparse": entries}})
+    form = pruning.choose_storage(wide, crossovers={"cpu": {"block-sparse": entries}})
     assert form.name == "dense" and "75% of the blocks of 32 are dead, it pays from 90% on" in form.reason
     half = LionLayer(32, 192)
     prune_once(half, 0.5, granularity="2:4")
-    assert pruning.choose_form(half, crossovers={"cpu": {"2:4": [{"state_dim": 192}]}}).name == "2:4"
-    assert pruning.choose_form(half, crossovers={"cpu": {"2:4": [{"state_dim": 256}]}}).name == "dense"
+    assert pruning.choose_storage(half, crossovers={"cpu": {"2:4": [{"state_dim": 192}]}}).name == "2:4"
+    assert pruning.choose_storage(half, crossovers={"cpu": {"2:4": [{"state_dim": 256}]}}).name == "dense"
 
 
 def test_dead_units_are_compacted_whatever_was_measured():
     for state, keep, text in ((64, 0.5, "32 columns in place of 64"), (64, 0.9, "smaller and not faster")):
         layer = LionLayer(16, state)
         prune_once(layer, keep, granularity="unit")
-        form = pruning.choose_form(layer)
+        form = pruning.choose_storage(layer)
         assert form.name == "compact" and text in form.reason
     model = TwoEnds()
-    assert {name: form["name"] for name, form in pruning.describe_forms(model).items()} == {
+    assert {name: form["name"] for name, form in pruning.describe_storage(model).items()} == {
         "input_end": "dense",
         "output_end": "dense",
     }
