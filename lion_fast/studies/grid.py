@@ -16,8 +16,8 @@ from lion_fast.data import load_data
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
-from lion_fast.options import numbers, read_settings
-from lion_fast.training.config import FREE_ON_RESUME, TrainConfig, refuse_unknown
+from lion_fast.options import read_settings, refuse_unknown
+from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -221,7 +221,6 @@ def read_grid(path: str | os.PathLike) -> Grid:
 
 def make_grid(given: Mapping[str, Any]) -> Grid:
     """A grid from the mapping a YAML file holds; `OptionError` naming what is wrong."""
-    given = numbers(given)
     refuse_unknown(given, _GRID, "part of a grid")
     for part in ("backbones", "sets", "methods"):
         if not isinstance(given.get(part), dict) or not given[part]:
@@ -236,8 +235,8 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         name=name,
         backbones={str(k): _backbone(str(k), v) for k, v in given["backbones"].items()},
         sets={str(k): _set(str(k), v) for k, v in given["sets"].items()},
-        seeds=_seeds(given, "seeds", [1, 2, 3, 4, 5]),
-        tuning_seeds=_seeds(given, "tuning_seeds", [0]),
+        seeds=read_seeds(given, "seeds", [1, 2, 3, 4, 5]),
+        tuning_seeds=read_seeds(given, "tuning_seeds", [0]),
         train=train,
         methods=methods,
         reference=given.get("reference"),
@@ -342,7 +341,8 @@ def _mapping(given: Mapping[str, Any], name: str, where: str) -> dict:
     return _entry(where, given[name]) if given.get(name) is not None else {}
 
 
-def _seeds(given: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
+def read_seeds(given: Mapping[str, Any], name: str, default: Sequence[int] = ()) -> list[int]:
+    """The seeds of that name in a mapping; `OptionError` unless they are different and at least 0."""
     seeds = given.get(name, default)
     valid = isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)
     if not valid or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):

@@ -9,19 +9,12 @@ from typing import Any, ClassVar
 
 from lion_fast.errors import OptionError
 from lion_fast.methods import available, method_options
-from lion_fast.studies.grid import Grid, Item, make_grid
-from lion_fast.training import TrainConfig
-from lion_fast.training.config import FREE_ON_RESUME, refuse_unknown
+from lion_fast.options import refuse_unknown
+from lion_fast.studies.grid import Grid, Item, make_grid, read_seeds
+from lion_fast.studies.vtab import DECIDED, SEEDS
+from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 from lion_fast.training.presets import TASKS, Preset, preset
 
-# What the protocol decides, and so neither a grid nor a setting can.
-DECIDED = {
-    "seed": "--seeds gives them",
-    "keep": "the last epoch is kept",
-    "early_stop": "all epochs are run",
-    "monitor": "the validation accuracy of the last epoch chooses",
-}
-SEEDS = (42,)
 # A preset's own grid is searched up to this size; VPT's has 240 configurations.
 LARGEST_GRID = 12
 # Else these multiples of the preset's own values.
@@ -106,6 +99,7 @@ class Protocol:
             repeated = [v for i, v in enumerate(values) if v in list(values)[:i]]
             if repeated:
                 raise OptionError(f"the grid has {name}={repeated[0]} twice")
+        read_seeds({"seeds": list(self.seeds)}, "seeds")
 
     def source(self, task: str) -> Preset:
         """The preset with the values of the task where it has such."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lion_fast.adapters import describe_images
 from lion_fast.backbones import Backbone
 from lion_fast.errors import DataError, OptionError
+from lion_fast.methods.files import describe_images
 from lion_fast.studies import experiment
 from lion_fast.studies.grid import Item
 from lion_fast.studies.rows import Store, read_rows
