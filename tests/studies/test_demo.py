@@ -43,9 +43,7 @@ def test_every_method_has_a_row_that_its_adapter_confirms(ran):
         metrics = evaluate(model, splits.test.with_transform(transforms(backbone)))
         assert row["test"]["accuracy"] == metrics.accuracy
         assert row["test"]["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy, abs=1e-12)
-        assert row["parameters"]["with_head"] == sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        )
+        assert row["parameters"]["with_head"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
         # so small a model may fit into memory that the process holds free
         assert row["peak_memory_bytes"] >= 0 and row["memory_measured"].startswith("rise of the resident")
         assert row["milliseconds_per_image"] > 0 and row["train"]["keep"] == "best"

@@ -129,7 +129,7 @@ def _workshop(grid: TaskGrid, backbone: Backbone, out: Path, progress: bool, mad
 
 def _tell_skipped(out: Path, task: str) -> None:
     for row in read_rows(out):
-        skipped = row["description"]["skipped"] if row["stage"] == "draw" and row["set"] == task else {}
+        skipped = row["description"]["skipped"] if row.get("for") and row["set"] == task else {}
         if skipped.get("count"):
             named = ", ".join(entry["file"] for entry in skipped["files"][:5])
             _say(f"{task}: {skipped['count']} unreadable images are skipped: {named}")
