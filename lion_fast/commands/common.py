@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lion_fast.errors import DataError, OptionError
-from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings
+from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -162,6 +162,5 @@ def sample_images(
     if given:
         paths, view = find_images(given)[:count], transforms(backbone)
         return torch.stack([view(read_image(path)) for path in paths]), f"{len(paths)} given images"
-    size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
-    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(count, 3, *sides(backbone.img_size), generator=torch.Generator().manual_seed(0))
     return images, f"{count} random-normal images (give --images for real ones)"

@@ -87,5 +87,6 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         )
         for name, end in result["ends"].items()
     ]
-    lines += [f"{name}: best storage {form['name']}: {form['reason']}" for name, form in result["forms"].items()]
+    for name, storage in result["forms"].items():
+        lines += [f"{name}: best storage {storage['name']}: {storage['reason']}"]
     return result, lines + ([f"measured on {measured_on}"] if result["ends"] else [])

@@ -15,6 +15,7 @@ import torch
 
 from lion_fast.adapters import load_adapter
 from lion_fast.methods import TunedModel
+from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
 from lion_fast.studies.grid import Grid, Item, make_grid
 from lion_fast.studies.rows import NAME, Store, read_rows
@@ -123,8 +124,7 @@ def _method(grid: Grid, item: Item) -> str:
 
 
 def _images(model: TunedModel, n: int) -> torch.Tensor:
-    size = model.backbone.img_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(model.backbone.img_size)
     device = next(model.parameters()).device
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -25,7 +25,7 @@ from lion_fast.studies.grid import Grid, Item, digest
 from lion_fast.studies.rows import pack_bits, pack_integers
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
 from lion_fast.training.checkpoints import list_checkpoints
-from lion_fast.training.features import RowsTooLarge, encode
+from lion_fast.training.features import FeaturesTooLarge
 
 RANDOM_SEED = 0
 # Draws of images kept in memory by a worker
@@ -250,21 +250,19 @@ class Workshop:
 def judge(
     model: TunedModel, images: ImageSet, config: TrainConfig, store: FeatureStore | None
 ) -> tuple[dict, np.ndarray]:
-    """Metrics of one pass over the images, and which are right; `store` has rows where those are constant."""
+    """Metrics of one pass over the images, and which are right; `store` keeps constant features."""
     batch = config.eval_batch_size or config.batch_size
     reading = {"num_workers": config.num_workers, "mixed_precision": config.mixed_precision}
     started = time.perf_counter()
-    rows = None
+    features = None
     if store is not None:
         view = images.with_transform(transforms(model.backbone))
-        with contextlib.suppress(RowsTooLarge):  # there may be more of these images than of training ones
-            rows, _ = store.rows(
-                model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
-            )
-    if rows is None:
+        with contextlib.suppress(FeaturesTooLarge):  # there may be more of these images than of training ones
+            features, _ = store.features(model, images, view, batch, **reading)
+    if features is None:
         probabilities = predict(model, images, batch, **reading)
     else:
-        probabilities = predict(model.behind(), rows, 1024)
+        probabilities = predict(model.behind(), features, 1024)
     if not torch.isfinite(probabilities).all():
         raise TrainingError("the trained model's outputs are not finite")
     classes, labels = model.num_classes, images.labels
