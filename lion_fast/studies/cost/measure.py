@@ -19,6 +19,7 @@ from lion_fast.backbones import cheaper as frozen
 from lion_fast.errors import BackboneError, LionError, OptionError
 from lion_fast.methods import TunedModel, available, create, method_options
 from lion_fast.methods.lion import FORMS as LION_FORMS
+from lion_fast.options import sides
 from lion_fast.studies.cost.flops import counted_macs
 from lion_fast.studies.cost.memory import cuda_activations, resident_bytes, saved_bytes
 from lion_fast.studies.cost.rows import FLOOR, Contender, Setting
@@ -185,9 +186,8 @@ class _Backbones:
 
 
 def _batch(backbone: Backbone, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    side = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
     draw = torch.Generator().manual_seed(SEED)
-    images = torch.randn(size, 3, *side, generator=draw)
+    images = torch.randn(size, 3, *sides(backbone.img_size), generator=draw)
     return images.to(device), torch.randint(NUM_CLASSES, (size,), generator=draw).to(device)
 
 
