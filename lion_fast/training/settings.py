@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lion_fast.errors import OptionError
+from lion_fast.files import write_atomically
 from lion_fast.options import (
     CHECK,
     RESIZE,
@@ -50,8 +51,6 @@ class DataSettings(Options):
         """The images; `seed` is that of the draws where `data_seed` is None."""
         from lion_fast.data import load_data
 
-        if not self.data:
-            raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
         given = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_seed")}
         return load_data(self.data, seed=seed if self.data_seed is None else self.data_seed, **given)
 
@@ -192,7 +191,7 @@ class Settings:
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads."""
         written = {name: value for name, value in self.to_dict().items() if value not in (None, {})}
-        Path(path).write_text(dump_yaml(written), encoding="utf-8")
+        write_atomically(path, dump_yaml(written))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings in one flat mapping."""
