@@ -35,6 +35,7 @@ DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.5",
+    "mypy>=1.11",
     "ruff==0.14.5",
     "setuptools>=70",
     "wheel",

@@ -36,7 +36,6 @@ from lion_fast.pruning.masks import GRANULARITIES  # noqa: E402
 from lion_fast.studies.environment import context  # noqa: E402
 from lion_fast.studies.figures import COLOURS, figure_at  # noqa: E402
 from lion_fast.training import FeatureStore, FitResult, Metrics, TrainConfig, evaluate, fit  # noqa: E402
-from lion_fast.training.features import encode  # noqa: E402
 
 OUT = ROOT / "bench" / "results" / "pruning_accuracy.json"
 DENSE = {"how": "dense", "keep": 1.0, "criterion": None, "granularity": None}
@@ -147,7 +146,7 @@ class Bench:
         view = images.with_transform(transforms(self.backbone))
         if self.options.form != "states":
             return evaluate(model, view, 64)
-        rows, _ = self.store.rows(model, images, "no", 64, lambda: encode(model, view, 64))
+        rows, _ = self.store.features(model, images, view, 64)
         return evaluate(model.behind(), rows, 1024, num_classes=model.num_classes)
 
     def about(self) -> dict:

@@ -120,8 +120,10 @@ def _tell_start(settings: Settings, model: "TunedModel", splits: "Splits") -> No
         for entry in skipped["files"]:
             say(f"  {entry['file']}: {entry['reason']}")
     defaults = {option.name: default_of(option) for part in PARTS.values() for option in fields(part)}
-    say(f"preset: {settings.model.preset or 'none'}; what differs from the defaults:")
-    for name, told in settings.changed().items():
+    changed = settings.changed()
+    differs = "what differs from" if changed else "all as"
+    say(f"preset: {settings.model.preset or 'none'}; {differs} the defaults")
+    for name, told in changed.items():
         default = defaults.get(name, told["default"])
         say(f"  {name}: {told['value']} [{default}], from {told['from']}")
     say(

@@ -20,7 +20,7 @@ from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
 from lion_fast.studies.rows import pack_bits, pack_integers
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
-from lion_fast.training.features import RowsTooLarge, encode
+from lion_fast.training.features import FeaturesTooLarge
 
 RANDOM_SEED = 0
 # Draws of images kept in memory by a worker
@@ -209,10 +209,8 @@ def _judge(
     rows = None
     if store is not None:
         view = images.with_transform(transforms(model.backbone))
-        with contextlib.suppress(RowsTooLarge):  # there may be more of these images than of training ones
-            rows, _ = store.rows(
-                model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
-            )
+        with contextlib.suppress(FeaturesTooLarge):  # there may be more of these images than of training ones
+            rows, _ = store.features(model, images, view, batch, **reading)
     if rows is None:
         probabilities = predict(model, images, batch, **reading)
     else:

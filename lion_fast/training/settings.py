@@ -228,16 +228,18 @@ class Settings:
         }
 
     def check(self) -> None:
-        """Refuse what can be refused before an image is read: no data, a preset the method does not have."""
+        """Refuse what can be refused before an image is read: no data, unknown methods, presets, options."""
+        from lion_fast.methods import available, method_options
         from lion_fast.training.presets import preset
 
         if not self.data.data:
             raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
-        name = self.model.preset
-        if name == "auto" and self.model.method != "lion":
-            raise OptionError(f"preset auto is for lion; {self.model.method} has paper and common")
-        if name not in (None, "auto", "none"):
-            preset(self.model.method, name)
+        method, name = self.model.method, self.model.preset
+        if name == "auto" and method != "lion":
+            raise OptionError(f"preset auto is for lion; {method} has paper and common")
+        # every method has a common preset, and an unknown one is refused
+        preset(method, "common" if name in (None, "auto", "none") else name)
+        refuse_unknown(self.model.options, method_options(available()[method]), f"option of {method}")
 
     def with_preset(self, images: int, classes: int) -> "Settings":
         """With the preset's values where nothing was given; `auto` becomes the preset it stands for.

@@ -670,13 +670,13 @@ def test_no_host_synchronisation():
         ({"backward": "bptt"}, "backward must be one of neumann, jfb, exact, phantom"),
         ({"backend": "cuda"}, "backend must be one of auto, torch, triton"),
         ({"on_failure": "panic"}, "on_failure must be one of ignore, warn, raise"),
-        ({"damping": 0.0}, "damping must be in"),
-        ({"damping": 1.5}, "damping must be in"),
+        ({"damping": 0.0}, "damping"),
+        ({"damping": 1.5}, "damping"),
         ({"max_iter": 0}, "max_iter must be"),
         ({"max_iter": 2.5}, "max_iter must be"),
         ({"neumann_terms": -1}, "neumann_terms must be"),
-        ({"tol": -1e-3}, "tol must be in"),
-        ({"tol": 2.0}, "tol must be in"),
+        ({"tol": -1e-3}, "tol"),
+        ({"tol": 2.0}, "tol"),
         ({"state_dim": 0}, "state_dim must be"),
         ({"dim": 3.0}, "dim must be"),
         ({"gamma": "0.5"}, "gamma"),
@@ -691,7 +691,7 @@ def test_bad_options(options, message):
 
 def test_unknown_options_raise():
     for cls in (LionLayer, reference.LionLayer):
-        with pytest.raises(TypeError, match="no option gama; the options are state_dim, .*gamma, .*dtype"):
+        with pytest.raises(TypeError, match="'gama'; did you mean gamma.*state_dim"):
             cls(D, R, gama=0.5)
         with pytest.raises(OptionError, match="gama"):
             cls(D, R, gama=0.5)
@@ -699,7 +699,7 @@ def test_unknown_options_raise():
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
     layer = LionLayer(D, R)
     arguments = (torch.randn(2, D), layer.A, layer.W, layer.b, layer.V, layer.c)
-    with pytest.raises(TypeError, match="no option terms; the options are activation, .*neumann_terms"):
+    with pytest.raises(TypeError, match="unknown option 'terms'.*neumann_terms"):
         lion_fast.equilibrium.functional.equilibrium(*arguments, terms=3)
 
 
