@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,22 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 def shows_progress(args: argparse.Namespace) -> bool:
     """Whether progress is asked for, or there is a terminal to show it on."""
     return sys.stderr.isatty() if args.progress is None else args.progress
+
+
+def progress_line(args: argparse.Namespace) -> Callable[[str], None]:
+    """What says how far a command is, in one line of the terminal; silent where no progress is shown."""
+    shows = shows_progress(args)
+    return lambda text: say(text, passing=True) if shows else None
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """An interruption says `hint` as its last line."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args, error.hint = ("interrupted",), hint
+        raise
 
 
 def say(text: str, passing: bool = False) -> None:
