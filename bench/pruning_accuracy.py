@@ -34,7 +34,6 @@ from lion_fast.methods import TunedModel  # noqa: E402
 from lion_fast.pruning import kept_shares, prune_once  # noqa: E402
 from lion_fast.pruning.masks import GRANULARITIES  # noqa: E402
 from lion_fast.studies.environment import context  # noqa: E402
-from lion_fast.studies.environment import
 from lion_fast.studies.figures import COLOURS, figure_at  # noqa: E402
 from lion_fast.training import FeatureStore, FitResult, Metrics, TrainConfig, evaluate, fit  # noqa: E402
 from lion_fast.training.features import encode  # noqa: E402

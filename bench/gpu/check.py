@@ -17,8 +17,8 @@ import problems
 import rows as stage
 import sparse
 import torch
-from measure import relative
 
+from lion_fast.studies.measuring import distance
 from lion_kernels import launch, ops, reference
 from lion_kernels.sparse import to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
@@ -115,9 +115,9 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
         backend = _backend(device)
         got_out, got_p, _, _ = ops.solve(x, A, W, b, V, c, *options, True, backend)
         got = ops.adjoint(upstream, x, given, A, W, V, *back, backend)
-    found = {"out": relative(got_out.double() - x_, out - x_), "p": relative(got_p, p)}
+    found = {"out": distance(got_out.double() - x_, out - x_), "p": distance(got_p, p)}
     for name, ours, target in zip(GRADIENTS, got, right, strict=False):
-        found[name] = relative(ours, patterns[name].gather(target) if name in patterns else target)
+        found[name] = distance(ours, patterns[name].gather(target) if name in patterns else target)
     return found
 
 

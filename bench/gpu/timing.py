@@ -9,8 +9,9 @@ from collections.abc import Callable
 import measure
 import rows as stage
 from contenders import Contender, NotInstalled
-from measure import relative
 from problems import Problem
+
+from lion_fast.studies.measuring import distance, quantiles
 
 # Errors of out - x and of dx, relative to their norms, that no contender in half precision may exceed.
 OUT_ERROR, DX_ERROR = 3e-2, 6e-2
@@ -20,10 +21,10 @@ ROUNDS, DRY_ROUNDS = 11, 3
 def errors(subject: measure.Subject, problem: Problem, recurrence: str) -> tuple[float, float | None]:
     """The relative errors of out - x and, but for the mode forward, of dx, against float64."""
     moved, dx = problem.exact(recurrence)
-    error_out = relative(subject.output().double() - problem.x[0].double(), moved)
+    error_out = distance(subject.output().double() - problem.x[0].double(), moved)
     if subject.mode == "forward":
         return error_out, None
-    return error_out, relative(subject.gradients()[0], dx)
+    return error_out, distance(subject.gradients()[0], dx)
 
 
 def prepare(
@@ -124,7 +125,8 @@ def time_beside(
     except Exception as error:
         return fail(bases, error)
     for base, samples in zip(bases, measured, strict=True):
-        row = {**base, **measure.quantiles(samples)}
+        times = quantiles([1e6 * seconds for seconds in samples])
+        row = {**base, **dict(zip(("us", "us_20", "us_80"), times, strict=True))}
         rows.add({**row, **finish(row)})
 
 

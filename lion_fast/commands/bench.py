@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from lion_fast.studies.cost import plan as plans
     from lion_fast.studies.cost import report
+    from lion_fast.studies.cost import run as runner
     from lion_fast.studies.cost.rows import Store, read
 
     if args.rounds < 1:
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> dict:
     shown = getattr(args, "progress", None)
     shown = sys.stderr.isatty() if shown is None else shown
     try:
-        told = plans.run(
+        told = runner.run(
             plan,
             store,
             device=device,

@@ -14,7 +14,7 @@ from lion_fast.backbones import Backbone, fp8
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.methods import available
-from lion_fast.studies.cost.memory import SavedTensors
+from lion_fast.studies.memory import SavedTensors
 
 SIZE = 32
 VITS = {

@@ -17,6 +17,8 @@ import pytest
 import torch
 from image_helpers import class_folders
 
+from lion_fast.studies import measuring
+
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
 import check  # noqa: E402
@@ -347,7 +349,7 @@ def fake_cuda(monkeypatch):
     stand_ins = {
         "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream,
         "current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(),
-        "synchronize": lambda: None, "reset_peak_memory_stats": lambda: calls.append("reset"),
+        "synchronize": lambda *device: None, "reset_peak_memory_stats": lambda: calls.append("reset"),
         "memory_allocated": lambda: 1000, "max_memory_allocated": lambda: 5000,
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
@@ -450,7 +452,7 @@ def test_a_compiled_contender_is_timed_backward_alone(monkeypatch):
         out = ready.call(x)
         eager = torch.autograd.grad(out, [x, *ready.parameters], problem.upstream[0])
         for again in twice:
-            assert max(map(measure.relative, again, eager)) < 1e-5
+            assert max(map(measuring.distance, again, eager)) < 1e-5
     torch._dynamo.reset()
 
 
@@ -554,7 +556,7 @@ def test_every_sparse_contender_equals_dense_with_zeros(granularity, block, stat
                 kept = problem.masks["V"].any(0)
                 target = target[:, kept] if name == "V" else target[kept]
                 target = target[:, kept] if name == "W" else target
-            assert measure.relative(got, target) < 5e-3, (contender.name, name)
+            assert measuring.distance(got, target) < 5e-3, (contender.name, name)
     assert len(names) >= 3
 
 

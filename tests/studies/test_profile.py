@@ -14,8 +14,8 @@ from training_helpers import tiny_backbone, tiny_model, write_images
 from lion_fast import create, load_backbone
 from lion_fast.commands.main import main
 from lion_fast.errors import OptionError
-from lion_fast.studies.cost import memory
-from lion_fast.studies.profiling import measure, parts, profile_model, report, snapshot
+from lion_fast.studies import measuring, memory
+from lion_fast.studies.profiling import measure, profile_model, report, snapshot
 from lion_fast.studies.profiling.measure import _Step, clocked_step
 from lion_fast.studies.profiling.parts import Clock
 
@@ -31,7 +31,7 @@ def images(n=3, size=32):
 def ticks(monkeypatch):
     """A clock that moves only where the test says so."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(parts._HostTimer, "read", lambda self: now.seconds)
+    monkeypatch.setattr(measuring.HostTimer, "read", lambda self: now.seconds)
     return now
 
 
@@ -461,9 +461,7 @@ def test_the_snapshot_of_a_cuda_step(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [], "device_traces": [trace]})
     ran = []
-    step = SimpleNamespace(
-        kind="train", device=torch.device("cuda:0"), wait=lambda: None, run=lambda: ran.append(recording[-1])
-    )
+    step = SimpleNamespace(kind="train", device=torch.device("cuda:0"), run=lambda: ran.append(recording[-1]))
     names = snapshot.take(step, tmp_path)
     assert recording == ["all", None] and ran == ["all"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names.values())

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lion_fast.studies.cost.report import kept_bytes
 from lion_fast.studies.figures import figure_at, styles_of
 
 _PARTS = {
@@ -154,10 +155,8 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
 
 
 def _memory(row: Mapping[str, Any]) -> float | None:
-    kept = row.get("activation_bytes")
-    if row["mode"] == "train":
-        return sum(v for k, v in kept.items() if k != "by_allocator") / 2**20 if kept else None
-    return row["peak_bytes"] / 2**20
+    size = kept_bytes(row) if row["mode"] == "train" else row["peak_bytes"]
+    return None if size is None else size / 2**20
 
 
 def _name(row: Mapping[str, Any]) -> str:

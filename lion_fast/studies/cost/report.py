@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lion_fast.studies.markdown import table, where_taken
+
 THRESHOLD = 0.1
 # Counted, not timed: the same every time
 COUNTED_THRESHOLD = 0.01
@@ -26,7 +28,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> st
             "",
         ]
         for setting, inside in _grouped(some, lambda r: r["setting"]):
-            lines += [f"## {setting}", "", *_table(inside), ""]
+            lines += [f"## {setting}", "", *table(_HEAD, map(_costs, _good(inside))), ""]
             lines += _apart(inside)
         lines += _across(some)
     for plot in plots:
@@ -34,77 +36,70 @@ def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> st
     return "\n".join(lines).rstrip() + "\n"
 
 
-def where_taken(row: Mapping[str, Any]) -> str:
-    """Device, versions and revision of a row's `context`, in words."""
-    versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items() if v)
-    revision = row["git"] or "no git checkout"
-    changed = " with local changes" if row["git_changed"] else ""
-    threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
-    return f"{row['device_name']} ({row['device']}{threads}); {versions}; revision {revision[:12]}{changed}"
+_HEAD = (
+    "contender",
+    "x floor",
+    "20-80 %",
+    "images/s",
+    "ms per step",
+    "GMACs/image",
+    "kept MiB: backbone, method, head",
+    "peak MiB",
+    "trained (with head)",
+    "adapter KiB",
+    "first step s",
+)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = (
-        "| contender | x floor | 20-80 % | images/s | ms per step | GMACs/image |"
-        " kept MiB: backbone, method, head | peak MiB | trained (with head) | adapter KiB | first step s |"
-    )
-    lines = [head, "|" + " --- |" + " ---: |" * 10]
-    for row in rows:
-        if row["status"] != "ok":
-            continue
-        kept = row.get("activation_bytes")
-        count = row.get("macs_per_image")
-        cells = [
-            f"`{row['label']}`",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_q20']:.3f}-{row['ratio_q80']:.3f}",
-            f"{row['images_per_second']:.1f}",
-            f"{1e3 * row['seconds']:.2f}",
-            "" if count is None else f"{count / 1e9:.3f}",
-            "" if not kept else ", ".join(f"{kept[k] / 2**20:.1f}" for k in ("backbone", "method", "head")),
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['parameters']:,} ({row['parameters_with_head']:,})" if "parameters" in row else "",
-            f"{row['adapter_bytes'] / 1024:.0f}" if "adapter_bytes" in row else "",
-            f"{row['build_seconds'] + row['first_step_seconds']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    kept, count = row.get("activation_bytes"), row.get("macs_per_image")
+    return [
+        f"`{row['label']}`",
+        f"{row['ratio']:.3f}",
+        f"{row['ratio_q20']:.3f}-{row['ratio_q80']:.3f}",
+        f"{row['images_per_second']:.1f}",
+        f"{1e3 * row['seconds']:.2f}",
+        "" if count is None else f"{count / 1e9:.3f}",
+        "" if not kept else ", ".join(f"{kept[k] / 2**20:.1f}" for k in ("backbone", "method", "head")),
+        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['parameters']:,} ({row['parameters_with_head']:,})" if "parameters" in row else "",
+        f"{row['adapter_bytes'] / 1024:.0f}" if "adapter_bytes" in row else "",
+        f"{row['build_seconds'] + row['first_step_seconds']:.2f}",
+    ]
 
 
 def _apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What stands below the table of a setting."""
     lines = []
     checked = [f"`{r['label']}` {r['checked']}" for r in rows if r.get("checked", "").find("=") > 0]
     if checked:
         lines += ["Checked before timing: " + "; ".join(checked) + ".", ""]
-    iterations = [
-        f"`{r['label']}` " + ", ".join(f"{k.removesuffix('_iterations')} {v:.1f}" for k, v in told.items())
-        for r in rows
-        if (told := {k: v for k, v in (r.get("diagnostics") or {}).items() if k.endswith("_iterations")
-                     and not k.endswith("max_iterations")})
-    ]  # fmt: skip
+    iterations = [f"`{r['label']}` {told}" for r in rows if (told := _iterations(r))]
     if iterations:
         lines += ["Mean iterations per token: " + "; ".join(iterations) + ".", ""]
     rounded = [
         f"`{r['label']}` {told['relative']:.2e} ({told['sqnr_db']:.1f} dB), {told['same_class']:.0%}"
-        for r in rows
-        if (told := r.get("against_fp32")) and r["status"] == "ok"
+        for r in _good(rows)
+        if (told := r.get("against_fp32"))
     ]
     if rounded:
-        lines += [
-            "Outputs against float32, relative error and share of equal decisions: "
-            + "; ".join(rounded)
-            + ".",
-            "",
-        ]
+        told = "; ".join(rounded)
+        lines += [f"Outputs against float32, relative error and share of equal decisions: {told}.", ""]
     for status in ("skipped", "failed"):
         lines += [f"- {status}: `{r['label']}`: {r['reason']}" for r in rows if r["status"] == status]
     return [*lines, ""] if lines and lines[-1] else lines
 
 
+def _iterations(row: Mapping[str, Any]) -> str:
+    told = row.get("diagnostics") or {}
+    means = {k: v for k, v in told.items() if k.endswith("_iterations") and not k.endswith("max_iterations")}
+    return ", ".join(f"{k.removesuffix('_iterations')} {v:.1f}" for k, v in means.items())
+
+
 def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the backbone's options change: the same contender with and without."""
-    lines: list[str] = []
-    by_key = {(r["setting"], r["label"]): r for r in rows if r["status"] == "ok"}
+    found = []
+    by_key = {(r["setting"], r["label"]): r for r in _good(rows)}
     for name, word, plain in (
         ('memory="save"', "/save", ""),
         ("fold=True", "/fold", ""),
@@ -114,23 +109,25 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             other = by_key.get((setting.replace(word, plain), label))
             if word not in setting or other is None:
                 continue
-            if not lines:
-                lines = [
-                    "## Options of the backbone",
-                    "",
-                    "| option | setting | contender | x time | x kept | x peak |",
-                    "| --- | --- | --- | ---: | ---: | ---: |",
-                ]
-            kept = [
-                sum(v for k, v in (r.get("activation_bytes") or {}).items() if k != "by_allocator")
-                for r in (row, other)
-            ]
-            lines.append(
-                f"| {name} | {setting} | `{label}` | {row['seconds'] / other['seconds']:.3f} | "
-                f"{f'{kept[0] / kept[1]:.3f}' if all(kept) else ''} | "
-                f"{row['peak_bytes'] / max(other['peak_bytes'], 1):.3f} |"
-            )
-    return [*lines, ""] if lines else []
+            kept, before = kept_bytes(row), kept_bytes(other)
+            times = f"{row['seconds'] / other['seconds']:.3f}"
+            more = f"{kept / before:.3f}" if kept and before else ""
+            peak = f"{row['peak_bytes'] / max(other['peak_bytes'], 1):.3f}"
+            found.append([name, setting, f"`{label}`", times, more, peak])
+    if not found:
+        return []
+    head = ("option", "setting", "contender", "x time", "x kept", "x peak")
+    return ["## Options of the backbone", "", *table(head, found, left=(0, 1, 2)), ""]
+
+
+def kept_bytes(row: Mapping[str, Any]) -> int | None:
+    """Bytes that a step keeps for its backward, by whoever; None where they were not counted."""
+    kept = row.get("activation_bytes")
+    return sum(v for k, v in kept.items() if k != "by_allocator") if kept else None
+
+
+def _good(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["status"] == "ok"]
 
 
 def _grouped(rows, key) -> list[tuple[str, list]]:

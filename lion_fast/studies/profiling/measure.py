@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.inspection import measure_ends, parameter_counts
 from lion_fast.methods import TunedModel
-from lion_fast.studies.cost.measure import quantiles
-from lion_fast.studies.cost.memory import cuda_activations, resident_bytes, saved_bytes
 from lion_fast.studies.environment import context
+from lion_fast.studies.measuring import quantiles, spread, wait
+from lion_fast.studies.memory import cuda_activations, peak_bytes, resident_bytes, saved_bytes
 from lion_fast.studies.profiling import report, snapshot
 from lion_fast.studies.profiling.parts import PARTS, PHASES, Clock, Parts, Place, Ranges, Untold, name_of
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.loop import features_are_constant
-from lion_fast.training.memory import PeakMemory
 from lion_fast.training.metrics import autocast
 
 FORMAT = 1
@@ -201,10 +200,6 @@ class _Step:
                         loss = loss + term
                 return self.scaler.scale(loss)
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def _measure(step: _Step, told: dict, folder: Path | None, steps: int, warmup: int, say) -> None:
     """Fill `told` with everything about one kind of step, the cheapest first."""
@@ -212,7 +207,7 @@ def _measure(step: _Step, told: dict, folder: Path | None, steps: int, warmup: i
     say(f"{kind}: first step")
     started = time.perf_counter()
     step.run()
-    step.wait()
+    wait(step.device)
     told["first_step_seconds"] = time.perf_counter() - started
     say(f"{kind}: memory")
     told |= _memory(step)
@@ -235,16 +230,16 @@ def _times(step: _Step, steps: int, say: Callable[[int], None]) -> dict[str, Any
     plain, clocked = [], []
     for i in range(steps):
         say(i + 1)
-        step.wait()
+        wait(step.device)
         started = time.perf_counter()
         step.run()
-        step.wait()
+        wait(step.device)
         plain.append(time.perf_counter() - started)
         clocked.append(clocked_step(step, clock))
     return {
-        **_spread(plain),
+        **spread("seconds", plain),
         "images_per_second": len(step.labels) / quantiles(plain)[0],
-        "clocked": _spread([sum(found.values()) for found in clocked]),
+        "clocked": spread("seconds", [sum(found.values()) for found in clocked]),
         "parts": _by_part(clocked),
         "steps": [
             {"seconds": sum(found.values())} | {name_of(place): s for place, s in found.items()}
@@ -272,25 +267,16 @@ def _by_part(clocked: list[dict[Place, float]]) -> dict[str, dict[str, dict]]:
         for part in PARTS:
             seconds = [found.get((phase, part), 0.0) for found in clocked]
             if any((phase, part) in found for found in clocked):
-                told.setdefault(phase, {})[part] = _spread(seconds) | {"share": sum(seconds) / whole}
+                told.setdefault(phase, {})[part] = spread("seconds", seconds) | {
+                    "share": sum(seconds) / whole
+                }
     return told
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return dict(zip(("seconds", "seconds_q20", "seconds_q80"), quantiles(seconds), strict=True))
-
-
 def _memory(step: _Step) -> dict[str, Any]:
-    with PeakMemory(step.device) as peak:
-        before = torch.cuda.memory_allocated(step.device) if step.device.type == "cuda" else 0
-        step.run()
-        step.wait()
-    cuda = "peak of torch's CUDA allocator above its level before the step"
-    told = {
-        "peak_bytes": peak.bytes - before,
-        "peak_measured": cuda if step.device.type == "cuda" else peak.how,
-        "resident_bytes": resident_bytes(step.model, step.optimizer),
-    }
+    peak, how = peak_bytes(step.run, step.device)
+    told: dict[str, Any] = {"peak_bytes": peak, "peak_measured": how}
+    told["resident_bytes"] = resident_bytes(step.model, step.optimizer)
     if step.train:
         exclude = [step.inputs, step.labels]
         told["activation_bytes"] = saved_bytes(step.model, step.loss, exclude)
@@ -309,7 +295,7 @@ def _trace(step: _Step, folder: Path | None) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler, Ranges(step.model) as ranges:
         step.run(ranges)
-        step.wait()
+        wait(step.device)
     told: dict[str, Any] = {"operators": _operators(profiler, ranges.names, cuda)}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
