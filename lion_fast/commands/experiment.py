@@ -31,19 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Run and report. The dict has "left", the number of runs for another time."""
-    from lion_fast.studies import report, runner
+    from lion_fast.studies import experiment, report, runner
     from lion_fast.studies.grid import read_grid
     from lion_fast.studies.rows import NAME
 
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     grid = read_grid(args.grid)
-    out = Path(getattr(args, "out", None) or runner.default_out(grid))
+    out = Path(getattr(args, "out", None) or experiment.default_out(grid))
     minutes, only = getattr(args, "minutes", None), parse_only(getattr(args, "only", []))
     told = runner.Told()
     if not args.report_only:
         try:
-            told = runner.run(
+            told = experiment.run(
                 grid,
                 out,
                 workers=args.workers,

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def context(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **git_revision(),
     }
+
+
+def same_place(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether a row was taken with the versions, device, threads and revision of code of `where`."""
+    return all(row.get(k) == where[k] for k in ("versions", "device_name", "threads", "git_code"))
 
 
 def _cpu_name() -> str:

@@ -1,12 +1,14 @@
-"""The rows of an experiment: one JSON line a run, appended at once; bits and labels packed into text."""
+"""The rows of every study: one JSON line each, on the disk at once, found by key; old formats are read."""
 
 import base64
+import csv
 import json
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +17,19 @@ from lion_fast.errors import DataError, OptionError
 NAME = "rows.jsonl"
 
 
-class RowFile:
-    """`rows.jsonl` of a folder: what it holds, and appending to it. One writer at a time.
+class Store:
+    """The rows of a folder's `rows.jsonl`, and appending to it. One writer at a time.
 
-    A last line that a killed run left half written is cut off, with a notice; any other line that is not
-    JSON raises `DataError`; a folder that cannot be written, `OptionError`.
+    A row whose key is there takes the place of the earlier one. Rows of an older `rows.json` beside the file
+    count, and are left where they are. A last line that a killed run left half written is cut off, with a
+    notice.
+
+    path: the folder, or a file ending in .json or .jsonl. Raises `DataError` for another line that is no
+    row, `OptionError` for a place that cannot be written or that another process writes to.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.path = Path(folder) / NAME
+    def __init__(self, path: str | os.PathLike) -> None:
+        old, self.path = _files(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab")  # noqa: SIM115
@@ -32,32 +38,79 @@ class RowFile:
                 f"{self.path} cannot be written: {error.strerror}; choose another --out"
             ) from error
         _lock(self._file, self.path)
-        self.rows, whole = _parse(self.path)
+        lines, whole = _parse(self.path)
+        self._rows = _latest([*_read_old(old), *lines])
         if whole < self.path.stat().st_size:
             self._file.truncate(whole)
 
-    def add(self, row: dict) -> None:
-        """Append a row; it is on the disk when this returns."""
-        self._file.write(json.dumps(row).encode() + b"\n")
+    @property
+    def rows(self) -> list[dict]:
+        """The rows, of each key the latest, in the order in which they were taken."""
+        return list(self._rows.values())
+
+    def get(self, key: str) -> dict | None:
+        """The row of that key."""
+        return self._rows.get(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows, each with its "key"; they are on the disk when this returns."""
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.append(row)
+        for row in rows:
+            self._rows.pop(row["key"], None)  # so that they stand in the order in which they were taken
+            self._rows[row["key"]] = dict(row)
 
     def close(self) -> None:
         """Let another writer have the file."""
         self._file.close()
 
-    def __enter__(self) -> "RowFile":
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-def read_rows(folder: str | os.PathLike) -> list[dict]:
-    """The rows of a folder, none where it has no file."""
-    path = Path(folder) / NAME
-    return _parse(path)[0] if path.exists() else []
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """The rows of a folder or a file, of each key the latest; none where there is none.
+
+    Reads `rows.jsonl` and what was written before it: {"rows": [...]}, where a "protocol" is given to each
+    row. Raises `DataError` for anything else.
+    """
+    old, new = _files(path)
+    return list(_latest([*_read_old(old), *(_parse(new)[0] if new.exists() else ())]).values())
+
+
+def _files(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The older file and the one that is written to."""
+    path = Path(path)
+    path = path if path.suffix in (".json", ".jsonl") else path / NAME
+    return path.with_suffix(".json"), path.with_suffix(".jsonl")
+
+
+def _latest(rows: Iterable[dict]) -> dict[Any, dict]:
+    found: dict[Any, dict] = {}
+    for number, row in enumerate(rows):
+        key = row.get("key", number)
+        found.pop(key, None)
+        found[key] = row
+    return found
+
+
+def _read_old(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        rows = body["rows"]
+        common = {"protocol": body["protocol"]} if "protocol" in body else {}
+        return [row | common for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} holds no rows; choose another place, or remove it") from error
 
 
 def _parse(path: Path) -> tuple[list[dict], int]:
@@ -125,3 +178,28 @@ def unpack_integers(text: str) -> np.ndarray:
     [3, 0, 70000]
     """
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").astype(np.int64)
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Rows as a table, flat, for a spreadsheet."""
+    flat = [flatten(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted names, lists as JSON.
+
+    >>> flatten({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': '[2]'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, (list, tuple)) else value
+    return flat

@@ -49,6 +49,9 @@ class Workshop:
     made: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     drawn: dict[tuple[str, int], str] = field(default_factory=dict)
 
+    def __reduce__(self):
+        return Workshop, (self.grid,)  # another process loads its own
+
     def backbone(self, label: str) -> Backbone:
         """The backbone of that label, loaded once."""
         if label not in self.backbones:

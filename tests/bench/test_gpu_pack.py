@@ -15,7 +15,7 @@ from lion_fast import backbones, weights
 from lion_fast.data import load_data, offline
 from lion_fast.errors import DataError, OptionError
 from lion_fast.files import sha256_file
-from lion_fast.studies import runner
+from lion_fast.studies import experiment
 from lion_fast.studies.grid import make_grid, read_grid
 from lion_fast.studies.rows import read_rows
 
@@ -85,7 +85,7 @@ def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):
     whole = {
         seed: load_data("fashion-mnist", n_train=10, n_val=10, n_test=10, seed=seed) for seed in (0, 1, 2)
     }
-    assert runner.run(grid, folder / "here").done == 3
+    assert experiment.run(grid, folder / "here").done == 3
 
     away(monkeypatch, pack)
     monkeypatch.setenv("LION_FAST_REVISION", "of the copy")
@@ -97,7 +97,7 @@ def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):
     assert sum(t.nbytes for t in weights.load_state(tensors).values()) == 2 * sum(
         t.numel() for t in state.values()
     )
-    assert runner.run(grid, folder / "there").done == 3
+    assert experiment.run(grid, folder / "there").done == 3
     here, there = read_rows(folder / "here"), read_rows(folder / "there")
     for one, other in zip(here, there, strict=True):
         for name in ("key", "images", "val", "test", "correct"):
@@ -132,9 +132,9 @@ def test_rounded_weights_are_other_weights(made, monkeypatch):
     assert torch.equal(larger, exact) and not torch.equal(larger, exact.bfloat16().float())
     # rows of one are not rows of the other, whatever the backbone is called
     out = folder / "rows"
-    runner.run(grid_of(), out)
+    experiment.run(grid_of(), out)
     other = grid_of(backbones={"half": {"name": "small", **SHAPE}})
-    assert runner.run(other, out, minutes=0).held == 0
+    assert experiment.run(other, out, minutes=0).held == 0
     sources = {r["backbone_settings"]["weights_source"] for r in read_rows(out) if r["stage"] != "draw"}
     assert sources == {half.weights_source}
 

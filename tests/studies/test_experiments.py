@@ -19,12 +19,10 @@ from training_helpers import write_images
 from lion_fast.commands import main as cli
 from lion_fast.data import ImageSet
 from lion_fast.errors import DataError, OptionError
-from lion_fast.studies import report, runner, work
+from lion_fast.studies import experiment, report, work
 from lion_fast.studies.grid import make_grid, read_grid, same_options
 from lion_fast.studies.rows import (
-    RowFile,
-    pack_bits,
-    pack_integers,
+    Store,
     read_rows,
     unpack_bits,
     unpack_integers,
@@ -69,7 +67,7 @@ def whole(images, tmp_path_factory) -> tuple[dict, Path, list[dict]]:
     """A whole experiment: its grid, folder and rows."""
     out = tmp_path_factory.mktemp("whole")
     given = small_grid(images)
-    told = runner.run(make_grid(given), out)
+    told = experiment.run(make_grid(given), out)
     assert (told.done, told.held, told.left, told.failed) == (8, 0, 0, 0)
     return given, out, read_rows(out)
 
@@ -151,7 +149,7 @@ def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
     grid = make_grid(small_grid(images, sets=sets, methods={"probe": {}}))
     found = []
     for name in ("free", "limited"):
-        runner.run(grid, tmp_path / name)
+        experiment.run(grid, tmp_path / name)
         found.append(runs_of(read_rows(tmp_path / name), "final"))
         monkeypatch.setattr(features, "MEMORY_LIMIT", 4 * TINY["embed_dim"] * 6)
     for free, limited in zip(*found, strict=True):
@@ -172,7 +170,7 @@ def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images,
     monkeypatch.setattr(ImageSet, "image", image)
     home = work.Workshop(grid)
     tested = set(home.splits("noise", 0).test.names)
-    runner.run(grid, tmp_path, stage="tune")
+    experiment.run(grid, tmp_path, stage="tune")
     assert read and not tested & set(read)
     for seed in (1, 2):
         read.clear()
@@ -187,7 +185,7 @@ def test_runs_that_are_there_are_not_done_again(whole, tmp_path, monkeypatch):
     given, out, rows = whole
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     monkeypatch.setattr(work.Workshop, "run", lambda *a: pytest.fail("done again"))
-    told = runner.run(make_grid(given), tmp_path)
+    told = experiment.run(make_grid(given), tmp_path)
     assert (told.done, told.held, told.left) == (0, 8, 0)
     renamed = copy.deepcopy(given)
     renamed["methods"] = {
@@ -195,7 +193,7 @@ def test_runs_that_are_there_are_not_done_again(whole, tmp_path, monkeypatch):
         "b": given["methods"]["lion-8"],
     }
     renamed |= {"reference": "a", "note": "other words, the same runs"}
-    assert runner.run(make_grid(renamed), tmp_path).held == 8
+    assert experiment.run(make_grid(renamed), tmp_path).held == 8
 
 
 @pytest.mark.parametrize(
@@ -210,7 +208,7 @@ def test_other_settings_are_other_runs(whole, images, tmp_path, change):
     given, out, _ = whole
     change = json.loads(json.dumps(change).replace("SOURCE", str(images)))
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    told = runner.run(make_grid(given | change), tmp_path, minutes=0)
+    told = experiment.run(make_grid(given | change), tmp_path, minutes=0)
     assert (told.done, told.held, told.left) == (0, 0, 8)
 
 
@@ -218,7 +216,7 @@ def test_other_weights_are_other_runs(whole, tmp_path, monkeypatch):
     given, out, _ = whole
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     monkeypatch.setattr(work, "RANDOM_SEED", 5)
-    assert runner.run(make_grid(given), tmp_path, minutes=0).held == 0
+    assert experiment.run(make_grid(given), tmp_path, minutes=0).held == 0
 
 
 def test_rows_of_what_a_method_made_of_an_option_once_are_taken_again(whole, tmp_path):
@@ -228,14 +226,14 @@ def test_rows_of_what_a_method_made_of_an_option_once_are_taken_again(whole, tmp
     for row in runs_of(old):
         if row["label"] == "lion-8":
             row["options"]["at"] = 7
-    with RowFile(tmp_path) as file:
+    with Store(tmp_path) as file:
         for row in old:
             file.add(row)
     new = next(r for r in runs_of(rows, "final") if r["label"] == "lion-8" and r["seed"] == 1)
     half = Results(grid, [*old, new])  # a run that was stopped: never a mean over both
     assert half.cells["tiny", "noise", "lion-8"].tuned == 0 and len(half.rows) == 2
     assert any("once made of an option" in remark for remark in half.remarks)
-    told = runner.run(grid, tmp_path)
+    told = experiment.run(grid, tmp_path)
     assert (told.done, told.held) == (4, 4)
     found = Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"]
     assert [row["options"]["at"] for row in found.rows.values()] == [0, 0]
@@ -255,16 +253,16 @@ def test_rows_taken_with_other_defaults_are_taken_again_and_not_shown(whole, tmp
     for row in runs_of(old):
         if row["label"] == "lion-8":
             row[part][name] = value
-    with RowFile(tmp_path) as file:
+    with Store(tmp_path) as file:
         for row in old:
             file.add(row)
     results = Results(grid, old)
     assert not results.cells["tiny", "noise", "lion-8"].rows
     assert len(results.cells["tiny", "noise", "probe"].rows) == 2
     assert any("other defaults" in remark for remark in results.remarks)
-    told = runner.run(grid, tmp_path, minutes=0)
+    told = experiment.run(grid, tmp_path, minutes=0)
     assert (told.done, told.held, told.left) == (0, 4, 4)
-    assert runner.run(grid, tmp_path).done == 4
+    assert experiment.run(grid, tmp_path).done == 4
     assert comparable(read_rows(tmp_path)) == comparable(rows)
     assert len(Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"].rows) == 2
 
@@ -285,12 +283,12 @@ def test_a_training_option_spelt_out_at_its_default_is_the_same_run(images):
 def test_what_a_grid_names_first_is_whole_before_the_rest_begins(images, tmp_path):
     given = small_grid(images, backbones={"tiny": dict(TINY), "other": TINY | {"depth": 2}}, seeds=[1])
     given["methods"] = {"probe": given["methods"]["probe"]}
-    runner.run(make_grid(given | {"first": [["other", "noise"]]}), tmp_path / "first")
+    experiment.run(make_grid(given | {"first": [["other", "noise"]]}), tmp_path / "first")
     found = [(r["backbone"], r["stage"]) for r in runs_of(read_rows(tmp_path / "first"))]
     each = ["tune", "tune", "final"]
     assert found == [("other", stage) for stage in each] + [("tiny", stage) for stage in each]
     # the order is no part of a run
-    assert runner.run(make_grid(given), tmp_path / "first", minutes=0).held == 6
+    assert experiment.run(make_grid(given), tmp_path / "first", minutes=0).held == 6
     for first, words in (
         ([["other"]], r"first must be a list of \[backbone, set\]"),
         ([["nowhere", "noise"]], "first: backbone must be one of tiny, other; got 'nowhere'"),
@@ -312,11 +310,11 @@ def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatc
 
     monkeypatch.setattr(work.Workshop, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(grid, tmp_path)
+        experiment.run(grid, tmp_path)
     assert len(runs_of(read_rows(tmp_path))) == after
     with open(tmp_path / "rows.jsonl", "ab") as file:
         file.write(b'{"stage": "final", "key": "x')  # killed in the middle of a line
-    told = runner.run(make_grid(given), tmp_path)
+    told = experiment.run(make_grid(given), tmp_path)
     assert (told.done, told.held, told.left) == (8 - after, after, 0)
     assert "half written" in capsys.readouterr().err
     assert comparable(read_rows(tmp_path)) == comparable(rows)
@@ -340,7 +338,7 @@ def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, m
     assert cli.main(["experiment", str(grid), "--out", str(out), "--rows-only", "--report-only"]) == 2
     for only in ("method=lion", "colour=red", "method"):
         assert cli.main([*arguments[:-1], only]) == 2
-    monkeypatch.setattr(runner, "run", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(experiment, "run", lambda *a, **k: pytest.fail("ran"))
     assert cli.main(["experiment", str(grid), "--out", str(out), "--report-only"]) == 0
 
 
@@ -356,24 +354,12 @@ def test_ctrl_c_is_130_and_a_report_of_nothing_is_none(images, tmp_path, monkeyp
     assert "goes on from there" in capsys.readouterr().err
 
 
-def test_two_writers_are_refused(tmp_path):
-    with RowFile(tmp_path), pytest.raises(OptionError, match="another run is writing"):
-        RowFile(tmp_path)
-    RowFile(tmp_path).close()
-
-
-def test_a_broken_line_in_the_middle_is_told(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\nnot json\n{"b": 2}\n')
-    with pytest.raises(DataError, match="line 2"):
-        read_rows(tmp_path)
-
-
 # -- processes
 
 
 def test_two_processes_write_the_rows_that_one_writes(whole, tmp_path):
     given, _, rows = whole
-    told = runner.run(make_grid(given), tmp_path, workers=2)
+    told = experiment.run(make_grid(given), tmp_path, workers=2)
     assert (told.done, told.left) == (8, 0)
     one, two = comparable(rows), comparable(read_rows(tmp_path))
     for row in (*one.values(), *two.values()):
@@ -414,7 +400,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_the_rows(images, tmp_path):
     assert not left, "processes of the group are left"
     done = len(runs_of(read_rows(tmp_path / "out")))
     assert done >= 3
-    assert runner.run(read_grid(tmp_path / "grid.yaml"), tmp_path / "out", minutes=0).held == done
+    assert experiment.run(read_grid(tmp_path / "grid.yaml"), tmp_path / "out", minutes=0).held == done
 
 
 def _alive(group: int) -> bool:
@@ -423,58 +409,6 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def test_what_goes_wrong_in_a_worker_names_the_run(images, tmp_path, monkeypatch):
-    grid = make_grid(small_grid(images))
-    monkeypatch.setattr(runner, "_serve", _broken_worker)
-    with pytest.raises(runner.ExperimentError, match=r"tune probe on noise, tiny, seed 0.*died"):
-        runner.run(grid, tmp_path, workers=2)
-
-
-def _broken_worker(connection, grid, threads):
-    connection.recv()
-    os._exit(9)
-
-
-def test_a_run_that_breaks_costs_no_other(whole, tmp_path, monkeypatch):
-    """In one of several processes: it gets a new process, and the run is done by the next call."""
-    given, _, rows = whole
-    grid = make_grid(given)
-    monkeypatch.setattr(runner, "_serve", _worker_that_breaks_on_probes)
-    with pytest.raises(runner.ExperimentError) as broken:
-        runner.run(grid, tmp_path, workers=2)
-    assert "CUDA error: a stand-in" in str(broken.value) and "exit code 9" in str(broken.value)
-    assert str(broken.value).count("1 more runs broke") == 1
-    assert {r["label"] for r in runs_of(read_rows(tmp_path))} == {"lion-8"}
-    monkeypatch.undo()
-    assert (told := runner.run(grid, tmp_path, workers=2)).done == 4 and told.left == 0
-    assert comparable(read_rows(tmp_path)) == comparable(rows)
-
-
-def _worker_that_breaks_on_probes(connection, grid, threads):
-    real = work.Workshop.run
-    lost = []
-
-    def run(self, item):
-        if item.label == "probe" and item.index == 1:
-            os._exit(9)
-        if item.label == "probe" or lost:
-            lost.append(item)  # a device that failed once fails until the process ends
-            raise RuntimeError("CUDA error: a stand-in")
-        return real(self, item)
-
-    work.Workshop.run = run
-    runner._serve(connection, grid, threads)
-
-
-def test_where_everything_breaks_it_stops(images, tmp_path, monkeypatch):
-    grid = make_grid(small_grid(images))
-    monkeypatch.setattr(runner, "_serve", _broken_worker)
-    monkeypatch.setattr(runner, "MOST_BROKEN", 1)
-    with pytest.raises(runner.ExperimentError) as broken:
-        runner.run(grid, tmp_path, workers=2)
-    assert 1 <= str(broken.value).count("died") <= 2  # of four
 
 
 # -- failures
@@ -490,7 +424,7 @@ def test_a_run_that_diverges_is_a_row_and_the_worst_choice(images, tmp_path, mon
         return real(model, splits, config, *rest, **more)
 
     monkeypatch.setattr(work, "fit", diverges)
-    told = runner.run(grid, tmp_path)
+    told = experiment.run(grid, tmp_path)
     assert (told.done, told.failed) == (8, 2)
     rows = read_rows(tmp_path)
     failed = [r for r in runs_of(rows) if r["failed"]]
@@ -498,14 +432,14 @@ def test_a_run_that_diverges_is_a_row_and_the_worst_choice(images, tmp_path, mon
     assert all(r["stage"] == "tune" and r["train"]["lr"] == 1e-3 for r in failed)
     assert {r["configuration"]["train.lr"] for r in runs_of(rows, "final")} == {1e-1, 1e-2}
     assert "2 (1 runs failed)" in report.markdown(Results(grid, rows))
-    assert runner.run(grid, tmp_path, minutes=0).held == 8
+    assert experiment.run(grid, tmp_path, minutes=0).held == 8
 
 
 def test_a_rate_that_is_far_too_high_diverges_in_earnest(images, tmp_path):
     methods = {"lion": {"options": {"state_dim": 8}, "grid": {"train.lr": [1e-3, 1e30]}}}
     train = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "warmup_epochs": 0.0, "device": "cpu"}
     grid = make_grid(small_grid(images, methods=methods, reference=None, seeds=[1], train=train))
-    told = runner.run(grid, tmp_path)
+    told = experiment.run(grid, tmp_path)
     rows = runs_of(read_rows(tmp_path))
     assert told.failed == 1 and [bool(r["failed"]) for r in rows] == [False, True, False]
     assert "not finite" in rows[1]["failed"] or "loss is" in rows[1]["failed"]
@@ -571,11 +505,11 @@ def test_unequal_grids_are_refused_unless_the_reason_is_told(images, tmp_path):
 def test_a_method_that_does_not_fit_is_refused_before_anything_runs(images, tmp_path):
     given = changed(images, "methods", "lion-8", "options", value={"state_dim": 0})
     with pytest.raises(OptionError, match="lion-8 on tiny.*state_dim"):
-        runner.run(make_grid(given), tmp_path)
+        experiment.run(make_grid(given), tmp_path)
     given = changed(images, "sets", "noise", "n_test", value=None)
     given["sets"]["noise"]["test"] = 0.0
     with pytest.raises(OptionError, match="no test images"):
-        runner.run(make_grid(given), tmp_path)
+        experiment.run(make_grid(given), tmp_path)
     assert runs_of(read_rows(tmp_path)) == []
 
 
@@ -618,17 +552,6 @@ def test_configurations_are_the_product_and_the_first_of_equals_is_chosen(images
 def test_the_grids_of_the_repository_are_valid():
     for path in (Path(__file__).parents[2] / "bench" / "accuracy").glob("*.yaml"):
         assert read_grid(path).name == path.stem
-
-
-# -- rows
-
-
-def test_bits_and_integers_come_back():
-    rng = np.random.default_rng(0)
-    for n in (1, 7, 8, 9, 1000):
-        bits, numbers = rng.random(n) < 0.5, rng.integers(0, 2**32, n)
-        assert (unpack_bits(pack_bits(bits), n) == bits).all()
-        assert (unpack_integers(pack_integers(numbers)) == numbers).all()
 
 
 # -- statistics
@@ -815,7 +738,7 @@ def test_labels_are_no_part_of_what_a_row_is(whole, tmp_path):
     given, out, rows = whole
     named = given | {"backbones": {"other": dict(TINY)}, "sets": {"grains": given["sets"]["noise"]}}
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    assert runner.run(make_grid(named), tmp_path, minutes=0).held == 8
+    assert experiment.run(make_grid(named), tmp_path, minutes=0).held == 8
     results = Results(make_grid(named), rows)
     assert results.shared_images("grains") == Results(make_grid(given), rows).shared_images("noise")
     old, new = (report.markdown(Results(make_grid(g), rows)) for g in (given, named))
@@ -826,14 +749,14 @@ def test_labels_are_no_part_of_what_a_row_is(whole, tmp_path):
 def test_images_that_changed_are_not_mixed_with_those_of_the_rows(tmp_path):
     source, out = write_images(tmp_path / "noise", classes=2, each=12), tmp_path / "out"
     given = small_grid(source, sets={"noise": {"source": str(source)}})
-    runner.run(make_grid(given), out)
+    experiment.run(make_grid(given), out)
     write_images(tmp_path / "more", classes=2, each=16)
     for kind in ("class0", "class1"):
         (tmp_path / "more" / kind / "015.png").rename(source / kind / "other.png")
     before = (out / "rows.jsonl").read_bytes()
     for change in ({}, {"seeds": [1, 2, 3]}):
         with pytest.raises(DataError, match="the set noise has other images by now"):
-            runner.run(make_grid(given | change), out)
+            experiment.run(make_grid(given | change), out)
     assert (out / "rows.jsonl").read_bytes() == before
 
 
@@ -841,7 +764,7 @@ def test_rows_of_other_weights_are_not_compared(whole, tmp_path, monkeypatch):
     given, out, _ = whole
     (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
     monkeypatch.setattr(work, "RANDOM_SEED", 5)
-    assert runner.run(make_grid(given), tmp_path, only={"method": ["lion-8"]}).done == 4
+    assert experiment.run(make_grid(given), tmp_path, only={"method": ["lion-8"]}).done == 4
     results = Results(make_grid(given), read_rows(tmp_path))
     assert len(results.cells["tiny", "noise", "lion-8"].rows) == 2
     assert not results.cells["tiny", "noise", "probe"].rows
@@ -851,15 +774,9 @@ def test_rows_of_other_weights_are_not_compared(whole, tmp_path, monkeypatch):
 def test_a_backbones_section_has_its_own_plots(whole, tmp_path):
     given, _, rows = whole
     both = given | {"backbones": {"tiny": dict(TINY), "my-tiny": dict(TINY)}}
-    with RowFile(tmp_path) as file:
+    with Store(tmp_path) as file:
         for row in rows:
             file.add(row)
     text = report.write(make_grid(both), tmp_path).read_text()
     section = text[text.index("## tiny") : text.index("## my-tiny")]
     assert "(accuracy-tiny.png)" in section and "my-tiny.png" not in section
-
-
-def test_a_place_that_cannot_be_written(images, tmp_path):
-    (tmp_path / "file").write_text("here")
-    with pytest.raises(OptionError, match="cannot be written: .*; choose another --out"):
-        runner.run(make_grid(small_grid(images)), tmp_path / "file")
