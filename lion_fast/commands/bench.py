@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import DataError, OptionError
 
 DEFAULT_OUT = "runs/bench"
 EXIT_LOST = 4
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--again", action="store_true", default=False, help="measure also what --out holds already"
     )
     parser.add_argument(
-        "--rows-only", action="store_true", default=False, help="write rows.json, no table, report or plots"
+        "--rows-only", action="store_true", default=False, help="write rows, no table, report or plots"
     )
     parser.add_argument(
         "--report-only",
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", default=False, help="say what would be measured, and stop"
     )
-    parser.add_argument("--compare", metavar="OLD", help="rows.json to compare with")
+    parser.add_argument("--compare", metavar="OLD", help="rows to compare with: their folder or file")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -98,9 +98,11 @@ def run(args: argparse.Namespace) -> dict:
     import torch
 
     from lion_fast.studies.cost import plan as plans
-    from lion_fast.studies.cost import report
-    from lion_fast.studies.cost import run as runner
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.compare import compare
+    from lion_fast.studies.cost.report import write
+    from lion_fast.studies.cost.run import run as measure
+    from lion_fast.studies.cost.setting import keys
+    from lion_fast.studies.rows import Store
 
     if args.rounds < 1:
         raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
@@ -120,12 +122,12 @@ def run(args: argparse.Namespace) -> dict:
             print(line)
         return {"plan": plans.describe(plan)}
     plans.check_device(plan, device)
-    old = read(args.compare) if getattr(args, "compare", None) else None  # before an hour is spent
-    store = Store(args.out)
+    old = _rows_of(args.compare) if getattr(args, "compare", None) else None  # before an hour is spent
+    out, store = Path(args.out), Store(args.out)
     shown = getattr(args, "progress", None)
     shown = sys.stderr.isatty() if shown is None else shown
     try:
-        told = runner.run(
+        told = measure(
             plan,
             store,
             device=device,
@@ -136,17 +138,19 @@ def run(args: argparse.Namespace) -> dict:
         )
     except KeyboardInterrupt as error:
         if store.rows and not args.rows_only:
-            write_report(store)
+            write(store.rows, out)
         error.args = ("interrupted",)
-        error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
+        error.hint = f"what was measured is in {out}; the same command goes on from there"
         raise
+    finally:
+        store.close()
     if not args.rows_only:
-        write_report(store)
+        write(store.rows, out)
     failed = [row["key"] for row in store.rows if row["status"] == "failed"]
-    result = told | {"out": str(store.folder), "failed": failed, "regressions": []}
+    result = told | {"out": str(out), "failed": failed, "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
-        written = store.path if args.rows_only else store.folder / "report.md"
+        written = store.path if args.rows_only else out / "report.md"
         print(f"{told['measured']} rows measured, {told['held']} held{left}: {written}")
         for row in store.rows:
             if row["status"] == "failed":
@@ -158,10 +162,8 @@ def run(args: argparse.Namespace) -> dict:
             file=sys.stderr,
         )
     if old is not None:
-        mine = {f"{s.key()}/{c.label()}" for s, wanted in plan for c in wanted} | {
-            f"{s.key()}/floor" for s, _ in plan
-        }
-        worse, remarks = report.compare(
+        mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
+        worse, remarks = compare(
             [r for r in old if r["key"] in mine], [r for r in store.rows if r["key"] in mine], args.threshold
         )
         result |= {"regressions": worse, "remarks": remarks}
@@ -183,25 +185,21 @@ def exit_code(result: dict) -> int:
 
 
 def _report_only(args: argparse.Namespace) -> dict:
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.report import write
 
-    read(args.out)  # says what is wrong where there are no rows
-    path = write_report(Store(args.out))
+    path = write(_rows_of(args.out), args.out)
     if not args.json:
         print(path)
     return {"out": str(args.out), "report": str(path)}
 
 
-def write_report(store) -> Path:
-    """rows.csv, report.md and the plots beside the rows of a `Store`."""
-    from lion_fast.studies.cost import plots, report
-    from lion_fast.studies.cost.rows import CSV_NAME, write_csv
+def _rows_of(path: str) -> list[dict]:
+    from lion_fast.studies.rows import read_rows
 
-    write_csv(store.rows, store.folder / CSV_NAME)
-    drawn = plots.draw_all(store.rows, store.folder)
-    path = store.folder / "report.md"
-    path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")
-    return path
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"there are no rows at {path}; measure some with lion-fast bench")
+    return rows
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from lion_fast.backbones import load_backbone
 from lion_fast.studies.cost import check, measure, models, plan, plots, report, timing
+from lion_fast.studies.cost.compare import compare
 from lion_fast.studies.cost.setting import FLOOR, Contender, Setting
 from lion_fast.studies.measuring import distance, quantiles
 
@@ -145,7 +146,7 @@ def test_the_two_forms_of_lion():
     assert plots._name({"method": "lion", "form": ""}) == "lion, residual" == plots._name(residual)
     assert plots._name(states) == "lion, states" and plots._name(found[0]) == "floor"
     old = {**residual, "key": residual["key"].removesuffix(":residual"), "label": "lion", "form": ""}
-    worse, remarks = report.compare([old], [states, residual])
+    worse, remarks = compare([old], [states, residual])
     assert worse == [] and remarks[-1].endswith("/lion: not in the new rows") and len(remarks) == 3
 
 
@@ -300,14 +301,14 @@ def test_comparing_rows():
     old = [timed("k", 1.0, activation_bytes={"method": 1000}, macs_per_image=100)]
 
     def worse(*new, threshold=0.1):
-        return report.compare(old, list(new), threshold)[0]
+        return compare(old, list(new), threshold)[0]
 
     assert worse(timed("k", 1.05)) == []  # within the threshold
     assert worse(timed("k", 1.2)) == ["k: seconds 1 -> 1.2 (+20.0%)"]
     assert worse(timed("k", 1.2), threshold=0.3) == []
     assert worse(timed("k", 1.2, spread=0.3)) == []  # within the spread
     assert worse(timed("k", 0.5)) == []
-    assert report.compare(old, [timed("k", 0.5)])[1] == ["k: seconds 1 -> 0.5 (-50.0%), better"]
+    assert compare(old, [timed("k", 0.5)])[1] == ["k: seconds 1 -> 0.5 (-50.0%), better"]
     # elsewhere times say nothing, ratios do
     assert worse(timed("k", 9.0, device_name="b")) == []
     assert worse(timed("k", 0.1, ratio=1.5, device_name="b")) == ["k: ratio 1 -> 1.5 (+50.0%)"]
@@ -319,7 +320,7 @@ def test_comparing_rows():
     assert worse({"key": "k", "status": "failed", "reason": "it broke"}) == [
         "k: was measured, now failed: it broke"
     ]
-    assert report.compare(old, [timed("n", 1.0)])[1] == ["n: new", "k: not in the new rows"]
+    assert compare(old, [timed("n", 1.0)])[1] == ["n: new", "k: not in the new rows"]
 
 
 def test_the_report(measured):

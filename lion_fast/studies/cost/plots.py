@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.studies.cost.report import kept_bytes
 from lion_fast.studies.figures import figure_at, styles_of
 
 _PARTS = {
@@ -152,6 +151,12 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
         axes.set(xlabel="MiB", title="Memory of a training step beside the weights\n" + _title(rows[0]))
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return True
+
+
+def kept_bytes(row: Mapping[str, Any]) -> int | None:
+    """Bytes that a step keeps for its backward, by whoever; None where they were not counted."""
+    kept = row.get("activation_bytes")
+    return sum(v for k, v in kept.items() if k != "by_allocator") if kept else None
 
 
 def _memory(row: Mapping[str, Any]) -> float | None:

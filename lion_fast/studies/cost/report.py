@@ -1,18 +1,26 @@
-"""Rows to words: the Markdown report, and what got worse since other rows."""
+"""Rows to words: report.md, beside it the same rows as a table for a spreadsheet, and the plots."""
 
-import itertools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lion_fast.studies.cost import plots
 from lion_fast.studies.markdown import table, where_taken
-
-THRESHOLD = 0.1
-# Counted, not timed: the same every time
-COUNTED_THRESHOLD = 0.01
+from lion_fast.studies.rows import write_csv
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
-    """The report of some rows; `plots` are file names to show."""
+def write(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> Path:
+    """rows.csv, the plots and report.md of some rows, into `folder`; the path of the report."""
+    path = Path(folder) / "report.md"
+    write_csv(rows, path.with_name("rows.csv"))
+    drawn = plots.draw_all(rows, folder)
+    path.write_text(markdown(rows, drawn), encoding="utf-8")
+    return path
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], drawn: Sequence[str] = ()) -> str:
+    """The report of some rows; `drawn` are the names of plots to show."""
     lines = ["# Measured cost", ""]
     for where, some in _grouped(rows, where_taken):
         lines += [f"Measured on {where}.", ""]
@@ -31,7 +39,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> st
             lines += [f"## {setting}", "", *table(_HEAD, map(_costs, _good(inside))), ""]
             lines += _apart(inside)
         lines += _across(some)
-    for plot in plots:
+    for plot in drawn:
         lines += [f"![{plot.rsplit('.', 1)[0].replace('-', ' ')}]({plot})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -109,7 +117,7 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             other = by_key.get((setting.replace(word, plain), label))
             if word not in setting or other is None:
                 continue
-            kept, before = kept_bytes(row), kept_bytes(other)
+            kept, before = plots.kept_bytes(row), plots.kept_bytes(other)
             times = f"{row['seconds'] / other['seconds']:.3f}"
             more = f"{kept / before:.3f}" if kept and before else ""
             peak = f"{row['peak_bytes'] / max(other['peak_bytes'], 1):.3f}"
@@ -118,12 +126,6 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     head = ("option", "setting", "contender", "x time", "x kept", "x peak")
     return ["## Options of the backbone", "", *table(head, found, left=(0, 1, 2)), ""]
-
-
-def kept_bytes(row: Mapping[str, Any]) -> int | None:
-    """Bytes that a step keeps for its backward, by whoever; None where they were not counted."""
-    kept = row.get("activation_bytes")
-    return sum(v for k, v in kept.items() if k != "by_allocator") if kept else None
 
 
 def _good(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -135,51 +137,3 @@ def _grouped(rows, key) -> list[tuple[str, list]]:
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return list(found.items())
-
-
-def compare(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], threshold: float = THRESHOLD
-) -> tuple[list[str], list[str]]:
-    """(regressions, other remarks), a line each, of rows with the same key.
-
-    A time has got worse if its median rose by more than `threshold` and lies above the old 80 % quantile with
-    its own 20 % quantile. On the same device and threads the time itself is compared, elsewhere the ratio to
-    the floor, floors then left out. What is counted (activations kept, products, parameters, adapter) may
-    rise by 1 %. A row that was measured and now fails is a regression.
-    """
-    before = {row["key"]: row for row in old}
-    worse, remarks = [], []
-    for row in new:
-        was = before.pop(row["key"], None)
-        if was is None:
-            remarks.append(f"{row['key']}: new")
-            continue
-        if was["status"] != "ok" or row["status"] != "ok":
-            if was["status"] == "ok":
-                worse.append(f"{row['key']}: was measured, now {row['status']}: {row['reason']}")
-            continue
-        same = all(was[k] == row[k] for k in ("device_name", "threads"))
-        name = "seconds" if same else "ratio"
-        if same or row["method"] != "floor":
-            rise = row[name] / was[name] - 1
-            apart = row[f"{name}_q20"] > was[f"{name}_q80"]
-            told = f"{row['key']}: {name} {was[name]:.4g} -> {row[name]:.4g} ({rise:+.1%})"
-            if rise > threshold and apart:
-                worse.append(told)
-            elif rise < -threshold and row[f"{name}_q80"] < was[f"{name}_q20"]:
-                remarks.append(told + ", better")
-        for name, a, b in _counted(was, row):
-            if a and b > a * (1 + COUNTED_THRESHOLD):
-                worse.append(f"{row['key']}: {name} {a:,.0f} -> {b:,.0f} ({b / a - 1:+.1%})")
-    remarks += [f"{key}: not in the new rows" for key in before]
-    return worse, remarks
-
-
-def _counted(was: Mapping[str, Any], row: Mapping[str, Any]):
-    for name in ("macs_per_image", "parameters", "adapter_bytes"):
-        if was.get(name) is not None and row.get(name) is not None:
-            yield name, was[name], row[name]
-    a, b = (r.get("activation_bytes") or {} for r in (was, row))
-    for name in sorted(set(itertools.chain(a, b)) - {"by_allocator"}):
-        if name in a and name in b:
-            yield f"activations of {name}", a[name], b[name]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.files import write_atomically
-from lion_fast.studies.markdown import table, where_taken
+from lion_fast.studies.markdown import where_taken
 from lion_fast.studies.profiling import plots
 from lion_fast.studies.profiling.parts import PARTS
 
