@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     todo = passes(options.rest, options.dry_run)
     if options.compile_only:
         compile_all(todo, dtype, device, deadline)
-        return 0
+        return stage.end(rows, deadline)
     if (roof := rows.known(kind="ceilings")) is None:
         rows.add({"kind": "ceilings", **measure.ceilings(device, small=options.dry_run)})
         roof = rows.known(kind="ceilings")

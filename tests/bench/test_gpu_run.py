@@ -49,6 +49,12 @@ def read(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def dry(name: str, folder: Path, *words: str) -> int:
     seconds = () if name == "check" else ("--seconds", "0.001")
     return STAGES[name].main(["--dry-run", "--device", "cpu", "--out", str(folder), *seconds, *words])
@@ -158,27 +164,29 @@ def test_rows_of_the_same_code_are_known_wherever_they_lie(tmp_path):
     assert first.path.name == "gpu-a-device-bf16.jsonl"
     again = made_rows(tmp_path / "new", (tmp_path / "committed",), run="2")
     assert again.known(contender="a")["us"] == 1.0 and again.known(contender="b") is None
-    other = made_rows(tmp_path / "new", (tmp_path / "committed",), run="2", revision="abd")
-    assert other.rows == []
+    again.store.close()
+    assert made_rows(tmp_path / "new", (tmp_path / "committed",), run="2", revision="abd").rows == []
 
 
 def test_half_a_line_does_not_swallow_the_next(tmp_path):
     rows = made_rows(tmp_path)
     rows.add({"contender": "a"})
+    rows.store.close()
     with rows.path.open("a") as file:
         file.write('{"contender": "b", "us')
     rows = made_rows(tmp_path)
     assert [row["contender"] for row in rows.rows] == ["a"]
     rows.add({"contender": "c"})
-    assert [row["contender"] for row in stage.read_lines(rows.path)] == ["a", "c"]
+    assert [row["contender"] for row in read(tmp_path)] == ["a", "c"]
 
 
 def test_what_a_process_died_of_is_left_alone_by_the_next_of_its_run(tmp_path):
     key = {"mode": "both", "contender": "a"}
     rows = made_rows(tmp_path)
+    rows.store.close()
     with contextlib.suppress(KeyboardInterrupt), rows.attempt(key):
         raise KeyboardInterrupt  # out of time
-    assert made_rows(tmp_path).rows == [] and list(tmp_path.iterdir()) == []
+    assert made_rows(tmp_path).rows == [] and list(tmp_path.iterdir()) == [rows.path]
     died = [rows.attempt(key, {**key, "contender": "b"}) for _ in range(2)]
     died[0].__enter__()
     assert made_rows(tmp_path, run="2").rows == [], "another run tries it again"
@@ -186,40 +194,29 @@ def test_what_a_process_died_of_is_left_alone_by_the_next_of_its_run(tmp_path):
     again = made_rows(tmp_path)
     assert [row["contender"] for row in again.rows] == ["a", "b"]
     assert again.known(**key)["failed"] == "the process died of it"
-    assert [path.name for path in tmp_path.iterdir()] == [rows.path.name]
+    assert list(tmp_path.iterdir()) == [rows.path]
 
 
-def test_without_history_the_revision_is_a_digest_of_the_code(tmp_path, monkeypatch):
+def test_the_revision_is_that_of_the_code_and_without_history_a_digest(tmp_path, monkeypatch):
     monkeypatch.delenv("LION_FAST_REVISION")
     monkeypatch.setattr(stage, "ROOT", tmp_path)
-    monkeypatch.setattr(stage.shutil, "which", lambda name: None)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "a.py").write_text("1")
+    source = tmp_path / "kernels" / "a.py"
+    source.parent.mkdir()
+    source.write_text("1")
     first = stage.revision()
     (tmp_path / "rows.jsonl").write_text("{}")
     assert re.fullmatch("files-[0-9a-f]{12}", first) and stage.revision() == first
-    (tmp_path / "kernels" / "a.py").write_text("2")
+    source.write_text("2")
     assert stage.revision() != first
-
-
-def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
-        return done.stdout.decode().strip()
-
-    monkeypatch.delenv("LION_FAST_REVISION")
-    monkeypatch.setattr(stage, "ROOT", tmp_path)
-    git("init", "-q")
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "a.py").write_text("1")
-    git("add", "."), git("commit", "-qm", "code")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "kernels")
+    git(tmp_path, "commit", "-qm", "code")
     code = stage.revision()
-    assert code == git("rev-parse", "--short=12", "HEAD")
-    (tmp_path / "rows.jsonl").write_text("{}")
-    git("add", "."), git("commit", "-qm", "rows")
-    assert stage.revision() == code != git("rev-parse", "--short=12", "HEAD")
-    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert code == git(tmp_path, "rev-parse", "HEAD")[:12]
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "rows")
+    assert stage.revision() == code
+    source.write_text("3")
     assert stage.revision() == f"{code}-changed"
     monkeypatch.setenv("LION_FAST_REVISION", "given")
     assert stage.revision() == "given"
@@ -423,7 +420,8 @@ def test_a_capture_that_breaks_off_ends_the_process_and_the_next_one_does_withou
     def go_on(batch: int):
         known = {"mode": "forward", "batch": batch}
         rows = made_rows(tmp_path)
-        timing.time_beside(rows, known, todo, small_problem, "forward", "cuda", 1e-3, lambda c, p: {})
+        with contextlib.closing(rows.store):
+            timing.time_beside(rows, known, todo, small_problem, "forward", "cuda", 1e-3, lambda c, p: {})
         return {row["contender"]: row for row in rows.matching(**known)}
 
     broken.at = 0
@@ -653,6 +651,10 @@ def test_an_unknown_stage_and_the_list(capsys):
         out=Path("o"), device="cuda", dry_run=False, new_rows=None, grid=run.GRID, pack=run.PACK, stages=[]
     )
     minutes = {name: sum(s.minutes for s in run.steps(options) if s.stage == name) for name in run.STAGES}
+    # every test of a GPU is in a folder that the step looks into
+    (words,) = (s.words for s in run.steps(options) if s.name == "tests")
+    marked = [p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    assert {p.parent.relative_to(ROOT).as_posix() for p in marked} <= {*words, "tests/bench"}
     # One command takes ten minutes at most, and what matters is known after seven and the compiler.
     assert minutes["warm"] + minutes["first"] <= 9 and minutes["tests"] <= 7 and minutes["accuracy"] <= 7
 
@@ -719,19 +721,16 @@ def test_the_table_holds_committed_rows_only(tmp_path):
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
 
-    def git(*words):
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
-
     def write(name, *rows):
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     write(
         "a.jsonl", roof, {**row, "us": 5.0}, row, peer, {**right, **common},
         {**row, "contender": "dry", "dry_run": True}, {**row, "device": "cpu"},
     )  # fmt: skip
-    git("add", "."), git("commit", "-qm", "rows")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "rows")
     write("b.jsonl", {**row, "contender": "not committed"})
     write("a.jsonl", {**row, "contender": "changed since"})
     rows = table.committed_rows(tmp_path)
