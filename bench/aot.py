@@ -32,7 +32,7 @@ for folder in (ROOT / "bench", ROOT / "kernels"):
 import facts  # noqa: E402, I001
 import sass  # noqa: E402
 from facts import Facts  # noqa: E402
-from lion_kernels import launch  # noqa: E402
+from shipped import Shipped, shipped  # noqa: E402
 
 CACHE = ROOT / "build" / "aot.json"
 # Compiled configurations between two writes of the cache.
@@ -88,7 +88,7 @@ def blocks_per_sm(chip: Chip, registers: int, shared: int, num_warps: int, tenso
     return min(limits)
 
 
-def expected_tensor(spec: launch.Shipped) -> tuple[str, ...]:
+def expected_tensor(spec: Shipped) -> tuple[str, ...]:
     """The tensor-core instructions of which one must be there; empty where none need be.
 
     A wgmma takes 64 rows, those of the first operand's tile; narrower tiles are left to mma.sync.
@@ -100,12 +100,12 @@ def expected_tensor(spec: launch.Shipped) -> tuple[str, ...]:
     return ("HGMMA",) if wgmma else ("HMMA", "HGMMA", "UTCHMMA")
 
 
-def uses_products(spec: launch.Shipped) -> bool:
+def uses_products(spec: Shipped) -> bool:
     """Whether the kernel multiplies matrices at all: those that do say in which precision."""
     return "PRECISION" in spec.constexprs
 
 
-def wants_tensor_cores(spec: launch.Shipped) -> bool:
+def wants_tensor_cores(spec: Shipped) -> bool:
     """Whether some product of a configuration has operands that the tensor cores take."""
     given = spec.constexprs
     halves = {given.get("INPUT"), given.get("LOOP")} & {"fp16", "bf16"}
@@ -117,7 +117,7 @@ def release_of(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def judge(spec: launch.Shipped, found: Facts, version: str) -> Row:
+def judge(spec: Shipped, found: Facts, version: str) -> Row:
     """The row of a configuration: facts, and the reasons why it must not ship with this Triton."""
     row = Row(**asdict(found), name=spec.name, capability=spec.capability, triton=version)
     row.may_spill = release_of(version) in spec.spills_in
@@ -140,7 +140,7 @@ def judge(spec: launch.Shipped, found: Facts, version: str) -> Row:
     return row
 
 
-def kernel_text(spec: launch.Shipped) -> dict[str, str]:
+def kernel_text(spec: Shipped) -> dict[str, str]:
     """The sources of a kernel and of all that it calls, and the values of the constants they read, by name.
 
     Launchers, comments between functions and other kernels of the module are no part of it.
@@ -165,7 +165,7 @@ def kernel_text(spec: launch.Shipped) -> dict[str, str]:
     return found
 
 
-def fingerprint(spec: launch.Shipped) -> str:
+def fingerprint(spec: Shipped) -> str:
     """Changes with the kernel, what is asked of it, Triton, and how a cubin is read."""
     import triton
 
@@ -175,7 +175,7 @@ def fingerprint(spec: launch.Shipped) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def measure_keyed(task: tuple[str, launch.Shipped]) -> Facts:
+def measure_keyed(task: tuple[str, Shipped]) -> Facts:
     """`facts.measure`, if this process has the source that the key was made from; else RuntimeError."""
     key, spec = task
     if fingerprint(spec) != key:
@@ -198,12 +198,12 @@ def _save_cache(cache: dict[str, Facts]) -> None:
     partial.replace(CACHE)
 
 
-def quick(specs: list[launch.Shipped]) -> list[launch.Shipped]:
+def quick(specs: list[Shipped]) -> list[Shipped]:
     """One configuration per kernel and capability: the one with the widest state, on sm_90 the narrowest too.
 
     The widest is where registers run out.
     """
-    groups: dict[tuple[str, int], list[launch.Shipped]] = {}
+    groups: dict[tuple[str, int], list[Shipped]] = {}
     for spec in specs:
         groups.setdefault((spec.kernel, spec.capability), []).append(spec)
     chosen = []
@@ -213,9 +213,7 @@ def quick(specs: list[launch.Shipped]) -> list[launch.Shipped]:
     return chosen
 
 
-def run(
-    specs: list[launch.Shipped], jobs: int | None = None, use_cache: bool = True, report=None
-) -> list[Row]:
+def run(specs: list[Shipped], jobs: int | None = None, use_cache: bool = True, report=None) -> list[Row]:
     """A row per configuration, in order; `report(row)` is called as each is known.
 
     `jobs` processes compile (default: one per core) what the cache does not hold.
@@ -223,7 +221,7 @@ def run(
     import triton
 
     # Two names can ask for the same kernel.
-    names: dict[str, list[launch.Shipped]] = {}
+    names: dict[str, list[Shipped]] = {}
     for spec in specs:
         names.setdefault(fingerprint(spec), []).append(spec)
     known = _load_cache() if use_cache else {}
@@ -321,13 +319,11 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it")
     begin = time.perf_counter()
-    specs = [
-        s for s in launch.shipped() if s.capability in (options.arch or CHIPS) and options.only in s.name
-    ]
+    specs = [s for s in shipped() if s.capability in (options.arch or CHIPS) and options.only in s.name]
     if options.quick:
         specs = quick(specs)
     if not specs:
-        parser.error("no configuration matches; see lion_kernels.launch.shipped")
+        parser.error("no configuration matches; see bench/shipped.py")
     print(
         f"{'target':<7}{'configuration':<44}{'regs':>5}{'stack':>7}{'STL/LDL':>9}{'smem KB':>9}{'CTAs':>6}"
         f"  {'tensor cores':<14}{'time':>7}"

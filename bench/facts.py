@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import sass
-
-from lion_kernels import launch
+from shipped import Shipped
 
 
 @dataclass
@@ -55,7 +54,7 @@ def _dump(cubin: str, *options: str) -> str:
     ).stdout
 
 
-def compile_spec(spec: launch.Shipped):
+def compile_spec(spec: Shipped):
     """The compiled kernel of Triton for one configuration; needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -85,7 +84,7 @@ def disassemble(compiled) -> tuple[str, str]:
         return _dump(path, "--dump-resource-usage"), _dump(path, "--dump-sass")
 
 
-def measure(spec: launch.Shipped) -> Facts:
+def measure(spec: Shipped) -> Facts:
     """Compiles one configuration and reads registers, memory and instructions from its cubin."""
     begin = time.perf_counter()
     try:

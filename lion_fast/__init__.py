@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "LionLayer": "lion_fast.equilibrium.layer",
-    "replace_layers": "lion_fast.equilibrium.layer",
+    "replace_layers": "lion_fast.equilibrium.reference",
     "ImplicitLayer": "lion_fast.equilibrium.solvers",
-    "SolveInfo": "lion_fast.equilibrium.solvers",
+    "SolveInfo": "lion_fast.equilibrium.solve",
     "LionModel": "lion_fast.methods.lion",
     "create": "lion_fast.methods",
     "load_backbone": "lion_fast.backbones",

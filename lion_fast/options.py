@@ -1,21 +1,167 @@
-"""Settings in YAML files, with values as everybody means them."""
+"""Settings: dataclass fields with help and ranges, YAML values, KEY=VALUE, names that are not known."""
 
 import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lion_fast.errors import OptionError
+import yaml
 
+from lion_fast.errors import OptionError, check_bool, check_choice, check_number, check_whole
+
+# Choices that several rooms take.
 # How images are brought to the backbone's size: short side and centre, or both sides.
 RESIZE = ("crop", "direct")
+CHECK = ("header", "decode", "none")
+PRECISIONS = ("no", "bf16", "fp16")
+GRANULARITIES = ("element", "unit", "block", "2:4")
+CRITERIA = ("saliency", "magnitude", "random")
+SCOPES = ("global", "layer", "matrix")
+BLOCKS = (16, 32, 64)
+
+_Class = TypeVar("_Class", bound=type)
+_Options = TypeVar("_Options", bound="Options")
 
 
-def read_settings(path: Path, what: str) -> dict:
+# -- settings as fields
+
+
+def setting(default: Any, help: str, *, choices: Iterable = (), default_is: str | None = None, **range: Any):
+    """A field of `Options`.
+
+    help: what it does, for `--help` and the class' docstring. choices: values that it takes. default_is: what
+    a default of None stands for. range: bounds of a number, as `check_number` and `check_whole` take them.
+    """
+    about = {"help": help, "choices": tuple(choices), "default_is": default_is, "range": range}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def kind(option: Field) -> type:
+    """The type of an option's value, None apart."""
+    return next((t for t in typing.get_args(option.type) if t is not types.NoneType), option.type)
+
+
+def default_of(option: Field) -> str:
+    """The default of an option in words."""
+    default = option.metadata["default_is"] or ("none" if option.default is None else option.default)
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+
+
+def help_of(option: Field, default: str | None = None) -> str:
+    """Help of an option with its choices and default; `default`: another one, in words."""
+    about, choices = option.metadata, ", ".join(map(str, option.metadata["choices"]))
+    text = about["help"] + (f": {choices}" if choices else "")
+    return text if kind(option) is dict else f"{text} [{default or default_of(option)}]"
+
+
+def documented(cls: _Class) -> _Class:
+    """Class decorator: the help of the fields as arguments in the docstring."""
+    lines = [f"        {f.name}: {help_of(f)}" for f in fields(cls)]
+    cls.__doc__ = "\n".join([cls.__doc__ or "", "    Args:", *lines])
+    return cls
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of settings: fields made by `setting`, checked by their types, choices and ranges.
+
+    Raises `OptionError` for a value outside, with the range in the message.
+    """
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            _check(option, getattr(self, option.name))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the settings, in order."""
+        return [option.name for option in fields(cls)]
+
+    @classmethod
+    def from_dict(cls: type[_Options], options: Mapping[str, Any]) -> _Options:
+        """With these values; names that are not known are refused."""
+        refuse_unknown(options, cls.names(), "option")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON-able values."""
+        return asdict(self)
+
+
+def _check(option: Field, value: object) -> None:
+    name, about, wanted = option.name, option.metadata, typing.get_args(option.type) or (option.type,)
+    if value is None and types.NoneType in wanted:
+        return
+    if about["choices"]:
+        check_choice(name, value, about["choices"])
+    elif bool in wanted:
+        check_bool(name, value)
+    elif float in wanted:
+        check_number(name, value, **about["range"])
+    elif set(wanted) <= {int, types.NoneType}:
+        check_whole(name, value, **about["range"])
+    elif str in wanted and not isinstance(value, str):
+        raise OptionError(f"{name} must be a text; got {value!r}")
+    elif kind(option) is dict and not isinstance(value, Mapping):
+        raise OptionError(f"{name} must be a mapping of names to values; got {value!r}")
+
+
+# -- names
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `OptionError` naming an option that is not known, the nearest valid name, and all of them."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise OptionError(f"unknown {what} {name!r}{hint} Valid: {', '.join(known)}")
+
+
+# -- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that looks like 1e-3 is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"),
+        list("+-.0123456789"),
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text; `yaml.YAMLError` where it is none.
+
+    >>> parse_yaml("{lr: 1e-3, length: [5, 1E1], pool: cls}")
+    {'lr': 0.001, 'length': [5, 10.0], 'pool': 'cls'}
+    """
+    return yaml.load(text, _Loader)
+
+
+def dump_yaml(value: Mapping[str, Any]) -> str:
+    """A mapping as `name: value` lines, in its order."""
+    return yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False)
+
+
+def read_settings(path: Path, what: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; `OptionError` where it holds none, calling it `what`."""
-    import yaml
-
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"the {what} {path} cannot be read: {reason}") from error
@@ -23,19 +169,43 @@ def read_settings(path: Path, what: str) -> dict:
         raise OptionError(f"the {what} {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise OptionError(f"the {what} {path} must hold `name: value` lines")
-    return numbers(settings)
+    return settings
 
 
-def numbers(value: object) -> Any:
-    """With texts such as 1e-3, which YAML does not take for numbers, as numbers; in lists and mappings too.
+# -- KEY=VALUE
 
-    >>> numbers({"lr": "1e-3", "length": [5, "1E1"], "pool": "cls"})
-    {'lr': 0.001, 'length': [5, 10.0], 'pool': 'cls'}
+
+def key_values(given: Iterable[str], flag: str) -> dict[str, Any]:
+    """The mapping that KEY=VALUE texts make; values are YAML, and "-" in a key is "_".
+
+    >>> key_values(["length=20", "kv-length=1e1"], "--set")
+    {'length': 20, 'kv_length': 10.0}
     """
-    if isinstance(value, dict):
-        return {key: numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
+    return dict(_pair(text, "{}", f"{flag} takes KEY=VALUE") for text in given)
+
+
+def key_lists(given: Iterable[str], flag: str) -> dict[str, tuple]:
+    """The mapping that KEY=V1,V2 texts make, each key once.
+
+    >>> key_lists(["lr=1e-3,0.01", "pool=[cls],mean"], "--grid")
+    {'lr': (0.001, 0.01), 'pool': (['cls'], 'mean')}
+    """
+    found: dict[str, tuple] = {}
+    for text in given:
+        key, values = _pair(text, "[{}]", f"{flag} takes KEY=V1,V2")
+        if not values:
+            raise OptionError(f"{flag} takes KEY=V1,V2; got {text!r}")
+        if key in found:
+            raise OptionError(f"{flag} names {key} twice; give all its values once, as {key}=V1,V2")
+        found[key] = tuple(values)
+    return found
+
+
+def _pair(text: str, form: str, rule: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    try:
+        if equals and key.strip():
+            return key.strip().replace("-", "_"), parse_yaml(form.format(value))
+    except yaml.YAMLError:
+        pass
+    raise OptionError(f"{rule}; got {text!r}")

@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 
 import lion_fast
-from lion_fast.adapters import DESCRIPTION, FORMAT_VERSION, TENSORS, load_adapter, read_adapter, save_adapter
+from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
 from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
 from lion_fast.methods import create
+from lion_fast.methods.files import DESCRIPTION, FORMAT_VERSION, TENSORS, read_adapter
 
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}

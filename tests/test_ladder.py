@@ -25,21 +25,6 @@ FLOOR = {room: floor for floor, rooms in enumerate(LADDER) for room in rooms}
 ONLY = {"data": {"errors", "options", "files"}, "lion_kernels": set()}
 
 
-# Violations on their way out: the list only shrinks.
-KNOWN = {
-    ("lion_kernels.launch", "lion_kernels.launch_sparse"),
-    ("lion_kernels.launch", "lion_kernels.launch_step"),
-    ("lion_kernels.launch", "lion_kernels.tune"),
-    ("lion_kernels.sparse", "lion_kernels.ops"),
-    ("lion_kernels.sparse", "lion_kernels.sparse_kernels"),
-    ("lion_fast.equilibrium.layer", "lion_fast"),
-    ("lion_fast.equilibrium.layer", "lion_fast.pruning"),
-    ("lion_fast.methods.base", "lion_fast.adapters"),
-    ("lion_fast.studies.vtab.protocol", "lion_fast.commands.vtab"),
-    ("lion_fast.commands.main", "lion_fast"),
-}
-
-
 def modules():
     """{dotted name: syntax tree} of both packages."""
     found = {}
@@ -94,7 +79,7 @@ def test_imports_run_down_only():
                 allowed = theirs in ONLY[mine]
             if not allowed:
                 upward.add((name, other))
-    assert not upward - KNOWN, sorted(upward - KNOWN)
+    assert not upward, sorted(upward)
 
 
 def circles():
@@ -106,8 +91,6 @@ def circles():
         stack.append(name)
         on.add(name)
         for other in EDGES[name]:
-            if (name, other) in KNOWN:
-                continue
             if other not in index:
                 visit(other)
                 low[name] = min(low[name], low[other])
@@ -129,10 +112,6 @@ def circles():
 
 def test_no_circles():
     assert not circles()
-
-
-def test_known_violations_are_still_there():
-    assert not {(a, b) for a, b in KNOWN if b not in EDGES.get(a, ())}
 
 
 def test_nothing_in_the_packages_imports_the_bench():

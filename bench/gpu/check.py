@@ -19,8 +19,8 @@ import sparse
 import torch
 
 from lion_fast.studies.measuring import distance
-from lion_kernels import launch, ops, reference
-from lion_kernels.sparse import to_blocks
+from lion_kernels import ops, present, reference
+from lion_kernels.blocks import to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
 
 GRADIENTS = ("dx", "dA", "dW", "db", "dV", "dc")
@@ -123,7 +123,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
 
 def _backend(device: str) -> str:
     """On a CPU, in a dry run, the operators of torch stand in."""
-    return "triton" if device == "cuda" or launch.interpreted() else "torch"
+    return "triton" if device == "cuda" or present.interpreted() else "torch"
 
 
 def integers_exact(state: int, dtype: torch.dtype, device: str) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""From the rows of the sparse stage: where each form begins to beat dense, and a plot of it.
+"""From the rows of the sparse stage: where each storage begins to beat dense, and a plot of it.
 
     python bench/gpu/crossovers.py bench/results/gpu-*.jsonl [--out FILE] [--plot FILE]
 
-Writes lion_fast/pruning/crossovers.json, which `lion_fast.pruning.choose_form` reads. Devices that the rows
-do not name keep their entries.
+Writes lion_fast/pruning/crossovers.json, which `lion_fast.pruning.choose_storage` reads. Devices that the
+rows do not name keep their entries.
 """
 
 import argparse
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "lion_fast" / "pruning" / "crossovers.json"
 DENSE = "dense fused"
 # The contender that stands for each granularity, and its key in the file.
-FORMS = {
+STORAGES = {
     "block": ("block-sparse fused", "block-sparse"),
     "unit": ("compacted", "compact"),
     "element": ("CSR loop", "element"),
@@ -35,9 +35,9 @@ def read_rows(paths: Iterable[Path]) -> list[dict]:
 
 
 def compare(rows: Iterable[dict]) -> list[dict]:
-    """Each timed form beside the dense fused solve of its own case, the newest measurement of it.
+    """Each timed storage beside the dense fused solve of its own case, the newest measurement of it.
 
-    A result has the row's keys, `ratio` (dense time / form time) and `pays`: the form's 80 % quantile is
+    A result has the row's keys, `ratio` (dense time / its time) and `pays`: its 80 % quantile is
     below the dense one's 20 % quantile.
     """
     timed = [row for row in rows if "us" in row]
@@ -65,14 +65,14 @@ def _from(points: list[dict]) -> float | None:
 def find_crossovers(rows: Iterable[dict], dtype: str = "bf16") -> dict:
     """What crossovers.json holds, from rows of one dtype.
 
-    Per device and form a list of {"state_dim", "width", "block", "from_sparsity", "backward_from_sparsity"},
-    for the forward and the backward pass alone; the second is None where dense stayed ahead, and an entry is
-    left out where it stayed ahead in the forward pass. Where one state width was measured at several token
-    widths, the worst counts. A sparsity is that of W: blocks, units or entries.
+    Per device and storage a list of {"state_dim", "width", "block", "from_sparsity",
+    "backward_from_sparsity"}, for the forward and the backward pass alone; the second is None where dense
+    stayed ahead, and an entry is left out where it stayed ahead in the forward pass. Where one state width
+    was measured at several token widths, the worst counts. A sparsity is that of W: blocks, units or entries.
     """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for found in compare(r for r in rows if r["dtype"] == dtype):
-        contender, key = FORMS[found["granularity"]]
+        contender, key = STORAGES[found["granularity"]]
         if found["contender"] == contender:
             place = (found["device"], key, found["state"], found["block"], found["width"])
             groups.setdefault(place, {}).setdefault(found["mode"], []).append(found)
@@ -148,7 +148,7 @@ def plot(rows: Iterable[dict], path: Path, mode: str = "forward", dtype: str = "
     for axes in figure.axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(f"Sparse forms against the dense fused solve, {mode}, {dtype}")
+    figure.suptitle(f"Sparse storage against the dense fused solve, {mode}, {dtype}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return len(panels)
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     found = find_crossovers(rows, options.dtype)
     if not found["devices"]:
         parser.error(
-            f"no sparse form was timed beside the dense solve in {options.dtype} on a GPU in these rows; "
+            f"no sparse storage was timed beside the dense solve in {options.dtype} on a GPU in these rows; "
             "nothing is written. Measure with bench/gpu/run.py"
         )
     write_crossovers(found, options.out)

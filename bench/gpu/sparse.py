@@ -23,12 +23,12 @@ from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOL, Problem
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lion_fast.equilibrium.functional import adjoint_options
+from lion_fast.equilibrium import SolveOptions
 from lion_fast.pruning import two_of_four
 from lion_fast.pruning.blocksparse import _BlockSparseEquilibrium
 from lion_fast.pruning.masks import expand_blocks, unit_mask
 from lion_kernels import launch_step, reference
-from lion_kernels.sparse import BLOCKS, find_pattern
+from lion_kernels.blocks import BLOCKS, find_pattern
 
 MODES = ("forward", "backward")
 SPARSITIES = (0.75, 0.5, 0.9, 0.25, 0.95, 0.0)
@@ -144,7 +144,8 @@ def _block_sparse(problem: SparseProblem) -> Ready:
     patterns = tuple(find_pattern(problem.masks[name], block) for name in "AWV")
     values = [p.gather(t).contiguous() for p, t in zip(patterns, (A, W, V), strict=True)]
     leaves = contenders._leaves((values[0], values[1], b, values[2], c), torch.float32)
-    options = (ACTIVATION, MAX_ITER, TOL, 1.0, adjoint_options("neumann", NEUMANN_TERMS, MAX_ITER, TOL))
+    solve = SolveOptions(max_iter=MAX_ITER, neumann_terms=NEUMANN_TERMS)
+    options = (ACTIVATION, MAX_ITER, TOL, 1.0, solve.adjoint(TOL))
     return Ready(lambda x: _BlockSparseEquilibrium.apply(x, *leaves, patterns, *options)[0], leaves)
 
 

@@ -8,7 +8,6 @@ Triton's own disk cache ($TRITON_CACHE_DIR, else ~/.triton/cache), where a later
 and the same sources finds its kernel. Needs no GPU. Exits with 1 where a kernel does not compile.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -17,7 +16,8 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,8 +29,8 @@ import sparse
 import torch
 from problems import ACTIVATION, MAX_ITER, NEUMANN_TERMS, TOL
 
-from lion_kernels import launch, ops, tune
-from lion_kernels import sparse as sparse_kernels
+from lion_kernels import blocks, launch, ops, present, tuned
+from lion_kernels import sparse as sparse_products
 
 OPS = ("solve", "adjoint", "solve_wide", "adjoint_wide")
 # The chip of a machine without one.
@@ -72,7 +72,7 @@ class Call:
 
 
 class Setting(NamedTuple):
-    """What to compile for: the compute capability, such as 90, the tiles tuned for the device (`tune.read`),
+    """What to compile for: the compute capability, such as 90, the tiles tuned for the device (`tuned.read`),
     and whether there is a device, so that launchers are wanted too.
     """
 
@@ -152,9 +152,7 @@ def make(call: Call) -> None:
     floats = {"device": device, "dtype": torch.float32}
     A, W, V = (torch.empty(shape, **floats) for shape in ((R, D), (R, R), (D, R)))
     if call.block:
-        A, W, V = (
-            sparse_kernels.to_blocks(t, torch.ones(t.shape, dtype=torch.bool), call.block) for t in (A, W, V)
-        )
+        A, W, V = (blocks.to_blocks(t, torch.ones(t.shape, dtype=torch.bool), call.block) for t in (A, W, V))
     b, c = torch.empty(R, **floats), torch.empty(D, **floats)
     x, p = (torch.empty(call.rows, n, device=device, dtype=call.dtype) for n in (D, R))
     tol = (TOL if solves else 0.0) if call.tol is None else call.tol
@@ -200,10 +198,10 @@ def stand_in(setting: Setting) -> None:
 
     JITFunction.run = launch_nothing
     # What the launchers ask about the device of their tensors.
-    launch.capability = lambda device: divmod(setting.capability, 10)
-    sparse_kernels.has_kernels = lambda x: True
-    tune.lookup = lambda op, width, state, dtype, device: setting.tuned.get(
-        tune.key(op, width, state, dtype, launch.tf32_allowed())
+    present.capability = lambda device: divmod(setting.capability, 10)
+    sparse_products.has_kernels = lambda x: True
+    tuned.lookup = lambda op, width, state, dtype, device: setting.tuned.get(
+        tuned.key(op, width, state, dtype, present.tf32_allowed())
     )
 
 
@@ -245,44 +243,34 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
-def _serve(pipe, setting: Setting) -> None:
-    """A worker: answers (function, argument) with (result, None) or (None, reason), until nobody asks."""
-    stand_in(setting)
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            function, argument = pipe.recv()
-            try:
-                answer = function(argument), None
-            except Exception as error:
-                answer = None, _reason(error)
-            pipe.send(answer)
+def _answer(function: Callable, argument) -> tuple:
+    """(result, None), or (None, reason); an error of Triton's need not survive the way between processes."""
+    try:
+        return function(argument), None
+    except Exception as error:
+        return None, _reason(error)
 
 
 class Worker:
     """A process that compiles; where the compiler takes it down, the next question starts another."""
 
     def __init__(self, setting: Setting):
-        self.setting, self.process = setting, None
+        self.setting = setting
+        self.start()
+
+    def start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, initializer=stand_in, initargs=(self.setting,))
 
     def ask(self, function: Callable, argument) -> tuple:
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.setting), daemon=True)
-            self.process.start()
-            theirs.close()
         try:
-            self.pipe.send((function, argument))
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            code, self.process = self.process.exitcode, None
-            return None, f"the compiler's process ended with exit code {code}"
+            return self.pool.submit(_answer, function, argument).result()
+        except BrokenProcessPool:
+            self.start()
+            return None, "the compiler's process died"
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def present_setting(capability: int | None = None) -> Setting:
@@ -290,8 +278,8 @@ def present_setting(capability: int | None = None) -> Setting:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         if capability in (None, 10 * major + minor):
-            tuned = tune.read(tune.path(torch.cuda.get_device_name()))
-            return Setting(10 * major + minor, tuned, cuda=True)
+            tiles = tuned.read(tuned.path(torch.cuda.get_device_name()))
+            return Setting(10 * major + minor, tiles, cuda=True)
     return Setting(capability or CAPABILITY, {}, cuda=False)
 
 
@@ -367,9 +355,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, help="such as 90 (default: the device's, else 90)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args(argv)
-    if launch.interpreted():
+    if present.interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones; unset it")
-    if reason := ops._triton_missing():
+    if reason := present.triton_missing():
         parser.error(f"{reason}, so there is nothing to compile")
     calls = [Call("solve", 70, 48, 24)] if options.dry_run else None
     summary = warm(calls, options.capability, options.jobs, 60 * options.minutes)

@@ -11,7 +11,7 @@ function that ran:
 
 import triton.language as tl
 
-from lion_kernels.device import device_function
+from lion_kernels.tile import device_function
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import launch
+from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate, slope
-from lion_kernels.device import device_function
-from lion_kernels.solve import INFINITY, as_operand, stop_rows
+from lion_kernels.tile import INFINITY, as_operand, device_function, stop_rows
 
 EXPONENT = tl.constexpr(0x7F800000)
 
@@ -271,7 +270,7 @@ def weight_grads_by_splits(
     partial = x.new_empty(splits, size, dtype=torch.float32)
     dA, dV = (x.new_empty(s, dtype=torch.float32) for s in ((state, width), (width, state)))
     dW, db, dc = (x.new_empty(s, dtype=torch.float32) for s in ((state, state), (state,), (width,)))
-    kinds = launch.present_numerics(x.dtype)
+    kinds = present.numerics(x.dtype)
     constants = launch.weights_constants(config, width, state, kinds, rows_per_split)
     columns = triton.cdiv(width, config.block_d) + triton.cdiv(state, config.block_d)
     _weight_grads_kernel[(columns, splits)](
@@ -322,7 +321,7 @@ def adjoint(
     """
     launch.check_shapes(x, grad_out=grad_out, p=p, A=A, W=W, V=V)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch.choose("adjoint", rows, width, state, x.dtype, x.device)
+    config = config or tuned.choose("adjoint", rows, width, state, x.dtype, x.device)
     if rows_per_split is None:
         rows_per_split = launch.rows_per_split(rows, width)
     ones = 0 if rows_per_split or x.dtype == torch.float32 else launch.ONES
@@ -334,9 +333,9 @@ def adjoint(
     z = x.new_empty(rows, state + ones)
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
-    kinds = launch.present_numerics(x.dtype)
+    kinds = present.numerics(x.dtype)
     constants = launch.adjoint_constants(config, width, state, kinds, activation, damping, residual, ones)
-    with launch.on_device(x):
+    with present.on_device(x):
         if rows > 0:
             _adjoint_kernel[(triton.cdiv(rows, config.block_t),)](
                 grad_ptr=grad_out,
@@ -357,7 +356,7 @@ def adjoint(
                 **config.resources,
             )
         if rows_per_split:
-            weights_config = launch.choose("weights", rows, width, state, x.dtype, x.device)
+            weights_config = tuned.choose("weights", rows, width, state, x.dtype, x.device)
             grads = weight_grads_by_splits(grad_out, x, t, z, weights_config, rows_per_split)
         else:
             grads = weight_grads_by_products(grad_out, x, t, z)

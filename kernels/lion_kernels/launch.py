@@ -1,10 +1,8 @@
 """Launch configurations: a pure function of shape, dtype and compute capability.
 
-Nothing here imports Triton or asks a device before a kernel is launched.
+Nothing here imports Triton or asks a device; `present` and `tuned` do, once a kernel is launched.
 """
 
-import contextlib
-import os
 from dataclasses import dataclass
 
 import torch
@@ -117,9 +115,6 @@ CONFIGS = {
         "ieee": _with(_IEEE, solve=((32, Config(64, 32, 4, 2)), (64, Config(16, 32, 8, 2)))),
     },
 }
-# (operation, capability, padded state, arithmetic): the Triton releases in which some activation has spills
-# on every tile tried, of which this is one without in the others. Without tensor cores.
-SPILLING = {("solve", 100, 128, "ieee"): ("3.6",)}
 
 
 def padded_state(state: int) -> int:
@@ -140,8 +135,15 @@ def why_not(dtype: torch.dtype, state_dim: int) -> str | None:
     return None
 
 
-def _arithmetic(dtype: torch.dtype, tf32: bool) -> str:
+def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
+    """How products of tokens of `dtype` are made: "half", "tf32" or "ieee"."""
     return "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+
+
+def newest(tables: dict, capability: tuple[int, int]):
+    """The entry of the newest capability, such as 90, that is not newer than `capability`."""
+    number = capability[0] * 10 + capability[1]
+    return tables[max((c for c in tables if c <= number), default=min(tables))]
 
 
 def config(
@@ -161,27 +163,8 @@ def config(
     """
     if reason := why_not(dtype, state):
         raise ValueError(reason)
-    number = capability[0] * 10 + capability[1]
-    table = CONFIGS[max((c for c in CONFIGS if c <= number), default=min(CONFIGS))]
-    ladder = table[_arithmetic(dtype, tf32)][op]
+    ladder = newest(CONFIGS, capability)[arithmetic(dtype, tf32)][op]
     return next(found for widest, found in ladder if padded_state(state) <= widest)
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 asks before the first import."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device; of the interpreter's tables on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def tf32_allowed() -> bool:
-    """Whether torch lets float32 products on CUDA run in tf32, by either of its two settings."""
-    settings = torch.backends.cuda.matmul
-    precision = getattr(settings, "fp32_precision", None)
-    return settings.allow_tf32 if precision is None else precision == "tf32"
 
 
 def numerics(dtype: torch.dtype, tf32: bool, interpreted: bool = False) -> dict[str, str]:
@@ -200,25 +183,6 @@ def numerics(dtype: torch.dtype, tf32: bool, interpreted: bool = False) -> dict[
     return {"MATH": "ptx", "INPUT": kind, "LOOP": "fp16", "PRECISION": "ieee"}
 
 
-def present_numerics(dtype: torch.dtype) -> dict[str, str]:
-    """`numerics` under torch's present settings, in the interpreter where that is on."""
-    return numerics(dtype, tf32_allowed(), interpreted())
-
-
-def choose(op: str, rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration tuned for this device where there is one, else `config`."""
-    from lion_kernels import tune
-
-    if found := tune.lookup(op, width, state, dtype, device):
-        return found
-    return config(op, rows, width, state, dtype, capability(device), tf32_allowed())
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the device of `x` the current one, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def check_shapes(x: Tensor, **given: Tensor) -> None:
     """Asserts that x is [T, D] and that the other arguments fit it, by their names in the mathematics."""
     assert x.ndim == 2, f"tokens must be [T, D]; got {list(x.shape)}"
@@ -228,6 +192,12 @@ def check_shapes(x: Tensor, **given: Tensor) -> None:
     for name, t in given.items():
         assert list(t.shape) == shapes[name], f"{name} must be {shapes[name]}; got {list(t.shape)}"
         assert t.device == x.device, f"{name} is on {t.device}, the tokens are on {x.device}"
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError for one that the kernels do not have."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
 def _tile_constants(config: Config, width: int, state: int) -> dict[str, object]:
@@ -250,8 +220,7 @@ def _loop_constants(
     residual: bool,
     floor: float,
 ) -> dict[str, object]:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_activation(activation)
     return {
         **_tile_constants(config, width, state),
         **kinds,
@@ -319,124 +288,3 @@ def rows_per_split(rows: int, width: int) -> int:
     if rows > FUSED_ROWS:
         return 0
     return min(512, max(64, 1 << max(0, rows // 16 - 1).bit_length()))
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """One kernel configuration as it is compiled ahead of time.
-
-    `signature` holds Triton's type of every argument that is not a constexpr, `divisible` the names of
-    those that are multiples of 16, `capability` the target, such as 90. `spills_in` names the releases of
-    Triton, such as "3.6", in which the compiled kernel may use a stack; in others it must not.
-    """
-
-    name: str
-    module: str
-    kernel: str
-    capability: int
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
-    divisible: tuple[str, ...]
-    spills_in: tuple[str, ...] = ()
-
-
-SHIPPED_STATES = (16, 32, 64, 128, 256)
-SHIPPED_WIDTH = 768
-
-
-def _ship(
-    op: str,
-    kernel: str,
-    capability: int,
-    state: int,
-    dtype: torch.dtype,
-    tf32: bool,
-    width: int = SHIPPED_WIDTH,
-    **options,
-) -> Shipped:
-    found = config(op, 1 << 16, width, state, dtype, divmod(capability, 10), tf32)
-    kinds = numerics(dtype, tf32)
-    tokens, word = "*" + DTYPES[dtype], "*fp32"
-    scalars = {"T": "i32", "tol": "fp32", "damping": "fp32"}
-    if op == "solve":
-        constants = solve_constants(found, width, state, kinds, residual=True, save=True, **options)
-        pointers = dict.fromkeys(("x_ptr", "a_ptr", "v_ptr", "out_ptr", "p_ptr"), tokens)
-        pointers |= {"w_ptr": word, "b_ptr": word, "c_ptr": word, "change_ptr": word, "count_ptr": "*i32"}
-        scalars["max_iter"] = "i32"
-    elif op == "adjoint":
-        constants = adjoint_constants(found, width, state, kinds, residual=True, ones=ONES, **options)
-        names = ("grad_ptr", "p_ptr", "a_ptr", "v_ptr", "dx_ptr", "t_ptr", "z_ptr")
-        pointers = dict.fromkeys(names, tokens) | {"w_ptr": word, "change_ptr": word, "count_ptr": "*i32"}
-        scalars["terms"] = "i32"
-    else:
-        constants = weights_constants(found, width, state, kinds, **options)
-        pointers = dict.fromkeys(("grad_ptr", "x_ptr", "t_ptr", "z_ptr"), tokens) | {"partial_ptr": word}
-        scalars = {"T": "i32"}
-    arithmetic = DTYPES[dtype] + (f"-{kinds['PRECISION']}" if dtype == torch.float32 else "")
-    detail = [str(v) for v in options.values() if isinstance(v, str)]
-    detail += ["damped"] if options.get("damping", 1) != 1 else []
-    detail += [f"D{width}"] if width != SHIPPED_WIDTH else []
-    return Shipped(
-        name=" ".join([op, f"sm_{capability}", f"R{state}", arithmetic, *detail]),
-        module="lion_kernels.solve" if op == "solve" else "lion_kernels.adjoint",
-        kernel=kernel,
-        capability=capability,
-        signature=pointers | scalars,
-        constexprs=constants,
-        num_warps=found.num_warps,
-        num_stages=found.num_stages,
-        spills_in=SPILLING.get((op, capability, padded_state(state), _arithmetic(dtype, tf32)), ()),
-        # Rows of an odd width or state start at odd addresses; the arrays themselves never do.
-        divisible=tuple(pointers),
-    )
-
-
-def _ship_sum(capability: int) -> Shipped:
-    pointers = ("partial_ptr", "da_ptr", "dv_ptr", "dc_ptr", "dw_ptr", "db_ptr")
-    return Shipped(
-        name=f"sum sm_{capability}",
-        module="lion_kernels.adjoint",
-        kernel="_sum_splits_kernel",
-        capability=capability,
-        signature=dict.fromkeys(pointers, "*fp32") | {"splits": "i32"},
-        constexprs={"D": SHIPPED_WIDTH, "R": 64, "BLOCK": SUM_BLOCK},
-        num_warps=4,
-        num_stages=1,
-        divisible=pointers,
-    )
-
-
-def shipped() -> list[Shipped]:
-    """Every tile of the tables for each capability, with the cheapest and the dearest activation.
-
-    All activations are listed at a state of 64, an odd state and width once; W, b and c are float32.
-    """
-    from lion_kernels import launch_sparse, launch_step
-
-    loops = (("solve", "_solve_fwd_kernel"), ("adjoint", "_adjoint_kernel"))
-    cheap = {"activation": "relu", "damping": 1.0}
-    dear = {"activation": "gelu", "damping": 0.5}
-    arithmetics = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
-    found = []
-    for capability in CONFIGS:
-        for op, kernel in loops:
-            for dtype, tf32 in arithmetics:
-                for state in SHIPPED_STATES:
-                    if why_not(dtype, state) is None:
-                        for options in (cheap, dear):
-                            found.append(_ship(op, kernel, capability, state, dtype, tf32, **options))
-            for activation in ("tanh", "gelu_tanh", "silu"):
-                options = {"activation": activation, "damping": 1.0}
-                found.append(_ship(op, kernel, capability, 64, torch.bfloat16, False, **options))
-            found.append(_ship(op, kernel, capability, 64, torch.float16, False, **cheap))
-            found.append(_ship(op, kernel, capability, 48, torch.bfloat16, False, width=100, **cheap))
-        for dtype, tf32 in arithmetics:
-            for state in SHIPPED_STATES:
-                if why_not(dtype, state) is None:
-                    found.append(
-                        _ship("weights", "_weight_grads_kernel", capability, state, dtype, tf32, rows=512)
-                    )
-        found.append(_ship_sum(capability))
-    return found + launch_step.shipped() + launch_sparse.shipped()

@@ -9,30 +9,21 @@ as much a call (measured: 29 against 9 us), which is more than a whole solve tak
 """
 
 import functools
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from lion_kernels import reference
+from lion_kernels import launch, launch_step, present, reference
 
 BACKENDS = ("auto", "torch", "triton")
 
 
-@functools.cache
-def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
-
-
 def why_not_triton(device: torch.device, dtype: torch.dtype, state_dim: int) -> str | None:
     """The reason why the Triton kernels cannot serve this call, or None."""
-    from lion_kernels import launch, launch_step
-
-    if reason := _triton_missing():
+    if reason := present.triton_missing():
         return reason
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not present.interpreted():
         return f"the tokens are on {device.type}, and the kernels need a CUDA device"
     # What does not stay on chip takes one launch per step.
     return launch.why_not(dtype, state_dim) and launch_step.why_not(dtype, state_dim)
@@ -66,8 +57,8 @@ def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save,
     """`reference.solve` by `backend` ('torch' or 'triton'); p is [0, R] unless `save`."""
     args = (x, A, W, b, V, c, activation, max_iter, tol, damping, residual)
     if backend == "triton":
-        from lion_kernels import launch, step
         from lion_kernels import solve as whole
+        from lion_kernels import step
 
         on_chip = launch.why_not(x.dtype, A.shape[0]) is None
         return (whole.solve if on_chip else step.solve_wide)(*args, save=save)
@@ -91,7 +82,7 @@ def _adjoint(grad_out, x, p, A, W, V, activation, terms, tol, damping, residual,
     args = (grad_out, x, p, A, W, V, activation, terms, tol, damping, residual)
     if backend == "triton":
         from lion_kernels import adjoint as whole
-        from lion_kernels import launch, step
+        from lion_kernels import step
 
         on_chip = launch.why_not(x.dtype, A.shape[0]) is None
         return (whole.adjoint if on_chip else step.adjoint_wide)(*args)

@@ -11,57 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import launch
+from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate
-from lion_kernels.device import device_function
-
-INFINITY = tl.constexpr(float("inf"))
-
-
-@device_function
-def as_operand(tile, KIND: tl.constexpr):
-    """A tile in the dtype in which it enters a product: "fp16", "bf16" or "fp32"."""
-    if KIND == "fp16":
-        return tile.to(tl.float16)
-    elif KIND == "bf16":
-        return tile.to(tl.bfloat16)
-    else:
-        tl.static_assert(KIND == "fp32")
-        return tile.to(tl.float32)
-
-
-@device_function
-def relative_change(new, old, FLOOR: tl.constexpr):
-    """|new - old| / (|new| + FLOOR) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
-    moved = tl.sqrt(tl.sum((new - old) * (new - old), axis=1))
-    change = moved / (tl.sqrt(tl.sum(new * new, axis=1)) + FLOOR)
-    return tl.where(change < INFINITY, change, INFINITY)
-
-
-@device_function
-def stop_rows(new, old, active, change, test, tol, FLOOR: tl.constexpr, CHECK_EVERY: tl.constexpr):
-    """After a step, per row: whether it goes on, its relative change, whether the step was finite; and
-    whether any row goes on. Without `test` only rows whose step was not finite stop.
-    """
-    # The largest flag is taken over [BLOCK_T, BLOCK_R]: a second reduction of a reduced axis breaks
-    # Triton 3.6's compiler on sm_100, and the broadcast costs no instruction.
-    if CHECK_EVERY == 1:
-        change = tl.where(active, relative_change(new, old, FLOOR), change)
-        finite = change < INFINITY
-        active = active & finite & (change > tol)
-        running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
-    else:
-        running = 1
-        if test:
-            change = tl.where(active, relative_change(new, old, FLOOR), change)
-            finite = change < INFINITY
-            active = active & finite & (change > tol)
-            running = tl.max(tl.broadcast_to(active.to(tl.int32)[:, None], new.shape))
-        else:
-            finite = tl.sum(new * new, axis=1) < INFINITY
-            change = tl.where(finite, change, INFINITY)
-            active = active & finite
-    return active, change, finite, running
+from lion_kernels.tile import INFINITY, as_operand, stop_rows
 
 
 @triton.jit(do_not_specialize=["T", "max_iter"])
@@ -180,7 +132,7 @@ def solve(
     """
     launch.check_shapes(x, A=A, W=W, b=b, V=V, c=c)
     (rows, width), state = x.shape, A.shape[0]
-    config = config or launch.choose("solve", rows, width, state, x.dtype, x.device)
+    config = config or tuned.choose("solve", rows, width, state, x.dtype, x.device)
     x = x.contiguous()
     A, V = (t.to(x.dtype).contiguous() for t in (A, V))
     W, b, c = (t.contiguous() for t in (W, b, c))
@@ -188,9 +140,9 @@ def solve(
     p = x.new_empty(rows if save else 0, state)
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
-    kinds = launch.present_numerics(x.dtype)
+    kinds = present.numerics(x.dtype)
     if rows > 0:
-        with launch.on_device(x):
+        with present.on_device(x):
             _solve_fwd_kernel[(triton.cdiv(rows, config.block_t),)](
                 x_ptr=x,
                 a_ptr=A,

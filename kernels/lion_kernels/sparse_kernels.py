@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lion_kernels import launch, launch_sparse
-from lion_kernels.device import device_function
-from lion_kernels.solve import as_operand
-from lion_kernels.sparse import MAX_SPLITS, SPLIT_ROWS, BlockPattern, BlockSparse
+from lion_kernels import launch_sparse, present, tuned
+from lion_kernels.blocks import BlockPattern, BlockSparse
+from lion_kernels.tile import as_operand, device_function
+
+# Rows that one program of the sampled product sums up, and how many splits there are at most.
+SPLIT_ROWS, MAX_SPLITS = 2048, 64
 
 
 @device_function
@@ -119,9 +121,9 @@ def matmul(x: Tensor, weight: BlockSparse) -> Tensor:
     out = x.new_empty(len(x), pattern.shape[0])
     if out.numel() == 0:
         return out
-    config = launch_sparse.choose("matmul", pattern.block, x.dtype, x.device)
-    constants = launch_sparse.matmul_constants(config, pattern.shape, launch.present_numerics(x.dtype))
-    with launch.on_device(x):
+    config = tuned.choose_sparse("matmul", pattern.block, x.dtype)
+    constants = launch_sparse.matmul_constants(config, pattern.shape, present.numerics(x.dtype))
+    with present.on_device(x):
         _sparse_matmul_kernel[(triton.cdiv(len(x), config.block_t) * constants["ROW_BLOCKS"],)](
             x_ptr=x.contiguous(),
             values_ptr=weight.to(x.dtype).values,
@@ -140,13 +142,13 @@ def sampled(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     block, rows = pattern.block, len(a)
     if pattern.kept == 0 or rows == 0:
         return a.new_zeros(pattern.kept, block, block, dtype=torch.float32)
-    config = launch_sparse.choose("sampled", block, a.dtype, a.device)
-    constants = launch_sparse.sampled_constants(config, pattern.shape, launch.present_numerics(a.dtype))
+    config = tuned.choose_sparse("sampled", block, a.dtype)
+    constants = launch_sparse.sampled_constants(config, pattern.shape, present.numerics(a.dtype))
     per_split = max(SPLIT_ROWS, triton.cdiv(rows, MAX_SPLITS))
     per_split = triton.cdiv(per_split, config.block_t) * config.block_t
     splits = triton.cdiv(rows, per_split)
     partial = a.new_empty(splits, pattern.kept, block, block, dtype=torch.float32)
-    with launch.on_device(a):
+    with present.on_device(a):
         _sampled_kernel[(pattern.kept, splits)](
             a_ptr=a.contiguous(),
             b_ptr=b.to(a.dtype).contiguous(),

@@ -1,88 +1,22 @@
-"""Configurations timed on a device, kept as JSON per device; opt-in, and read only when a kernel launches.
+"""Opt-in timing of tiles on a device; what is fastest there is kept for `tuned.choose`."""
 
-Without a file the tables of `launch` apply. Tuning changes tile sizes and with them the order of sums
-inside a row; it never depends on the number of rows, so that batches of all sizes agree to the bit.
-"""
-
-import functools
-import json
-import os
-from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from lion_kernels import launch
+from lion_kernels import launch, present, tuned
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-
-
-def cache_dir() -> Path:
-    """$LION_FAST_CACHE, or lion_fast in the user's cache directory."""
-    return Path(os.environ.get("LION_FAST_CACHE") or Path.home() / ".cache" / "lion_fast")
-
-
-def path(device_name: str) -> Path:
-    """The file of a device's tuned configurations."""
-    safe = "".join(c if c.isalnum() else "-" for c in device_name.lower())
-    return cache_dir() / f"tuned-{safe}.json"
-
-
-def key(op: str, width: int, state: int, dtype: torch.dtype, tf32: bool) -> str:
-    """The name of an entry: operation, width, padded state and arithmetic."""
-    arithmetic = launch.DTYPES[dtype] + ("-tf32" if tf32 and dtype == torch.float32 else "")
-    return f"{op} D{width} R{launch.padded_state(state)} {arithmetic}"
-
-
-@functools.cache
-def read(file: Path) -> dict[str, launch.Config]:
-    """The entries of a file, {} where there is none; ValueError for a file that is not ours."""
-    if not file.exists():
-        return {}
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["configs"]
-        return {name: launch.Config(**fields) for name, fields in entries.items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} holds no tuned configurations ({error}); delete it to go back to the built-in tables"
-        ) from error
-
-
-@functools.cache
-def _of_device(index: int | None) -> dict[str, launch.Config]:
-    return read(path(torch.cuda.get_device_name(index)))
-
-
-def lookup(op: str, width: int, state: int, dtype: torch.dtype, device: torch.device) -> launch.Config | None:
-    """The tuned configuration for this call on a CUDA device, or None."""
-    if device.type != "cuda":
-        return None
-    return _of_device(device.index).get(key(op, width, state, dtype, launch.tf32_allowed()))
-
-
-def write(file: Path, entries: dict[str, launch.Config], device_name: str) -> None:
-    """Adds entries to a device's file, which is replaced as a whole."""
-    merged = {name: asdict(found) for name, found in {**read(file), **entries}.items()}
-    text = json.dumps({"device": device_name, "torch": torch.__version__, "configs": merged}, indent=1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(file)
-    read.cache_clear()
-    _of_device.cache_clear()
 
 
 def candidates(
     op: str, width: int, state: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> list[launch.Config]:
     """The table's configuration first, then tiles around it that can fit the chip."""
-    first = launch.config(op, 1, width, state, dtype, capability, launch.tf32_allowed())
+    first = launch.config(op, 1, width, state, dtype, capability, present.tf32_allowed())
     found = [first]
     padded, size = launch.padded_state(state), 4 if dtype == torch.float32 else 2
-    limit = SHARED_BYTES[
-        max((c for c in SHARED_BYTES if c <= capability[0] * 10 + capability[1]), default=80)
-    ]
+    limit = launch.newest(SHARED_BYTES, capability)
     for block_t, block_d, warps, stages in product((16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         shared = stages * (block_t + padded) * block_d * size + padded * padded * size
         per_thread = 3 * block_t * padded / (32 * warps)
@@ -133,12 +67,12 @@ def autotune(
     entries = {}
     for op, run in (("solve", run_solve), ("adjoint", run_adjoint)):
         times = {}
-        for config in candidates(op, width, state, dtype, launch.capability(device)):
+        for config in candidates(op, width, state, dtype, present.capability(device)):
             try:
                 times[config] = do_bench(lambda: run(config), return_mode="median")  # noqa: B023
             except Exception as error:
                 print(f"{op} {config}: left out ({type(error).__name__})")
-        entries[key(op, width, state, dtype, launch.tf32_allowed())] = min(times, key=times.get)
+        entries[tuned.key(op, width, state, dtype, present.tf32_allowed())] = min(times, key=times.get)
     name = torch.cuda.get_device_name(device)
-    write(path(name), entries, name)
+    tuned.write(tuned.path(name), entries, name)
     return entries

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lion_fast.backbones import fp8
 from lion_fast.backbones.at_work import works_for_first
-from lion_fast.errors import BackboneError, OptionError, check_choice
+from lion_fast.errors import BackboneError, OptionError, check_bool, check_choice
 
 MEMORY = ("plain", "save")
 PRECISIONS = ("fp32", "bf16", "fp8")
@@ -54,8 +54,7 @@ def apply(backbone, *, memory: str = "plain", fold: bool = False, precision: str
     """
     check_choice("memory", memory, MEMORY)
     check_choice("precision", precision, PRECISIONS)
-    if not isinstance(fold, bool):
-        raise OptionError(f"fold must be True or False; got {fold!r}")
+    check_bool("fold", fold)
     if memory == "plain" and not fold and precision == "fp32":
         return
     _ = backbone.weights_sha256  # before anything changes

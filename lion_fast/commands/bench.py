@@ -1,10 +1,21 @@
-"""`lion-fast bench`: run a plan, write rows, table, report and plots, compare with earlier rows."""
+"""Measure what methods cost: time, memory, products, parameters.
+
+examples:
+  lion-fast bench                                 every method on a ViT-Ti, minutes on a CPU
+  lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
+  lion-fast bench --plan first --rows-only        a GPU's first minutes; exit code 4: run again to go on
+  lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
+  lion-fast bench --compare old                   exit code 1 if something got slower or larger
+
+Rows that --out holds already (same versions, device and revision) are not measured again.
+"""
 
 import argparse
-import sys
+import functools
 from pathlib import Path
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.commands.common import add_device, add_progress, find_device, flag, say, shows_progress
+from lion_fast.errors import DataError, OptionError, check_whole
 
 DEFAULT_OUT = "runs/bench"
 EXIT_LOST = 4
@@ -33,24 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", nargs="+", metavar="HOW", help="plain, save [plain]")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="[what the backbone is made for]")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="P", help="prompts per layer [10]")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [cuda where there is one]")
+    add_device(parser)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
-    parser.add_argument(
-        "--again", action="store_true", default=False, help="measure also what --out holds already"
-    )
-    parser.add_argument(
-        "--rows-only", action="store_true", default=False, help="write rows, no table, report or plots"
-    )
+    parser.add_argument("--again", action="store_true", help="measure also what --out holds already")
+    parser.add_argument("--rows-only", action="store_true", help="write rows, no table, report or plots")
     parser.add_argument(
         "--report-only",
         action="store_true",
-        default=False,
         help="write table, report and plots of the rows in --out, measure nothing",
     )
-    parser.add_argument(
-        "--list", action="store_true", default=False, help="say what would be measured, and stop"
-    )
+    parser.add_argument("--list", action="store_true", help="say what would be measured, and stop")
     parser.add_argument("--compare", metavar="OLD", help="rows to compare with: their folder or file")
     parser.add_argument(
         "--threshold",
@@ -59,33 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="rise of a time that is a regression [0.1]",
     )
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="[on a terminal]")
+    add_progress(parser)
 
 
 _OWN_PLAN = (
-    "backbones",
-    "modes",
-    "batch_sizes",
-    "dtypes",
-    "engines",
-    "memory",
-    "lengths",
-    "methods",
-    "img_size",
-)
+    "backbones", "modes", "batch_sizes", "dtypes", "engines", "memory", "lengths", "methods", "img_size",
+)  # fmt: skip
 
 
 def make_plan(args: argparse.Namespace):
     """The plan that the options ask for."""
     from lion_fast.studies.cost import plan as plans
 
-    own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name, None) is not None}
-    named = getattr(args, "plan", None)
-    if named and own:
-        given = ", ".join("--" + n.replace("_", "-") for n in own)
-        raise OptionError(f"--plan {named} is a plan of its own; leave out {given}")
+    own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name) is not None}
+    if args.plan and own:
+        raise OptionError(f"--plan {args.plan} is a plan of its own; leave out {', '.join(map(flag, own))}")
     if not own:
-        return plans.PLANS[named or "small"]()
+        return plans.PLANS[args.plan or "small"]()
     return plans.custom(own.pop("backbones", ["vit_tiny_patch16_224"]), **own)
 
 
@@ -95,8 +89,6 @@ def run(args: argparse.Namespace) -> dict:
     The dict has "failed" and "regressions", lists that should be empty, and "lost", the contender that lost
     the device, or None.
     """
-    import torch
-
     from lion_fast.studies.cost import plan as plans
     from lion_fast.studies.cost.compare import compare
     from lion_fast.studies.cost.report import write
@@ -104,37 +96,28 @@ def run(args: argparse.Namespace) -> dict:
     from lion_fast.studies.cost.setting import keys
     from lion_fast.studies.rows import Store
 
-    if args.rounds < 1:
-        raise OptionError(f"--rounds must be at least 1; got {args.rounds}")
+    check_whole("--rounds", args.rounds)
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     if args.report_only:
         return _report_only(args)
-    name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    plan = make_plan(args)
+    device, plan = find_device(args.device), make_plan(args)
     if args.list:
         for line in plans.describe(plan):
             print(line)
         return {"plan": plans.describe(plan)}
     plans.check_device(plan, device)
-    old = _rows_of(args.compare) if getattr(args, "compare", None) else None  # before an hour is spent
+    old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
     out, store = Path(args.out), Store(args.out)
-    shown = getattr(args, "progress", None)
-    shown = sys.stderr.isatty() if shown is None else shown
     try:
         told = measure(
             plan,
             store,
             device=device,
             rounds=args.rounds,
-            minutes=getattr(args, "minutes", None),
+            minutes=args.minutes,
             again=args.again,
-            say=_say if shown else lambda text: None,
+            say=functools.partial(say, passing=True) if shows_progress(args) else lambda text: None,
         )
     except KeyboardInterrupt as error:
         if store.rows and not args.rows_only:
@@ -156,10 +139,9 @@ def run(args: argparse.Namespace) -> dict:
             if row["status"] == "failed":
                 print(f"failed: {row['key']}: {row['reason']}")
     if told["lost"]:
-        print(
+        say(
             f"the device failed in {told['lost']} and can do nothing more in this process; rows are written: "
-            "run the same command again to go on with the others",
-            file=sys.stderr,
+            "run the same command again to go on with the others"
         )
     if old is not None:
         mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
@@ -200,8 +182,3 @@ def _rows_of(path: str) -> list[dict]:
     if not rows:
         raise DataError(f"there are no rows at {path}; measure some with lion-fast bench")
     return rows
-
-
-def _say(text: str) -> None:
-    end = "\r" if sys.stderr.isatty() else "\n"
-    print(f"{text[:118]:<118}", end=end, file=sys.stderr, flush=True)

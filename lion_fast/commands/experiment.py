@@ -1,9 +1,18 @@
-"""`lion-fast experiment`: run what is left of a grid, write rows and report."""
+"""Compare methods' accuracy, tuned alike, over seeds.
+
+examples:
+  lion-fast experiment bench/accuracy/smoke.yaml --out runs/smoke
+  lion-fast experiment grid.yaml --workers 8 --minutes 25       exit code 3: run again to go on
+  lion-fast experiment grid.yaml --only method=lion,probe set=digits --stage tune
+  lion-fast experiment grid.yaml --report-only
+
+Every run's row is written at once; runs whose row is there are not done again.
+"""
 
 import argparse
-import sys
 from pathlib import Path
 
+from lion_fast.commands.common import say
 from lion_fast.errors import OptionError
 
 EXIT_LEFT = 3
@@ -21,11 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", metavar="NAME=LABEL,...", help="run only this method=, set= or backbone="
     )
     parser.add_argument("--stage", choices=("tune", "final", "all"), default="all", help="[all]")
+    parser.add_argument("--rows-only", action="store_true", help="write rows.jsonl, no report or plots")
     parser.add_argument(
-        "--rows-only", action="store_true", default=False, help="write rows.jsonl, no report or plots"
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", default=False, help="write the report of the rows, run nothing"
+        "--report-only", action="store_true", help="write the report of the rows, run nothing"
     )
 
 
@@ -38,8 +45,8 @@ def run(args: argparse.Namespace) -> dict:
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     grid = read_grid(args.grid)
-    out = Path(getattr(args, "out", None) or experiment.default_out(grid))
-    minutes, only = getattr(args, "minutes", None), parse_only(getattr(args, "only", []))
+    out = Path(args.out or experiment.default_out(grid))
+    only = parse_only(args.only or [])
     told = runner.Told()
     if not args.report_only:
         try:
@@ -47,10 +54,10 @@ def run(args: argparse.Namespace) -> dict:
                 grid,
                 out,
                 workers=args.workers,
-                minutes=minutes,
+                minutes=args.minutes,
                 only=only,
                 stage=args.stage,
-                say=lambda text: print(text, file=sys.stderr, flush=True),
+                say=say,
             )
         except KeyboardInterrupt as error:
             error.args = ("interrupted",)

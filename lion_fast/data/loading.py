@@ -15,7 +15,6 @@ from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.sources import (
     BIRD_LISTS,
-    CHECK,
     Raw,
     read_birds,
     read_csv,
@@ -24,8 +23,9 @@ from lion_fast.data.sources import (
     read_folder,
     read_vtab,
 )
-from lion_fast.errors import DataError, OptionError, check_choice
+from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir
+from lion_fast.options import CHECK
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,10 @@ def load_data(
     (160, 200)
     """
     for name, share in (("val", val), ("test", test)):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise OptionError(
-                f"{name} is a share of the images in [0, 1); got {share!r} (exact sizes: n_{name})"
-            )
+        check_number(name, share, least=0, below=1, note=f"a share of the images (exact sizes: n_{name})")
     if val + test >= 1:
         raise OptionError(f"val + test must leave training images; got {val} + {test}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise OptionError(f"seed must be an integer; got {seed!r}")
+    check_whole("seed", seed, None)
     given = [n for n, v in (("n_per_class", n_per_class), ("imbalance", imbalance)) if v is not None]
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")

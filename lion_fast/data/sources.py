@@ -9,8 +9,8 @@ from typing import Any
 
 from lion_fast.data.images import EXTENSIONS, FileImages, ImageSet, problem_of
 from lion_fast.errors import DataError, check_choice
+from lion_fast.options import CHECK
 
-CHECK = ("header", "decode", "none")
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",

@@ -1,17 +1,19 @@
 """The equilibrium as a function: one autograd.Function around the two operators."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lion_fast.equilibrium.solvers import (
-    EXACT_FACTOR,
-    PHANTOM_DAMPING,
+from lion_fast.equilibrium.solve import (
     SolveInfo,
-    check_solve_options,
+    SolveOptions,
+    apply_policy,
     default_tol,
-    final,
+    takes_solve_options,
 )
-from lion_fast.errors import check_choice, names_options
+from lion_fast.equilibrium.solvers import final
+from lion_fast.errors import check_choice
 from lion_kernels import ops
 from lion_kernels.reference import ACTIVATIONS
 
@@ -46,22 +48,6 @@ class _Equilibrium(torch.autograd.Function):
         return *final(grads, grad_out, x, A, W, V, b), *[None] * 9
 
 
-def adjoint_options(backward: str, neumann_terms: int, max_iter: int, tol: float) -> tuple[int, float, float]:
-    """(terms, tol, damping) of the adjoint iteration for a backward mode.
-
-    A gradient of k applications from zero goes through k - 1 recurrences: there are no more Neumann terms,
-    and one application, which is no equilibrium, has none in any mode.
-    """
-    if max_iter == 1:
-        backward = "jfb"
-    return {
-        "neumann": (min(neumann_terms, max_iter - 1), 0.0, 1.0),
-        "jfb": (0, 0.0, 1.0),
-        "exact": (EXACT_FACTOR * max_iter, tol, 1.0),
-        "phantom": (max(neumann_terms - 1, 0), 0.0, PHANTOM_DAMPING),
-    }[backward]
-
-
 def check_input(x: Tensor, width: int) -> None:
     """Raise ValueError unless x is [..., width], TypeError unless it is floating-point."""
     if x.ndim == 0 or x.shape[-1] != width:
@@ -81,7 +67,7 @@ def _check_shapes(A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> None
             )
 
 
-@names_options
+@takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "backend")
 def equilibrium(
     x: Tensor,
     A: Tensor,
@@ -91,14 +77,9 @@ def equilibrium(
     c: Tensor,
     *,
     activation: str = "relu",
-    max_iter: int = 50,
-    tol: float | None = None,
-    damping: float = 1.0,
-    backward: str = "neumann",
-    neumann_terms: int = 8,
-    backend: str = "auto",
     residual: bool = True,
     return_info: bool = False,
+    **solve,
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """out = x + Z V^T + c with the equilibrium Z = phi(Z W^T + x A^T + b), rows independent.
 
@@ -122,26 +103,48 @@ def equilibrium(
     (torch.Size([2, 7, 6]), torch.Size([2, 7]), 'converged')
     """
     check_choice("activation", activation, ACTIVATIONS)
-    check_solve_options(
-        max_iter=max_iter, tol=tol, damping=damping, backward=backward, neumann_terms=neumann_terms
-    )
+    options = SolveOptions(**solve)
     check_input(x, A.shape[-1])
     _check_shapes(A, W, b, V, c)
-    if max_iter == 1:
+    found = solve_tokens(x, A, W, b, V, c, activation, options, residual=residual, return_info=return_info)
+    return found if return_info else found[0]
+
+
+def solve_tokens(
+    x: Tensor,
+    A: Tensor,
+    W: Tensor,
+    b: Tensor,
+    V: Tensor,
+    c: Tensor,
+    activation: str,
+    options: SolveOptions,
+    *,
+    residual: bool = True,
+    return_info: bool = False,
+    hint: Callable[[], str] = str,
+) -> tuple[Tensor, SolveInfo | None]:
+    """`equilibrium` of checked tensors and options, with its info where `return_info` asks for it.
+
+    `hint` says what to do about a failure that `on_failure` tells.
+    """
+    if options.max_iter == 1:
         W = W * 0  # it stands in no result, so it gets no gradient
-    tol = default_tol(x.dtype) if tol is None else tol
-    backend = ops.resolve_backend(backend, x.device, x.dtype, A.shape[0])
+    tol = options.tolerance(x.dtype)
+    backend = ops.resolve_backend(options.backend, x.device, x.dtype, A.shape[0])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, W, b, V, c))
-    adjoint = adjoint_options(backward, neumann_terms, max_iter, tol)
-    sink = [] if return_info and save and adjoint[0] and not torch.compiler.is_compiling() else None
+    adjoint, compiling = options.adjoint(tol), torch.compiler.is_compiling()
+    sink = [] if return_info and save and adjoint[0] and not compiling else None
     out, change, count = _Equilibrium.apply(
         x.reshape(-1, x.shape[-1]).contiguous(), A, W, b, V, c,
-        activation, max_iter, tol, damping, adjoint, residual, backend, save, sink,
+        activation, options.max_iter, tol, options.damping, adjoint, residual, backend, save, sink,
     )  # fmt: skip
-    out = out.reshape(x.shape)
-    if not return_info:
-        return out
+    out, inspect = out.reshape(x.shape), options.on_failure != "ignore" and not compiling
+    if not (return_info or inspect):
+        return out, None
     info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
     if sink is not None:
         sink.append(info)
+    if inspect:
+        apply_policy(info, options.on_failure, hint())
     return out, info

@@ -78,9 +78,3 @@ def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             for name in module.masks():
                 if f"{prefix}{name}_mask" not in state:
                     setattr(module, f"{name}_mask", None)
-
-
-def count_dropped(model: nn.Module) -> int:
-    """How many entries the masks inside a model drop."""
-    layers = [m for m in model.modules() if isinstance(m, Masked)]
-    return sum(int((~mask).sum()) for layer in layers for mask in layer.masks().values())

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.layer import READ_OUT_STD
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solvers import ImplicitLayer, SolveInfo, check_solve_options
+from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, apply_policy, takes_solve_options
+from lion_fast.equilibrium.solvers import solve_implicit
 from lion_fast.errors import check_choice, check_gamma, check_whole
 from lion_kernels.reference import ACTIVATIONS
 
@@ -70,7 +71,7 @@ def _waves(size: int, k: int, like: Tensor) -> tuple[Tensor, float]:
     return torch.polar(torch.ones_like(angle), angle).to(like.device, dtype), margin
 
 
-class PixelEnd(Masked):
+class PixelEnd(Solving, Masked):
     """out = x + conv1x1(z; V) + c with the equilibrium z = phi(conv3x3(z; Wh) + conv3x3(x; U) + b).
 
     x (B, `in_channels`, H, W), out the same; the state z is (B, `channels`, H, W). Wh is W scaled down where
@@ -85,6 +86,7 @@ class PixelEnd(Masked):
 
     matrices = ("U", "W", "V")
 
+    @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
     def __init__(
         self,
         in_channels: int = 3,
@@ -92,22 +94,14 @@ class PixelEnd(Masked):
         *,
         activation: str = "relu",
         gamma: float = 0.8,
-        damping: float = 1.0,
-        max_iter: int = 50,
-        tol: float | None = None,
-        backward: str = "neumann",
-        neumann_terms: int = 8,
-        on_failure: str = "ignore",
+        **solve,
     ):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
+        self.solve = SolveOptions(**solve)
         check_whole("pixel_channels", channels)
         check_gamma(gamma)
         self.activation, self.gamma = activation, gamma
-        self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
-        self.solve |= {"neumann_terms": neumann_terms, "on_failure": on_failure}
-        check_solve_options(**self.solve)
-        self.solve["neumann_terms"] = min(neumann_terms, max_iter - 1)
         self.U = nn.Parameter(torch.empty(channels, in_channels, 3, 3))
         self.W = nn.Parameter(torch.empty(channels, channels, 3, 3))
         self.b = nn.Parameter(torch.empty(channels))
@@ -142,6 +136,7 @@ class PixelEnd(Masked):
         def f(z: Tensor, q: Tensor) -> Tensor:
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
-        z, info = ImplicitLayer(f, **self.solve)(q, return_info=True)
+        z, info = solve_implicit(f, q, torch.zeros_like(q), self.solve, self.solve.terms)
+        apply_policy(info, self.on_failure)
         out = x + F.conv2d(z, self.masked("V"), self.c)
         return (out, info) if return_info else out

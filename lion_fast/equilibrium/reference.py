@@ -1,13 +1,16 @@
 """The layer as its formula reads: the oracle of the tests and the "before" of every benchmark."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_fast.equilibrium import layer
 from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.solvers import SolveInfo, apply_policy, default_tol, implicit
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
+from lion_fast.equilibrium.solvers import solve_implicit
 from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
 
@@ -27,10 +30,10 @@ class LionLayer(layer.LionLayer):
     """
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
-        tol = default_tol(x.dtype) if self.tol is None else self.tol
         phi = ACTIVATIONS[self.activation].phi
         acc = accumulate_dtype(x.dtype)
         check_input(x, self.dim)
+        options = replace(self.solve, tol=self.solve.tolerance(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, self.dim).to(acc)
             A, V = self.masked("A"), self.masked("V")
@@ -48,19 +51,24 @@ class LionLayer(layer.LionLayer):
                 def f(y: Tensor, x: Tensor) -> Tensor:
                     return F.linear(phi(F.linear(x + s * y, A, b)), V)
 
-            z, info = implicit(
-                f,
-                tokens,
-                z0,
-                max_iter=self.max_iter,
-                tol=tol,
-                damping=self.damping,
-                backward=self.backward,
-                neumann_terms=min(self.neumann_terms, self.max_iter - 1),
-                early_exit=True,
-            )
+            z, info = solve_implicit(f, tokens, z0, options, options.terms, early_exit=True)
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype).reshape(x.shape)
-        info = SolveInfo(info.residual.reshape(x.shape[:-1]), info.iterations.reshape(x.shape[:-1]), tol)
+        info = SolveInfo(info.residual.reshape(x.shape[:-1]), info.iterations.reshape(x.shape[:-1]), info.tol)
         apply_policy(info, self.on_failure, self._hint())
         return (out, info) if return_info else out
+
+
+def replace_layers(model: nn.Module) -> nn.Module:
+    """Turn every `reference.LionLayer` inside `model` into the fast one, in place; returns `model`.
+
+    Parameters, buffers, hooks and options stay the same objects, so an optimiser keeps working.
+
+    >>> model = nn.Sequential(LionLayer(8), nn.Linear(8, 2))
+    >>> type(replace_layers(model)[0]) is layer.LionLayer
+    True
+    """
+    for module in model.modules():
+        if type(module) is LionLayer:
+            module.__class__ = layer.LionLayer
+    return model

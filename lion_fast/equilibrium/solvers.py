@@ -1,135 +1,36 @@
-"""Fixed points of any f: Picard, Anderson and Broyden, their info record and the implicit gradient.
+"""Fixed points of any f: Picard, Anderson and Broyden, and the implicit gradient.
 
 The first dimension of a state counts independent rows (samples); the residual, the stop and the
 state kept are a row's own, so a row's result does not depend on its batch-mates.
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lion_fast.errors import (
-    ConvergenceError,
-    OptionError,
-    check_choice,
-    check_number,
-    check_whole,
-    names_options,
+from lion_fast.equilibrium.solve import (
+    EXACT_FACTOR,
+    PHANTOM_DAMPING,
+    SolveInfo,
+    SolveOptions,
+    Solving,
+    apply_policy,
+    default_tol,
+    takes_solve_options,
 )
+from lion_fast.errors import OptionError, check_choice
 from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
 
-BACKWARDS = ("neumann", "jfb", "exact", "phantom")
-POLICIES = ("ignore", "warn", "raise")
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-8}
-PHANTOM_DAMPING = 0.5
-# An exact backward may take this many times the forward's iterations.
-EXACT_FACTOR = 4
 
-
-def default_tol(dtype: torch.dtype) -> float:
-    """The relative residual that is asked for when `tol` is None, by the tokens' dtype."""
-    if dtype not in TOLERANCES:
-        raise TypeError(f"an equilibrium needs a floating-point input; got {dtype}")
-    return TOLERANCES[dtype]
-
-
-@dataclass
-class SolveInfo:
-    """How a solve ended, one entry a row, on the device until somebody reads it.
-
-    `residual` is |f(z) - z| / (|f(z)| + 1e-3) of the un-damped map, root mean squares, at the last
-    application (inf where it was not finite); `iterations` counts applications of f; `tol` is what
-    was asked for. `backward` is the record of the backward solve, once it has run (eager mode).
-    """
-
-    residual: Tensor
-    iterations: Tensor
-    tol: float
-    backward: "SolveInfo | None" = None
-
-    @property
-    def converged(self) -> Tensor:
-        """Bool per row, on the device."""
-        return self.residual <= self.tol
-
-    @property
-    def reason(self) -> str:
-        """Why the worst row stopped: converged, max_iter or non_finite. Reads the device."""
-        if not torch.isfinite(self.residual).all():
-            return "non_finite"
-        return "converged" if self.converged.all() else "max_iter"
-
-    def summary(self) -> dict[str, float | str]:
-        """Plain numbers over all rows, for a log. Reads the device."""
-        if self.residual.numel() == 0:
-            return {
-                "converged": 1.0,
-                "iterations": 0.0,
-                "max_iterations": 0,
-                "residual": 0.0,
-                "reason": self.reason,
-            }
-        return {
-            "converged": self.converged.float().mean().item(),
-            "iterations": self.iterations.float().mean().item(),
-            "max_iterations": int(self.iterations.max()),
-            "residual": self.residual.max().item(),
-            "reason": self.reason,
-        }
-
-
-def check_solve_options(
-    *,
-    max_iter: int,
-    tol: float | None,
-    damping: float,
-    backward: str = "neumann",
-    neumann_terms: int = 0,
-    on_failure: str = "ignore",
-) -> None:
-    """Raise `OptionError` on a value outside its range; shared by every layer and call."""
-    check_choice("backward", backward, BACKWARDS)
-    check_choice("on_failure", on_failure, POLICIES)
-    check_whole("max_iter", max_iter)
-    check_whole("neumann_terms", neumann_terms, 0)
-    if tol is not None:
-        check_number("tol", tol)
-    check_number("damping", damping)
-    if tol is not None and not 0 <= tol < 1:
-        raise OptionError(f"tol must be in [0, 1) (0: always max_iter iterations) or None; got {tol!r}")
-    if not 0 < damping <= 1:
-        raise OptionError(f"damping must be in (0, 1]; got {damping!r}")
-
-
-def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
-    """Warn or raise when a row did not converge; reads the device unless `on_failure` is ignore."""
-    if on_failure == "ignore" or (reason := info.reason) == "converged":
-        return
-    failed = int((~info.converged).sum())
-    message = (
-        f"{failed} of {info.residual.numel()} rows did not reach their equilibrium ({reason}): "
-        f"worst residual {info.residual.max().item():.3g} against tol {info.tol:.3g} after "
-        f"{int(info.iterations.max())} iterations. "
-        f"{hint or 'Raise max_iter or tol, or make the map contract more.'}"
-    )
-    if on_failure == "raise":
-        raise ConvergenceError(message)
-    warnings.warn(message, stacklevel=3)
-
-
-@names_options
+@takes_solve_options("max_iter", "tol", "damping")
 def picard(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     *,
-    max_iter: int = 50,
-    tol: float | None = None,
-    damping: float = 1.0,
     early_exit: bool | None = None,
+    **solve,
 ) -> tuple[Tensor, SolveInfo]:
     """z <- z + damping (f(z) - z) per row until |f(z) - z| <= tol |f(z)|; returns the last f(z).
 
@@ -140,8 +41,8 @@ def picard(
     >>> bool((z - 2).abs().max() < 1e-3), info.reason
     (True, 'converged')
     """
-    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
-    tol = default_tol(z0.dtype) if tol is None else tol
+    options = SolveOptions(**solve)
+    max_iter, damping, tol = options.max_iter, options.damping, options.tolerance(z0.dtype)
     flat = _flatten(f, z0)
 
     def step(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -155,17 +56,15 @@ def picard(
     return z.to(z0.dtype).reshape(z0.shape), SolveInfo(change[:, 0], count[:, 0], tol)
 
 
-@names_options
+@takes_solve_options("max_iter", "tol", "damping")
 def anderson(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     *,
-    max_iter: int = 50,
-    tol: float | None = None,
-    damping: float = 1.0,
     window: int = 5,
     ridge: float = 1e-6,
     early_exit: bool | None = None,
+    **solve,
 ) -> tuple[Tensor, SolveInfo]:
     """Anderson mixing over the last `window` steps, per row; arguments and result as `picard`.
 
@@ -173,11 +72,10 @@ def anderson(
     half-precision states work. Pays for slow maps (rate 0.5 and above); for fast ones use `picard`.
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
-    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
+    options = SolveOptions(**solve)
     if window < 1:
         raise OptionError(f"window must be at least 1; got {window!r}")
-    tol = default_tol(z0.dtype) if tol is None else tol
-    flat = _flatten(f, z0)
+    damping, flat = options.damping, _flatten(f, z0)
     states: list[Tensor] = []
     values: list[Tensor] = []
 
@@ -195,30 +93,27 @@ def anderson(
         weights = weights / weights.sum(1, keepdim=True)
         return (weights * (Z + damping * G)).sum(1)
 
-    return _accelerated(flat, z0, propose, max_iter, tol, early_exit)
+    return _accelerated(flat, z0, propose, options, early_exit)
 
 
-@names_options
+@takes_solve_options("max_iter", "tol", "damping")
 def broyden(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     *,
-    max_iter: int = 50,
-    tol: float | None = None,
-    damping: float = 1.0,
     memory: int = 10,
     early_exit: bool | None = None,
+    **solve,
 ) -> tuple[Tensor, SolveInfo]:
     """Broyden's good method on f(z) - z, per row, restarted after `memory` updates; else as `picard`.
 
     The inverse Jacobian is -I + U V^T with at most `memory` columns, so its cost does not grow.
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
     """
-    check_solve_options(max_iter=max_iter, tol=tol, damping=damping)
+    options = SolveOptions(**solve)
     if memory < 1:
         raise OptionError(f"memory must be at least 1; got {memory!r}")
-    tol = default_tol(z0.dtype) if tol is None else tol
-    flat = _flatten(f, z0)
+    damping, flat = options.damping, _flatten(f, z0)
     left: list[Tensor] = []
     right: list[Tensor] = []
     last: list[Tensor] = []
@@ -244,7 +139,7 @@ def broyden(
         last[:] = [z, g]
         return z - damping * inverse(g, left, right)
 
-    return _accelerated(flat, z0, propose, max_iter, tol, early_exit)
+    return _accelerated(flat, z0, propose, options, early_exit)
 
 
 SOLVERS = {"picard": picard, "anderson": anderson, "broyden": broyden}
@@ -275,8 +170,7 @@ def _accelerated(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     propose: Callable[[Tensor, Tensor], Tensor],
-    max_iter: int,
-    tol: float,
+    options: SolveOptions,
     early_exit: bool | None,
 ) -> tuple[Tensor, SolveInfo]:
     """The loop of the accelerated solvers: `propose` gives the next state from z and f(z).
@@ -284,6 +178,7 @@ def _accelerated(
     Such a sequence need not improve at each step, so each row keeps the f(z) of its least residual,
     and a proposal that is not finite is replaced by the plain step.
     """
+    max_iter, tol = options.max_iter, options.tolerance(z0.dtype)
     state = _rows(z0)
     floor = STATE_FLOOR * state.shape[1] ** 0.5
     best = state
@@ -393,18 +288,15 @@ def _once_only(z: Tensor) -> Tensor:
     return z if torch.compiler.is_compiling() else _OnceOnly.apply(z)
 
 
+@takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms")
 def implicit(
     f: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor | None,
     z0: Tensor,
     *,
     solver: str = "picard",
-    max_iter: int = 50,
-    tol: float | None = None,
-    damping: float = 1.0,
-    backward: str = "neumann",
-    neumann_terms: int = 8,
     early_exit: bool | None = None,
+    **solve,
 ) -> tuple[Tensor, SolveInfo]:
     """The equilibrium z = f(z, x) from z0 and its info, with an implicit gradient for x and parameters.
 
@@ -416,19 +308,35 @@ def implicit(
     training implicit models", 2021.
     """
     check_choice("solver", solver, SOLVERS)
-    check_solve_options(
-        max_iter=max_iter, tol=tol, damping=damping, backward=backward, neumann_terms=neumann_terms
-    )
-    tol = default_tol(z0.dtype) if tol is None else tol
+    options = SolveOptions(**solve)
+    return solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit)
+
+
+def solve_implicit(
+    f: Callable[[Tensor, Tensor | None], Tensor],
+    x: Tensor | None,
+    z0: Tensor,
+    options: SolveOptions,
+    terms: int,
+    solver: str = "picard",
+    early_exit: bool | None = None,
+) -> tuple[Tensor, SolveInfo]:
+    """`implicit` by checked options, with `terms` in place of their `neumann_terms`."""
+    max_iter, backward, tol = options.max_iter, options.backward, options.tolerance(z0.dtype)
     with torch.no_grad():
         z, info = SOLVERS[solver](
-            lambda z: f(z, x), z0, max_iter=max_iter, tol=tol, damping=damping, early_exit=early_exit
+            lambda z: f(z, x),
+            z0,
+            max_iter=max_iter,
+            tol=tol,
+            damping=options.damping,
+            early_exit=early_exit,
         )
     if not torch.is_grad_enabled():
         return z, info
     single = max_iter == 1 and solver == "picard"  # no equilibrium
     if backward == "phantom" and not single:
-        for _ in range(max(neumann_terms, 1)):
+        for _ in range(max(terms, 1)):
             z = z + PHANTOM_DAMPING * (f(z, x) - z)
         return _once_only(z), info
     applied = f(z0 if single else z, x)
@@ -436,11 +344,11 @@ def implicit(
         return z, info
     finite = torch.isfinite(info.residual).reshape(-1, *[1] * (z.ndim - 1))
     applied = torch.where(finite, applied, z)
-    if single or backward == "jfb" or neumann_terms == 0 and backward == "neumann":
+    if single or backward == "jfb" or terms == 0 and backward == "neumann":
         return _once_only(applied), info
 
     def solve_adjoint(transposed: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-        steps = neumann_terms if backward == "neumann" else EXACT_FACTOR * max_iter
+        steps = terms if backward == "neumann" else EXACT_FACTOR * max_iter
         flat = _flatten(transposed, grad)
         y, new, change, count = iterate(
             lambda y, _: (flat(y),) * 2,
@@ -458,7 +366,7 @@ def implicit(
     return _ImplicitGradient.apply(applied, z, x, f, solve_adjoint, *parameters), info
 
 
-class ImplicitLayer(nn.Module):
+class ImplicitLayer(Solving, nn.Module):
     """The equilibrium z = f(z, x) of any f as a layer; options as `implicit`.
 
     f is any callable or module; z0 gives the state's shape [B, ...] and start, zeros like x by
@@ -471,40 +379,29 @@ class ImplicitLayer(nn.Module):
     torch.Size([3, 4])
     """
 
-    @names_options
+    @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
     def __init__(
         self,
         f: Callable[[Tensor, Tensor | None], Tensor],
         *,
         solver: str = "picard",
-        max_iter: int = 50,
-        tol: float | None = None,
-        damping: float = 1.0,
-        backward: str = "neumann",
-        neumann_terms: int = 8,
         early_exit: bool | None = None,
-        on_failure: str = "ignore",
+        **solve,
     ) -> None:
         super().__init__()
         check_choice("solver", solver, SOLVERS)
-        self.options = {
-            "max_iter": max_iter,
-            "tol": tol,
-            "damping": damping,
-            "backward": backward,
-            "neumann_terms": neumann_terms,
-        }
-        check_solve_options(**self.options, on_failure=on_failure)
-        self.f = f
-        self.solver, self.early_exit, self.on_failure = solver, early_exit, on_failure
+        self.f, self.solve = f, SolveOptions(**solve)
+        self.solver, self.early_exit = solver, early_exit
 
     def forward(
         self, x: Tensor, z0: Tensor | None = None, return_info: bool = False
     ) -> Tensor | tuple[Tensor, SolveInfo]:
         z0 = torch.zeros_like(x) if z0 is None else z0
-        z, info = implicit(self.f, x, z0, solver=self.solver, early_exit=self.early_exit, **self.options)
+        terms = self.solve.neumann_terms
+        z, info = solve_implicit(self.f, x, z0, self.solve, terms, self.solver, self.early_exit)
         apply_policy(info, self.on_failure)
         return (z, info) if return_info else z
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver!r}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        names = ("solver", "max_iter", "tol", "damping", "backward", "neumann_terms")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

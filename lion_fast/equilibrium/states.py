@@ -5,15 +5,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lion_fast.equilibrium.contraction import bounded
-from lion_fast.equilibrium.functional import check_input, equilibrium
+from lion_fast.equilibrium.functional import check_input, solve_tokens
+from lion_fast.equilibrium.layer import HINT
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solvers import SolveInfo, apply_policy, check_solve_options
-from lion_fast.errors import check_choice, check_gamma, check_whole, names_options
-from lion_kernels import ops
+from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, takes_solve_options
+from lion_fast.errors import check_choice, check_gamma, check_whole
 from lion_kernels.reference import ACTIVATIONS
 
 
-class StateLayer(Masked):
+class StateLayer(Solving, Masked):
     """Z = phi(Z Wh^T + x A^T + b), per token: the equilibrium of a `LionLayer` without its read-out.
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
@@ -36,34 +36,18 @@ class StateLayer(Masked):
 
     matrices = ("A", "W")
 
-    @names_options
+    @takes_solve_options()
     def __init__(
-        self,
-        dim: int,
-        state_dim: int = 32,
-        *,
-        activation: str = "tanh",
-        gamma: float = 0.8,
-        damping: float = 1.0,
-        max_iter: int = 50,
-        tol: float | None = None,
-        backward: str = "neumann",
-        neumann_terms: int = 8,
-        backend: str = "auto",
-        on_failure: str = "ignore",
+        self, dim: int, state_dim: int = 32, *, activation: str = "tanh", gamma: float = 0.8, **solve
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        check_choice("backend", backend, ops.BACKENDS)
-        self.solve = {"damping": damping, "max_iter": max_iter, "tol": tol, "backward": backward}
-        self.solve |= {"neumann_terms": neumann_terms}
-        check_solve_options(**self.solve, on_failure=on_failure)
+        self.solve = SolveOptions(**solve)
         check_whole("dim", dim)
         check_whole("state_dim", state_dim)
         check_gamma(gamma)
         self.dim, self.state_dim = dim, state_dim
         self.activation, self.gamma = activation, gamma
-        self.backend, self.on_failure = backend, on_failure
         self.A = nn.Parameter(torch.empty(state_dim, dim))
         self.W = nn.Parameter(torch.empty(state_dim, state_dim))
         self.b = nn.Parameter(torch.empty(state_dim))
@@ -89,15 +73,10 @@ class StateLayer(Masked):
         new = {"dtype": self.A.dtype, "device": self.A.device}
         A, V = (torch.eye(self.state_dim, **new) for _ in range(2))
         b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
-        inspect = self.on_failure != "ignore" and not torch.compiler.is_compiling()
-        out = equilibrium(
-            q, A, self.recurrence_matrix(), b, V, c,
-            activation=self.activation, **self.solve, backend=self.backend, residual=False,
-            return_info=return_info or inspect,
+        z, info = solve_tokens(
+            q, A, self.recurrence_matrix(), b, V, c, self.activation, self.solve,
+            residual=False, return_info=return_info, hint=lambda: HINT,
         )  # fmt: skip
-        z, info = out if return_info or inspect else (out, None)
-        if inspect:
-            apply_policy(info, self.on_failure, "Raise max_iter or tol, or lower gamma.")
         z = z.to(x.dtype)
         return (z, info) if return_info else z
 

@@ -9,9 +9,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import check_number, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, check_count, check_dropout, mlp_branch
+from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
 
 
 class Bottleneck(nn.Module):
@@ -74,10 +74,9 @@ class AdaptFormer(TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("rank", rank)
-        check_dropout(dropout)
-        if not math.isfinite(scale):
-            raise OptionError(f"scale must be a finite number; got {scale!r}")
+        check_whole("rank", rank)
+        check_number("dropout", dropout, least=0, below=1)
+        check_number("scale", scale)
         self.record(rank=rank, scale=scale, dropout=dropout)
         self.scale = scale
         width = self.backbone.width_in
@@ -117,8 +116,8 @@ class Houlsby(TunedModel):
     def __init__(self, backbone, num_classes: int, *, rank: int = 8, dropout: float = 0.0, **options):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("rank", rank)
-        check_dropout(dropout)
+        check_whole("rank", rank)
+        check_number("dropout", dropout, least=0, below=1)
         self.record(rank=rank, dropout=dropout)
         width, blocks = self.backbone.width_in, self.backbone.blocks
 

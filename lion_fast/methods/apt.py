@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.errors import check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, check_count, mlp_branch
+from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
 
 RANK = 4
 
@@ -38,7 +39,7 @@ class APT(TunedModel):
     def __init__(self, backbone, num_classes: int, *, length: int = 200, **options):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("length", length)
+        check_whole("length", length)
         self.record(length=length)
         L, D = len(self.backbone.blocks), self.backbone.width_in
         self.P = nn.Parameter(torch.empty(L, length, D).normal_(std=0.02))

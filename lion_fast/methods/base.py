@@ -2,18 +2,25 @@
 
 import inspect
 import os
+import platform
 import typing
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, ClassVar
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from lion_fast import __version__
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
-from lion_fast.equilibrium.masked import count_dropped, match_masks
-from lion_fast.errors import AdapterError, BackboneError, OptionError, check_number
+from lion_fast.equilibrium.masked import match_masks
+from lion_fast.errors import AdapterError, BackboneError, OptionError, check_bool, check_number, check_whole
+from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
+from lion_fast.pruning.compaction import describe_compacted
+from lion_fast.pruning.counts import count_parameters
+from lion_fast.pruning.packing import MASK
 
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 
@@ -64,8 +71,8 @@ def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
             if p.kind is not p.KEYWORD_ONLY or p.name not in options:
                 continue
             value = options[p.name]
-            if kinds == (bool,) and not isinstance(value, bool):
-                raise OptionError(f"{p.name} must be true or false; got {value!r}")
+            if kinds == (bool,):
+                check_bool(p.name, value)
             if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
                 check_number(p.name, value)
 
@@ -107,8 +114,7 @@ class TunedModel(nn.Module):
             raise OptionError(
                 f"method {self.method} has no option {', '.join(unknown)}; its options are {valid}"
             )
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise OptionError(f"num_classes must be a positive integer; got {num_classes!r}")
+        check_whole("num_classes", num_classes)
         backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(backbone, Backbone):
             raise BackboneError(
@@ -185,8 +191,10 @@ class TunedModel(nn.Module):
 
     def num_trainable(self, head: bool = False, kept: bool = False) -> int:
         """Number of trained parameters, with or without the head; `kept` leaves out what is pruned."""
-        total = sum(p.numel() for p in self.trainable_parameters()) - (count_dropped(self) if kept else 0)
-        return total if head else total - sum(p.numel() for p in self.head.parameters() if p.requires_grad)
+        counts = count_parameters(self, self.head)
+        if head:
+            return counts["kept_with_head" if kept else "with_head"]
+        return counts["kept" if kept else "dense"]
 
     def train(self, mode: bool = True) -> "TunedModel":
         """As `nn.Module.train`; the backbone stays in evaluation mode."""
@@ -221,19 +229,68 @@ class TunedModel(nn.Module):
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "
                     f"{tuple(tensor.shape)}: other options, or a backbone of another width"
                 )
-            if state[name].is_floating_point() and not torch.isfinite(state[name]).all():
-                raise AdapterError(
-                    f"{name} of the adapter holds NaN or Inf; train or fetch the adapter again"
-                )
+        if bad := not_finite(state):
+            raise AdapterError(
+                f"{', '.join(bad)} of the adapter holds NaN or Inf; train or fetch the adapter again"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
-    def save_adapter(self, directory: str | os.PathLike) -> None:
-        """Write adapter.safetensors and adapter.json into `directory`; see `lion_fast.adapters`."""
-        from lion_fast.adapters import save_adapter
+    def describe(self) -> dict[str, Any]:
+        """What `adapter.json` says about this model; JSON-able.
 
-        save_adapter(self, directory)
+        >>> probe = available()["probe"](load_backbone("resnet10t", pretrained=False), num_classes=2)
+        >>> probe.describe()["parameters"]
+        {'method': 0, 'with_head': 1026}
+        """
+        backbone, counts = self.backbone, count_parameters(self, self.head)
+        images, compacted = describe_images(backbone), describe_compacted(self)
+        pruned = any(key.endswith(MASK) for key in self.adapter_state_dict())
+        kept = {"kept": counts["kept"], "kept_with_head": counts["kept_with_head"]}
+        return {
+            "format_version": FORMAT_VERSION if compacted or pruned else 1,
+            "method": self.method,
+            "options": self.options,
+            "num_classes": self.num_classes,
+            "classes": self.classes,
+            "parameters": {"method": counts["dense"], "with_head": counts["with_head"]}
+            | (kept if pruned else {}),
+            **({"compacted": compacted} if compacted else {}),
+            "backbone": {
+                "name": backbone.name,
+                "family": backbone.family,
+                "weights_source": backbone.weights_source,
+                "sha256": backbone.weights_sha256,
+                "img_size": images.pop("img_size"),
+                "pool": (backbone.request or {}).get("pool"),
+                # what rebuilds it; a module or a class among its arguments cannot be written down
+                "request": backbone.request if _is_plain(backbone.request) else None,
+            },
+            "normalisation": images,
+            "versions": {
+                "lion_fast": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def save_adapter(self, directory: str | os.PathLike) -> None:
+        """Write what the method trained, and the head, as adapter.safetensors and adapter.json.
+
+        Raises `AdapterError` as `methods.files.write_adapter` does, which says what the files hold.
+        """
+        state = self.adapter_state_dict()
+        write_adapter(directory, self.describe(), state)
 
     def extra_repr(self) -> str:
         return f"method={self.method}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -14,15 +14,13 @@ from lion_fast.backbones import Backbone, takes_prefix
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.cheaper import mlp_branch
-from lion_fast.errors import BackboneError, OptionError
+from lion_fast.errors import BackboneError
 
 __all__ = [
     "after_attention",
     "attend",
     "attention_branch",
     "check_blocks",
-    "check_count",
-    "check_dropout",
     "heads",
     "mlp_branch",
     "self_attention",
@@ -38,19 +36,6 @@ def check_blocks(method: str, backbone: Backbone) -> None:
                 f"method {method} knows timm's plain ViT blocks (Block, ResPostBlock with Attention); "
                 f"{backbone.name} has {type(block).__name__} with {inside}"
             )
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise `OptionError` unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise OptionError(f"{name} must be {wanted}; got {value!r}")
-
-
-def check_dropout(value: object) -> None:
-    """Raise `OptionError` unless `value` is a rate in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise OptionError(f"dropout must be in [0, 1); got {value!r}")
 
 
 def attention_branch(

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
-from lion_fast.errors import check_choice
+from lion_fast.errors import check_choice, check_number, check_whole
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import (
     after_attention,
     attend,
     attention_branch,
     check_blocks,
-    check_count,
-    check_dropout,
     heads,
     mlp_branch,
 )
@@ -71,8 +69,8 @@ class CVPT(PrefixCache, TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("length", length)
-        check_dropout(dropout)
+        check_whole("length", length)
+        check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
         self.record(length=length, dropout=dropout, form=form)
         self.length, self.dropout, self.form = length, dropout, form

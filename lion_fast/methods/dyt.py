@@ -4,7 +4,6 @@ Source: Zhao et al., "Dynamic Tuning Towards Parameter and Inference Efficiency 
 2024, arXiv 2403.11808; written from its mathematics (the "MLP dispatch" variant).
 """
 
-import math
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, check_number, check_whole
 from lion_fast.methods.adapter import Bottleneck
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, check_count, check_dropout, mlp_branch
+from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
 
 RATE_WEIGHT = 2.0
 
@@ -72,17 +71,12 @@ class DyT(TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("rank", rank)
-        check_dropout(dropout)
+        check_whole("rank", rank)
+        check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
-        if not 0 < rate <= 1:
-            raise OptionError(f"rate must be in (0, 1], the share of tokens to let through; got {rate!r}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise OptionError(f"temperature must be positive; got {temperature!r}")
-        if not -math.inf < threshold < 1:
-            raise OptionError(
-                f"threshold must be a finite number below 1 (below 0 every token passes); got {threshold!r}"
-            )
+        check_number("rate", rate, above=0, most=1, note="the share of tokens to let through")
+        check_number("temperature", temperature, above=0)
+        check_number("threshold", threshold, below=1, note="and below 0 every token passes")
         self.record(rank=rank, rate=rate, temperature=temperature, threshold=threshold)
         self.record(scale=scale, dropout=dropout, form=form)
         self.rate, self.temperature, self.threshold = rate, temperature, threshold

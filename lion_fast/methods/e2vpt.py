@@ -12,9 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones import prefix_block, prefix_kv
-from lion_fast.errors import AdapterError, BackboneError, OptionError, check_choice
+from lion_fast.errors import (
+    AdapterError,
+    BackboneError,
+    OptionError,
+    check_choice,
+    check_number,
+    check_whole,
+)
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_blocks, check_count, check_dropout
+from lion_fast.methods.blocks import check_blocks
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.vpt import carry_prompts, prompt_bound
 
@@ -87,9 +94,9 @@ class E2VPT(PrefixCache, TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("length", length)
-        check_count("kv_length", kv_length, least=0)
-        check_dropout(dropout)
+        check_whole("length", length)
+        check_whole("kv_length", kv_length, 0)
+        check_number("dropout", dropout, least=0, below=1)
         check_choice("masks", masks, ("fixed", "learned"))
         check_choice("removal", removal, ("masked", "removed"))
         check_choice("form", form, ("exact", "naive"))
@@ -218,9 +225,8 @@ class E2VPT(PrefixCache, TunedModel):
         segments stay. Returns how many tokens and segments went. Parameters change shape: make the
         optimiser afterwards. The paper tries 10, 20, ..., 90 % of both.
         """
-        for name, ratio in (("token_ratio", token_ratio), ("segment_ratio", segment_ratio)):
-            if not 0 <= ratio < 1:
-                raise OptionError(f"{name} must be in [0, 1); got {ratio!r}")
+        check_number("token_ratio", token_ratio, least=0, below=1)
+        check_number("segment_ratio", segment_ratio, least=0, below=1)
         if self.options["pruned"] != [0, 0]:
             raise OptionError("this model is pruned already; prune a fresh one by both ratios at once")
         token, segment = scores

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.pixel import PixelEnd
 from lion_fast.equilibrium.solvers import SolveInfo
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_count
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 
 ENDS = ("input", "output")
@@ -119,7 +118,7 @@ class LionModel(TunedModel):
             "on_failure": on_failure,
         }
         layer = {**solve, "state_dim": state_dim, "backend": backend}
-        check_count("grid", grid)
+        check_whole("grid", grid)
         self.form, self.grid = form, grid
         self.at = map_place(backbone) if at is None and reads_states else at
         self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
@@ -135,10 +134,7 @@ class LionModel(TunedModel):
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
         if reads_states:
             widths = backbone.map_widths
-            if isinstance(self.at, bool) or not isinstance(self.at, int) or not 0 <= self.at < len(widths):
-                raise OptionError(
-                    f"at must be a block or stage of {backbone.name}, 0 to {len(widths) - 1}; got {at!r}"
-                )
+            check_whole("at", self.at, 0, len(widths) - 1)
             self.output_end = ReadOut(backbone.pooled_width(self.pool), grid * grid, widths[self.at], **layer)
             self.head = self.new_head(self.output_end.out_features, head_bias)
         self._info: dict[str, SolveInfo] = {}

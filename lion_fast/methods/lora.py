@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import check_choice, check_number, check_whole
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.blocks import (
     attention_branch,
     check_blocks,
-    check_count,
-    check_dropout,
     mlp_branch,
     self_attention,
 )
@@ -60,11 +58,11 @@ class LoRA(TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("rank", rank)
+        check_whole("rank", rank)
         check_choice("target", target, ("qkv", "qv"))
-        check_dropout(dropout)
-        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-            raise OptionError(f"alpha must be a positive number or None; got {alpha!r}")
+        check_number("dropout", dropout, least=0, below=1)
+        if alpha is not None:
+            check_number("alpha", alpha, above=0)
         self.record(rank=rank, alpha=alpha, target=target, dropout=dropout)
         self.target, self.dropout, self.scale = target, dropout, (rank if alpha is None else alpha) / rank
         L, D = len(self.backbone.blocks), self.backbone.width_in

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from lion_fast.backbones import Backbone
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_count
 from lion_fast.methods.owned import Merged, own_copy, runs
 
 
@@ -77,7 +76,7 @@ class Partial(TrainsBackbone):
     summary = "Partial fine-tuning: the last blocks of the backbone, its last norm, and the head."
 
     def __init__(self, backbone, num_classes: int, *, blocks: int = 1, last_norm: bool = True, **options):
-        check_count("blocks", blocks)
+        check_whole("blocks", blocks)
         self._wanted = blocks, bool(last_norm)
         super().__init__(backbone, num_classes, **options)
         self.record(blocks=blocks, last_norm=bool(last_norm))

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from lion_fast.errors import check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_count
 from lion_fast.methods.read_out import Cells, coarse_rows, map_place
 
 
@@ -31,7 +31,7 @@ class Probe(TunedModel):
         self.grid, self.cells = grid, None
         self.record(grid=grid)
         if grid is not None:
-            check_count("grid", grid)
+            check_whole("grid", grid)
             at = map_place(self.backbone)
             self.cells = Cells(self.backbone.pooled_width(self.pool), grid**2, self.backbone.map_widths[at])
             self.head = self.new_head(self.cells.out_features, head_bias)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones import prefix_block, prefix_kv
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import check_choice, check_number, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_blocks, check_count, check_dropout
+from lion_fast.methods.blocks import check_blocks
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.vpt import carry_prompts, prompt_bound
 
@@ -60,11 +60,10 @@ class VFPT(PrefixCache, TunedModel):
     ):
         super().__init__(backbone, num_classes, **options)
         check_blocks(self.method, self.backbone)
-        check_count("length", length)
-        check_dropout(dropout)
+        check_whole("length", length)
+        check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
-        if not 0 <= fraction <= 1:
-            raise OptionError(f"fraction must be in [0, 1], the share to transform; got {fraction!r}")
+        check_number("fraction", fraction, least=0, most=1, note="the share of prompts to transform")
         self.record(length=length, fraction=fraction, dropout=dropout, form=form)
         self.length, self.dropout, self.form = length, dropout, form
         # 0.7 of 10 is 7, whatever the binary fraction says

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones import Backbone, prefix_block, prefix_kv, takes_prefix
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, check_number, check_whole
 from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_count, check_dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 from lion_fast.methods.vpt_border import PixelBorder
@@ -80,8 +79,8 @@ class VPT(PrefixCache, TunedModel):
         cnn = backbone.family == "cnn"
         depth = depth or ("shallow" if cnn else "deep")
         check_choice("depth", depth, ("deep", "shallow"))
-        check_count("length", length)
-        check_dropout(dropout)
+        check_whole("length", length)
+        check_number("dropout", dropout, least=0, below=1)
         known = backbone.family == "swin" or (
             not cnn and all(takes_prefix(block) for block in backbone.blocks)
         )

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import OptionError, check_choice, check_whole
-from lion_fast.pruning.masks import CRITERIA, check_target, find_layers, find_matrices, select
+from lion_fast.options import CRITERIA
+from lion_fast.pruning.masks import check_target, find_layers, find_matrices, select
 
 
 @torch.no_grad()

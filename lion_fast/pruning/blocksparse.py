@@ -1,15 +1,16 @@
-"""A LionLayer run with block-sparse products: the form for wide states with dead blocks."""
+"""A LionLayer run with block-sparse products: the storage for wide states with dead blocks."""
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lion_fast.equilibrium.functional import adjoint_options, check_input
+from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solvers import SolveInfo, default_tol
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
-from lion_kernels.sparse import BLOCKS, BlockPattern, BlockSparse, find_pattern, has_kernels
+from lion_kernels.blocks import BLOCKS, BlockPattern, BlockSparse, find_pattern
+from lion_kernels.sparse import has_kernels
 
 
 class _BlockSparseEquilibrium(torch.autograd.Function):
@@ -85,7 +86,7 @@ class BlockSparseLayer(nn.Module):
     def __init__(self, layer: LionLayer, block: int = 64) -> None:
         super().__init__()
         if not isinstance(layer, LionLayer) or layer.recurrence != "free":
-            raise OptionError("the block-sparse form is for a LionLayer with recurrence='free'")
+            raise OptionError("block-sparse storage is for a LionLayer with recurrence='free'")
         if block not in BLOCKS:
             raise OptionError(f"block must be one of {', '.join(map(str, BLOCKS))}; got {block!r}")
         self.layer, self.block = layer, block
@@ -108,7 +109,7 @@ class BlockSparseLayer(nn.Module):
         """As `LionLayer.forward`."""
         layer = self.layer
         check_input(x, layer.dim)
-        tol = default_tol(x.dtype) if layer.tol is None else layer.tol
+        tol = layer.solve.tolerance(x.dtype)
         matrices = {"A": layer.masked("A"), "W": layer.recurrence_matrix(), "V": layer.masked("V")}
         patterns = tuple(self._pattern(name, t.device) for name, t in matrices.items())
         A, W, V = (
@@ -120,8 +121,7 @@ class BlockSparseLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out, change, count = _BlockSparseEquilibrium.apply(
                 x.reshape(-1, layer.dim).contiguous(), A, W, layer.b, V, layer.c, patterns, layer.activation,
-                layer.max_iter, tol, layer.damping,
-                adjoint_options(layer.backward, layer.neumann_terms, layer.max_iter, tol),
+                layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol),
             )  # fmt: skip
         out = out.reshape(x.shape)
         if not return_info:

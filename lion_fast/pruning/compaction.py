@@ -61,7 +61,7 @@ def compact(layer: LionLayer) -> LionLayer:
     >>> from lion_fast import pruning
     >>> layer = LionLayer(8, 4)
     >>> pruning.prune_once(layer, 0.5, granularity="unit")
-    >>> layer.compact().state_dim
+    >>> pruning.compact(layer).state_dim
     2
     """
     if isinstance(layer, StateLayer):
@@ -138,7 +138,7 @@ def _same_scale(layer: LionLayer, A: Tensor, V: Tensor, kept: Tensor) -> bool:
 
 
 def describe_compacted(model: nn.Module) -> dict[str, dict]:
-    """The form of each compacted layer of a model by name, for `restore_compacted`; JSON-able."""
+    """Widths and recurrence of each compacted layer by name, for `restore_compacted`; JSON-able."""
     return {
         name: {"state_dim": m.state_dim, "recurrence": m.recurrence, "compacted_from": m.compacted_from}
         for name, m in model.named_modules()
@@ -147,18 +147,18 @@ def describe_compacted(model: nn.Module) -> dict[str, dict]:
 
 
 def restore_compacted(model: nn.Module, described: Mapping[str, Mapping]) -> None:
-    """Replace layers by ones of the described form, with weights of zero, ready for a state_dict.
+    """Replace layers by ones of the described widths, with weights of zero, ready for a state_dict.
 
     Raises OptionError where the description does not fit the model.
     """
     if not isinstance(described, Mapping) or not all(isinstance(f, Mapping) for f in described.values()):
         raise OptionError(f"compacted layers must be described by name; got {described!r}")
-    for name, form in described.items():
+    for name, wanted in described.items():
         layer = dict(model.named_modules()).get(name)
-        state, recurrence, whole = (form.get(k) for k in ("state_dim", "recurrence", "compacted_from"))
+        state, recurrence, whole = (wanted.get(k) for k in ("state_dim", "recurrence", "compacted_from"))
         fits = isinstance(layer, LionLayer) and all(type(n) is int for n in (state, whole))
         if not (fits and 1 <= state < whole == layer.state_dim and recurrence in ("free", layer.recurrence)):
-            raise OptionError(f"{name} cannot be given the compacted form {dict(form)}")
+            raise OptionError(f"{name} cannot be given the compacted widths {dict(wanted)}")
         new = copy.deepcopy(layer)
         shapes = {"A": (state, layer.dim), "b": (state,), "V": (layer.dim, state)}
         if recurrence == "free":
@@ -177,7 +177,7 @@ def compact_model(model: nn.Module) -> dict[str, tuple[int, int]]:
     Raises OptionError where the model is itself a layer, which cannot be replaced.
     """
     if isinstance(model, LionLayer):
-        raise OptionError("a layer cannot be replaced inside itself: use layer = layer.compact()")
+        raise OptionError("a layer cannot be replaced inside itself: use layer = compact(layer)")
     found = {name: m for name, m in model.named_modules() if isinstance(m, LionLayer)}
     changed = {}
     for name, layer in found.items():

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.states import StateLayer
-from lion_fast.errors import OptionError, check_choice
-
-GRANULARITIES = ("element", "unit", "block", "2:4")
-CRITERIA = ("saliency", "magnitude", "random")
-SCOPES = ("global", "layer", "matrix")
-BLOCKS = (16, 32, 64)
+from lion_fast.errors import OptionError, check_choice, check_number
+from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
 
 
 class Matrix(NamedTuple):
@@ -75,8 +71,7 @@ def check_target(
     """Raise OptionError where these matrices cannot be pruned this way; `trained`: frozen ones neither."""
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("scope", scope, SCOPES)
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise OptionError(f"keep must be the share of entries to keep, in (0, 1]; got {keep!r}")
+    check_number("keep", keep, above=0, most=1, note="the share of entries to keep")
     if granularity == "2:4" and keep != 0.5:
         raise OptionError(f"granularity 2:4 keeps half of the entries: keep must be 0.5; got {keep!r}")
     if granularity == "block" and block not in BLOCKS:

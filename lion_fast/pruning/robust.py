@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.masked import Masked, count_dropped
-from lion_fast.errors import CheckpointError, OptionError, check_choice, check_whole
-from lion_fast.pruning.masks import CRITERIA, Matrix, check_target, find_layers, find_matrices, select
+from lion_fast.equilibrium.masked import Masked
+from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_whole
+from lion_fast.options import CRITERIA
+from lion_fast.pruning.counts import count_parameters
+from lion_fast.pruning.masks import Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
 
@@ -94,12 +96,10 @@ class RobustPruner:
         check_whole("total_steps", total_steps)
         refresh = max(1, total_steps // 20) if refresh is None else refresh
         ema = refresh if ema is None else ema
-        for name, value in (("refresh", refresh), ("ema", ema)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number of steps of at least 1; got {value!r}")
-        for name, value, below in (("decay", decay, float("inf")), ("regrow", regrow, 1.0)):
-            if not 0 <= value < below:
-                raise OptionError(f"{name} must be in [0, {below:g}); got {value!r}")
+        check_whole("refresh", refresh)
+        check_whole("ema", ema)
+        check_number("decay", decay, least=0)
+        check_number("regrow", regrow, least=0, below=1)
         if regrow and criterion != "saliency":
             raise OptionError(f"regrow goes with criterion='saliency'; got criterion={criterion!r}")
         self.target, self.optimizer = target, optimizer
@@ -276,7 +276,8 @@ class RobustPruner:
 
         `matrices`: per matrix `kept`, `total`, `share`, and off the mask the share of exact zeros
         (`decayed`) and the largest |w| (`largest_off_mask`), which a hard cut would take away at once.
-        `kept_share`: of all prunable entries. `parameters`: see `count_parameters`, by the mask of now.
+        `kept_share`: of all prunable entries. `parameters`: see `count_parameters`, by the mask of now; the
+        head is `target.head`.
         """
         matrices, kept, total = {}, 0, 0
         for m in self.matrices:
@@ -292,11 +293,11 @@ class RobustPruner:
                 "largest_off_mask": float(off.abs().max()) if off.numel() else 0.0,
             }
             kept, total = kept + count, total + size
-        counts = count_parameters(self.target)
-        if not self._hard:
-            # The layers do not carry the mask yet.
-            counts["kept"] -= total - kept
-            counts["kept_with_head"] -= total - kept
+        whole = isinstance(self.target, nn.Module)
+        model = self.target if whole else nn.ModuleList(self.layers.values())
+        counts = count_parameters(model, getattr(model, "head", None))
+        # Before the cut the layers do not carry the mask yet.
+        dropped = 0 if self._hard else total - kept
         return {
             "phase": self.phase,
             "step": self.steps_done,
@@ -304,7 +305,11 @@ class RobustPruner:
             "keep": self.keep,
             "kept_share": kept / total,
             "matrices": matrices,
-            "parameters": counts,
+            "parameters": {
+                "dense": counts["dense"],
+                "kept": counts["kept"] - dropped,
+                "kept_with_head": counts["kept_with_head"] - dropped,
+            },
         }
 
     def _options(self) -> dict[str, Any]:
@@ -380,20 +385,3 @@ def kept_shares(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> 
     matrices = find_matrices(find_layers(target))
     masks = {m.full_name: m.module.masks().get(m.name) for m in matrices}
     return {name: 1.0 if mask is None else float(mask.float().mean()) for name, mask in masks.items()}
-
-
-def count_parameters(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> dict[str, int]:
-    """Three counts: "dense" (the layers' parameters), "kept" (those on the masks, biases included) and
-    "kept_with_head" (kept and all else that the model trains).
-
-    >>> from lion_fast import LionLayer
-    >>> count_parameters(nn.Sequential(LionLayer(8, 4), nn.Linear(8, 2)))
-    {'dense': 92, 'kept': 92, 'kept_with_head': 110}
-    """
-    layers = find_layers(target)
-    own = {id(p): p.numel() for layer in layers.values() for p in layer.parameters()}
-    dense = sum(own.values())
-    dropped = sum(count_dropped(layer) for layer in layers.values())
-    others = target.parameters() if isinstance(target, nn.Module) else ()
-    head = sum(p.numel() for p in others if p.requires_grad and id(p) not in own)
-    return {"dense": dense, "kept": dense - dropped, "kept_with_head": dense - dropped + head}

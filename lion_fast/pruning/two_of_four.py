@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solvers import SolveInfo, default_tol
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.errors import OptionError
 from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR
 
@@ -90,7 +90,7 @@ class TwoOfFourLayer(nn.Module):
     def __init__(self, layer: LionLayer) -> None:
         super().__init__()
         if not isinstance(layer, LionLayer) or layer.recurrence != "free":
-            raise OptionError("the 2:4 form is for a LionLayer with recurrence='free'")
+            raise OptionError("2:4 storage is for a LionLayer with recurrence='free'")
         self.layer = layer
         self.refresh()
 
@@ -104,7 +104,7 @@ class TwoOfFourLayer(nn.Module):
         self._compressed: tuple[tuple, list[Tensor]] | None = None
 
     def why_not(self, x: Tensor) -> str | None:
-        """The reason why this form does not run on such tokens, or None."""
+        """The reason why this storage does not run on such tokens, or None."""
         return why_not(x.device, x.dtype, (self.layer.state_dim, self.layer.state_dim))
 
     @torch.no_grad()
@@ -126,8 +126,8 @@ class TwoOfFourLayer(nn.Module):
         if reason := self.why_not(x):
             raise OptionError(f"{reason}; run the layer itself, which is dense")
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-            raise OptionError("the 2:4 form has no gradients: call it under torch.no_grad(), train the layer")
-        tol = default_tol(x.dtype) if layer.tol is None else layer.tol
+            raise OptionError("2:4 storage has no gradients: call it under torch.no_grad(), train the layer")
+        tol = layer.solve.tolerance(x.dtype)
         A, W, V = self._weights(x)
         rows = x.reshape(-1, layer.dim).contiguous()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

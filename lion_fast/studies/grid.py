@@ -15,8 +15,8 @@ from lion_fast.data import load_data
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
-from lion_fast.options import numbers, read_settings
-from lion_fast.training.config import FREE_ON_RESUME, TrainConfig, refuse_unknown
+from lion_fast.options import read_settings, refuse_unknown
+from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -207,7 +207,6 @@ def read_grid(path: str | os.PathLike) -> Grid:
 
 def make_grid(given: Mapping[str, Any]) -> Grid:
     """A grid from the mapping a YAML file holds; `OptionError` naming what is wrong."""
-    given = numbers(given)
     refuse_unknown(given, _GRID, "part of a grid")
     for part in ("backbones", "sets", "methods"):
         if not isinstance(given.get(part), dict) or not given[part]:

@@ -1,11 +1,17 @@
 """Training on Accelerate, evaluation, and checkpoints that resume."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeatureStore
-from lion_fast.training.loop import FitResult, Interrupted, TrainingError, fit, prepare_output
-from lion_fast.training.memory import PeakMemory
-from lion_fast.training.metrics import Metrics, evaluate, predict, predict_files
-from lion_fast.training.order import Plan
+from lion_fast.training.settings import Settings
+
+if TYPE_CHECKING:
+    from lion_fast.training.features import FeatureStore
+    from lion_fast.training.loop import FitResult, Interrupted, TrainingError, fit, prepare_output
+    from lion_fast.training.memory import PeakMemory
+    from lion_fast.training.metrics import Metrics, evaluate, predict, predict_files
+    from lion_fast.training.order import Plan
 
 __all__ = [
     "FeatureStore",
@@ -14,6 +20,7 @@ __all__ = [
     "Metrics",
     "PeakMemory",
     "Plan",
+    "Settings",
     "TrainConfig",
     "TrainingError",
     "evaluate",
@@ -22,3 +29,14 @@ __all__ = [
     "predict_files",
     "prepare_output",
 ]
+_MODULES = ("loop", "metrics", "features", "memory", "order")
+
+
+def __getattr__(name: str):
+    # settings are read without loading torch
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(import_module(f"{__name__}.{module}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

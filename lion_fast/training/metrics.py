@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, check_whole
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -165,9 +165,8 @@ def evaluate(
 
 
 def _check_loading(batch_size: int, num_workers: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}")
+    check_whole("batch_size", batch_size)
+    check_whole("num_workers", num_workers, 0)
 
 
 def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augment: str = "none") -> Dataset:

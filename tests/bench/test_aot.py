@@ -16,14 +16,16 @@ sys.path.insert(0, str(ROOT / "bench"))
 import aot  # noqa: E402
 import facts  # noqa: E402
 import sass  # noqa: E402
+import torch  # noqa: E402
+from shipped import Shipped, shipped  # noqa: E402
 
 from lion_kernels import launch  # noqa: E402
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def spec(name: str, capability: int = 90) -> launch.Shipped:
-    (found,) = (s for s in launch.shipped() if s.name == name and s.capability == capability)
+def spec(name: str, capability: int = 90) -> Shipped:
+    (found,) = (s for s in shipped() if s.name == name and s.capability == capability)
     return found
 
 
@@ -36,7 +38,7 @@ def test_resident_blocks_by_registers_memory_and_warps(registers, kilobytes, war
     assert aot.blocks_per_sm(aot.CHIPS[90], registers, kilobytes * 1024, warps) == blocks
 
 
-def problems(spec: launch.Shipped, version="3.9.0", **found) -> list[str]:
+def problems(spec: Shipped, version="3.9.0", **found) -> list[str]:
     found = {"registers": 100, "shared": 1000, "tensor": {"HGMMA": 4}, **found}
     return aot.judge(spec, aot.Facts(**found), version).problems
 
@@ -82,13 +84,43 @@ def test_narrow_tiles_are_left_to_mma_sync():
 
 
 def test_every_kernel_is_listed_once_per_name_for_every_capability():
-    listed = [(s.name, s.capability) for s in launch.shipped()]
+    listed = [(s.name, s.capability) for s in shipped()]
     assert len(set(listed)) == len(listed)
-    kernels = {(s.module, s.kernel, s.capability) for s in launch.shipped()}
+    kernels = {(s.module, s.kernel, s.capability) for s in shipped()}
     for capability in aot.CHIPS:
         assert {k for m, k, c in kernels if c == capability} == {k for _, k, _ in kernels}
-    quick = aot.quick(launch.shipped())
+    quick = aot.quick(shipped())
     assert {(s.module, s.kernel, s.capability) for s in quick} == kernels
+
+
+def test_shipped_covers_the_tables():
+    for capability in launch.CONFIGS:
+        for state in (16, 32, 64, 128, 256):
+            tile = launch.config("solve", 1, 768, state, torch.bfloat16, divmod(capability, 10))
+            ours = [
+                s
+                for s in shipped()
+                if (s.capability, s.kernel) == (capability, "_solve_fwd_kernel")
+                and (s.constexprs["R"], s.constexprs["INPUT"]) == (state, "bf16")
+            ]
+            assert {s.constexprs["ACT"] for s in ours} >= {"relu", "gelu"}
+            assert {(s.constexprs["BLOCK_T"], s.num_warps) for s in ours} == {(tile.block_t, tile.num_warps)}
+
+
+def test_only_plain_float32_solves_may_spill():
+    """No tensor core serves those either."""
+    for s in shipped():
+        if s.spills_in:
+            assert (s.kernel, s.constexprs["INPUT"], s.constexprs["PRECISION"]) == (
+                "_solve_fwd_kernel", "fp32", "ieee"
+            )  # fmt: skip
+
+
+def test_shipped_names_every_argument_of_its_kernel():
+    for s in shipped():
+        kernel = getattr(importlib.import_module(s.module), s.kernel)
+        assert set(kernel.arg_names) == s.signature.keys() | s.constexprs.keys(), s.name
+        assert not s.signature.keys() & s.constexprs.keys() and set(s.divisible) <= s.signature.keys()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
@@ -97,7 +129,7 @@ def test_a_spill_is_found_and_named(tmp_path, monkeypatch, capsys):
     good = spec("step bf16 R=512")
     wide = {**good.constexprs, "BLOCK_N": 256, "BLOCKS": 2}
     bad = dataclasses.replace(good, name="too wide a tile", constexprs=wide)
-    monkeypatch.setattr(launch, "shipped", lambda: [bad])
+    monkeypatch.setattr(aot, "shipped", lambda: [bad])
     monkeypatch.setattr(aot, "CACHE", tmp_path / "cache.json")
     assert aot.main(["--jobs", "1", "--json", str(tmp_path / "rows.json")]) == 1
     printed = capsys.readouterr()
@@ -110,14 +142,14 @@ def test_a_spill_is_found_and_named(tmp_path, monkeypatch, capsys):
     # What is right is asked again.
     release = aot.release_of(row["triton"])
     marked = dataclasses.replace(bad, name="known to spill", spills_in=(release,))
-    monkeypatch.setattr(launch, "shipped", lambda: [marked])
+    monkeypatch.setattr(aot, "shipped", lambda: [marked])
     assert aot.main(["--jobs", "1"]) == 0
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 def test_a_hazard_planted_in_a_real_kernel_is_caught():
     whole = next(
-        s for s in launch.shipped() if s.kernel == "_solve_fwd_kernel" and s.capability == 90
+        s for s in shipped() if s.kernel == "_solve_fwd_kernel" and s.capability == 90
         and s.constexprs["BLOCK_R"] == 64 and s.constexprs["LOOP"] == "fp16"
     )  # fmt: skip
     text = facts.disassemble(facts.compile_spec(whole))[1]
@@ -138,7 +170,7 @@ def test_a_hazard_planted_in_a_real_kernel_is_caught():
 def test_a_configuration_that_does_not_compile_is_a_failure(monkeypatch):
     broken = spec("step bf16 R=512")
     broken = dataclasses.replace(broken, constexprs={**broken.constexprs, "BLOCK_N": 48})
-    monkeypatch.setattr(launch, "shipped", lambda: [broken])
+    monkeypatch.setattr(aot, "shipped", lambda: [broken])
     assert "does not compile" in aot.run([broken], jobs=1, use_cache=False)[0].problems[0]
     assert aot.main(["--jobs", "1", "--no-cache"]) == 1
 
@@ -147,16 +179,16 @@ def test_a_configuration_that_does_not_compile_is_a_failure(monkeypatch):
 def test_a_result_is_known_by_what_was_compiled(monkeypatch):
     product = spec("step bf16 R=512")
     text = aot.kernel_text(product)
-    called = {"step._step_fwd_kernel", "step._product", "step.DONE", "solve.as_operand"}
+    called = {"step_kernels.step_fwd_kernel", "step_kernels._product", "step_kernels.DONE", "tile.as_operand"}
     called |= {"sparse_kernels.sparse_product", "activations._normal_cdf"}
     assert {f"lion_kernels.{name}" for name in called} <= set(text)
-    assert "lion_kernels.step._step_bwd_kernel" not in text
+    assert "lion_kernels.step_kernels.step_bwd_kernel" not in text
     known = aot.fingerprint(product)
     assert aot.fingerprint(dataclasses.replace(product, name="x", spills_in=("3.6",))) == known
     for change in (
         {"num_stages": 7},
         {"constexprs": {**product.constexprs, "BLOCK_N": 32}},
-        {"divisible": ()},
+        {"signature": {**product.signature, "T": "i64"}},
     ):
         assert aot.fingerprint(dataclasses.replace(product, **change)) != known
     callee = importlib.import_module("lion_kernels.activations")._normal_cdf

@@ -1,4 +1,4 @@
-"""Crossovers from made rows: where a form begins to pay, the file that `choose_form` reads, the plot."""
+"""Crossovers from made rows: where a storage begins to pay, the file `choose_storage` reads, the plot."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from lion_fast import LionLayer, pruning
 from lion_fast.errors import OptionError
-from lion_fast.pruning import forms
+from lion_fast.pruning import storage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
 import crossovers  # noqa: E402
@@ -90,7 +90,7 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_choose_form_reads_the_file_that_was_written(tmp_path, monkeypatch, capsys):
+def test_choose_storage_reads_the_file_that_was_written(tmp_path, monkeypatch, capsys):
     rows = curve({0.25: 120, 0.5: 80, 0.75: 40}) + [made("dense fused", "2:4", 0.5, 100)]
     rows += [made("2:4 form", "2:4", 0.5, 80), {"kind": "time", "contender": "lion-fast"}]
     write(tmp_path / "rows.jsonl", rows)
@@ -103,20 +103,20 @@ def test_choose_form_reads_the_file_that_was_written(tmp_path, monkeypatch, caps
     table = pruning.measured_crossovers(out)
     assert set(table) == {"Another", DEVICE}
 
-    monkeypatch.setattr(forms, "_device_name", lambda device: DEVICE)
+    monkeypatch.setattr(storage, "_device_name", lambda device: DEVICE)
     torch.manual_seed(0)
     expected = {0.25: "block-sparse", 0.5: "block-sparse", 0.75: "dense"}
     for keep, name in expected.items():
         layer = LionLayer(192, 192)
         pruning.prune_once(layer, keep, granularity="block", block=32, scope="matrix", criterion="random")
-        form = pruning.choose_form(layer, crossovers=table)
+        form = pruning.choose_storage(layer, crossovers=table)
         assert form.name == name, form
         if name == "block-sparse":
             assert form.block == 32 and "it pays from 50% on (A device" in form.reason
     half = LionLayer(192, 192)
     pruning.prune_once(half, 0.5, granularity="2:4")
-    assert pruning.choose_form(half, crossovers=table).name == "2:4"
-    assert pruning.choose_form(half, crossovers={DEVICE: {}}).name == "dense"
+    assert pruning.choose_storage(half, crossovers=table).name == "2:4"
+    assert pruning.choose_storage(half, crossovers={DEVICE: {}}).name == "dense"
     out.write_text('{"devices": {}}')
     with pytest.raises(OptionError, match="no crossovers of format 1"):
         pruning.measured_crossovers(out)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench" / "gpu"))
 import warm  # noqa: E402
 
-from lion_kernels import launch, tune  # noqa: E402
+from lion_kernels import launch, tuned  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"
@@ -28,7 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lion_kernels import adjoint, launch, solve, step
+from lion_kernels import adjoint, present, solve
 
 triton.runtime.driver.set_active(types.SimpleNamespace(
     get_current_device=lambda: 0, get_current_stream=lambda device: 0,
@@ -36,7 +36,7 @@ triton.runtime.driver.set_active(types.SimpleNamespace(
 ))
 run = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
-launch.capability = lambda device: (8, 0)
+present.capability = lambda device: (8, 0)
 hits = []
 knobs.compilation.listener = lambda src, cache_hit, **_: hits.append((src.name, cache_hit))
 
@@ -95,8 +95,8 @@ def test_functions_that_kernels_call_have_their_keys_from_the_start():
     """Else, in Triton 3.6, the name of a kernel in the cache depends on what was launched before it."""
     code = (
         "from triton.runtime.jit import JITFunction\n"
-        "from lion_kernels import activations, adjoint, solve, sparse_kernels, step\n"
-        "modules = activations, adjoint, solve, sparse_kernels, step\n"
+        "from lion_kernels import activations, adjoint, solve, sparse_kernels, step_kernels, tile\n"
+        "modules = activations, adjoint, solve, sparse_kernels, step_kernels, tile\n"
         "found = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]\n"
         "late = {f.__name__ for f in found if f.hash is None}\n"
         "assert len(found) > 20 and all(name.endswith('_kernel') for name in late), late\n"
@@ -110,9 +110,9 @@ def test_the_launchers_say_what_a_call_needs(worker):
     fused = ["_adjoint_kernel", "_weight_grads_kernel", "_sum_splits_kernel"]
     assert kernels(worker, "adjoint", 131) == fused
     assert kernels(worker, "adjoint", 12608) == fused[:1]
-    steps = ["_step_fwd_kernel"] * 3 + ["_step_finish_kernel", "_read_out_kernel"]
+    steps = ["step_fwd_kernel"] * 3 + ["step_finish_kernel", "read_out_kernel"]
     assert kernels(worker, "solve", 131, state=512) == kernels(worker, "solve_wide", 131) == steps
-    back = ["_step_bwd_kernel"] * 3 + ["_step_bwd_finish_kernel", "_read_out_kernel"]
+    back = ["step_bwd_kernel"] * 3 + ["step_bwd_finish_kernel", "read_out_kernel"]
     assert kernels(worker, "adjoint", 131, state=512) == back
     sparse = kernels(worker, "adjoint_wide", 131, width=96, state=64, block=32)
     assert sorted(set(sparse)) == sorted({*back, "_sampled_kernel"})
@@ -138,13 +138,13 @@ def test_what_a_kernel_depends_on(worker):
 
 def test_tuned_tiles_are_those_that_are_compiled(worker):
     tile = launch.Config(16, 32, 4, 2)
-    tuned = warm.Worker(warm.Setting(90, {tune.key("solve", 768, 64, torch.bfloat16, False): tile}, False))
+    other = warm.Worker(warm.Setting(90, {tuned.key("solve", 768, 64, torch.bfloat16, False): tile}, False))
     try:
-        ours = tuned.ask(warm.find, warm.Call("solve", 131))
+        ours = other.ask(warm.find, warm.Call("solve", 131))
         assert ours != worker.ask(warm.find, warm.Call("solve", 131))
         assert "'num_stages': 2" in ours[0][0].key
     finally:
-        tuned.stop()
+        other.stop()
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(cache):
@@ -158,7 +158,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(cache):
 
 
 def test_a_compiler_that_dies_takes_one_kernel_with_it(worker):
-    assert worker.ask(os._exit, 7) == (None, "the compiler's process ended with exit code 7")
+    assert worker.ask(os._exit, 7) == (None, "the compiler's process died")
     assert kernels(worker, "solve", 131) == ["_solve_fwd_kernel"]
 
 

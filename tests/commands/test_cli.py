@@ -137,7 +137,7 @@ def test_numbers_as_people_write_them_in_yaml(images, model_flags, tmp_path):
         (["--set", "gamma=1.5"], "gamma must be"),
         (["--set", "oops"], "--set takes KEY=VALUE; got 'oops'"),
         (["--method", "lionn"], "no method named 'lionn'; the methods are "),
-        (["--lr", "-1"], "lr must be a number above 0"),
+        (["--lr", "-1"], "lr must be a finite number above 0"),
         (["--config", "missing.yaml"], "the config file missing.yaml cannot be read"),
         (["--set", "backend=triton"], "backend=triton cannot run: "),
     ],

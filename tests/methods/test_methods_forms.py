@@ -372,7 +372,7 @@ def test_e2vpt_refuses():
     model = E2VPT(backbone("vit"), 4, length=5)
     good = torch.zeros(5), torch.zeros(5, 16)
     for ratios in ((1.0, 0), (0, -0.1)):
-        with pytest.raises(OptionError, match=r"ratio must be in \[0, 1\)"):
+        with pytest.raises(OptionError, match="ratio"):
             model.prune(*ratios, good)
     with pytest.raises(OptionError, match="scores must be of shapes"):
         model.prune(0.5, 0.5, (torch.zeros(4), good[1]))

@@ -8,10 +8,11 @@ import torch
 from training_helpers import tiny_backbone, tiny_model
 
 from lion_fast import LionLayer
-from lion_fast.adapters import DESCRIPTION, TENSORS, load_adapter, read_adapter, save_adapter
+from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import AdapterError, OptionError
 from lion_fast.inspection import parameter_counts
+from lion_fast.methods.files import DESCRIPTION, TENSORS, read_adapter
 from lion_fast.pruning import compact_model, count_parameters, prune_once
 from lion_fast.pruning.compaction import describe_compacted, restore_compacted
 from lion_fast.pruning.packing import pack_bits, pack_state, unpack_bits, unpack_state
@@ -95,7 +96,7 @@ def test_the_file_shrinks_and_loads_to_the_same_bits(tmp_path, keep, granularity
     }
     assert loaded.num_trainable(kept=True) == counts["kept"]
     assert loaded.num_trainable(head=True, kept=True) == counts["with_head"]
-    told = count_parameters(loaded)
+    told = count_parameters(loaded, loaded.head)
     assert (told["dense"], told["kept"], told["kept_with_head"]) == tuple(counts.values())
     description = json.loads((tmp_path / "pruned" / DESCRIPTION).read_text())
     assert description["parameters"]["kept"] == counts["kept"]

@@ -8,7 +8,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from lion_fast import LionLayer, pruning
-from lion_fast.equilibrium.solvers import default_tol
+from lion_fast.equilibrium.solve import default_tol
 from lion_fast.errors import OptionError
 from lion_fast.pruning import two_of_four
 

@@ -471,7 +471,7 @@ def changed(images: Path, *path: str, value) -> dict:
         (("methods", "probe", "grid"), {"lr": [1, 2]}, "'lr'"),
         (("methods", "probe", "grid"), {"train.lr": 1}, "lists of values"),
         (("methods", "probe", "grid"), {"train.lr": [0.1, 0.1]}, "are the same"),
-        (("methods", "probe", "grid"), {"train.lr": [0.1, -1]}, "lr must be a number above 0"),
+        (("methods", "probe", "grid"), {"train.lr": [0.1, -1]}, "lr must be a finite number above 0"),
         (("methods", "probe", "method"), "nothing", "must be one of"),
         (("methods", "lion-8", "options"), {"gamma": "big"}, "gamma must be a number"),
         (("backbones", "tiny"), {"img_size": 32}, "needs a name"),

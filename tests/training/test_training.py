@@ -385,7 +385,7 @@ def test_loading_options_are_checked(wrong, images):
         (predict, torch.rand(2, 3, 32, 32)),
         (predict_files, []),
     ):
-        with pytest.raises(OptionError, match=f"{name} must be an integer of at least"):
+        with pytest.raises(OptionError, match=name):
             call(tiny_model(), items, **wrong)
 
 
@@ -727,15 +727,15 @@ def test_data_that_cannot_be_learnt_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options,told",
     [
-        ({"lr": -1.0}, "lr must be a number above 0; got -1.0"),
+        ({"lr": -1.0}, "lr must be a finite number above 0; got -1.0"),
         ({"lr": float("nan")}, "lr must be"),
-        ({"epochs": 0}, "epochs must be an integer of at least 1; got 0"),
-        ({"epochs": True}, "epochs must be an integer"),
-        ({"batch_size": 1.5}, "batch_size must be an integer"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1; got 0"),
+        ({"epochs": True}, "epochs must be a whole"),
+        ({"batch_size": 1.5}, "batch_size must be a whole"),
         ({"label_smoothing": 1.0}, "below 1; got 1.0"),
         ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd; got 'adam'"),
         ({"deterministic": 1}, "deterministic must be true or false"),
-        ({"learning_rate": 0.1}, "unknown training option 'learning_rate'.*Valid: epochs, batch_size"),
+        ({"learning_rate": 0.1}, "unknown option 'learning_rate'.*Valid: epochs, batch_size"),
     ],
 )
 def test_wrong_options_say_what_is_valid(options, told):

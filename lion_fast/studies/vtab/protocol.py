@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lion_fast.commands.vtab import DECIDED, SEEDS
 from lion_fast.errors import OptionError
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
-from lion_fast.training import TrainConfig
-from lion_fast.training.config import FREE_ON_RESUME, refuse_unknown
+from lion_fast.options import refuse_unknown
+from lion_fast.studies.vtab import DECIDED, SEEDS
+from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 from lion_fast.training.presets import TASKS, Preset, preset
 
 # A preset's own grid is searched up to this size; VPT's has 240 configurations.

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from lion_fast.adapters import describe_images
 from lion_fast.backbones import Backbone
 from lion_fast.data import Splits, load_data, transforms
 from lion_fast.errors import CheckpointError, DataError, OptionError
 from lion_fast.inspection import parameter_counts
 from lion_fast.methods import create
+from lion_fast.methods.files import describe_images
 from lion_fast.studies.environment import context
 from lion_fast.studies.vtab import report, tasks
 from lion_fast.studies.vtab.protocol import Configuration, Protocol

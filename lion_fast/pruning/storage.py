@@ -1,4 +1,4 @@
-"""Which form of a pruned layer to run: dense, compact, block-sparse or 2:4, and why."""
+"""How a pruned layer is best stored and run: dense, compact, block-sparse or 2:4, and why."""
 
 import json
 import os
@@ -15,16 +15,15 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
 from lion_fast.pruning.compaction import find_units
 from lion_fast.pruning.two_of_four import is_two_of_four
+from lion_kernels.blocks import BLOCKS, find_pattern
 from lion_kernels.launch import padded_state
-from lion_kernels.sparse import BLOCKS, find_pattern
 
 # Up to this state width the tokens' way through memory is what a solve costs, and its weights stay on chip.
 TRAFFIC_BOUND = 128
-FORMS = ("dense", "compact", "block-sparse", "2:4")
 
 
-class Form(NamedTuple):
-    """A form by name, the reason for it in a sentence, and the block size where it is block-sparse."""
+class Storage(NamedTuple):
+    """A storage by name, the reason for it in a sentence, and the block size where it is block-sparse."""
 
     name: str
     reason: str
@@ -48,12 +47,12 @@ def measured_crossovers(path: str | os.PathLike[str] | None = None) -> dict[str,
     return found["devices"]
 
 
-def choose_form(
+def choose_storage(
     layer: LionLayer,
     device: torch.device | str | None = None,
     crossovers: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Form:
-    """The form in which this layer is expected to run fastest on a device, from measurements alone.
+) -> Storage:
+    """The storage in which this layer is expected to run fastest on a device, from measurements alone.
 
     layer: as it is; its zeros count, whether masks made them or not.
     device: None is the layer's own.
@@ -62,7 +61,7 @@ def choose_form(
     Compaction needs no measurement, being a smaller dense layer. Without a measurement of the device
     everything else stays dense.
 
-    >>> choose_form(LionLayer(64, 32)).name
+    >>> choose_storage(LionLayer(64, 32)).name
     'dense'
     """
     live, _ = find_units(layer)
@@ -78,20 +77,20 @@ def choose_form(
                 else f"{after} columns"
             )
         )
-        return Form("compact", f"{state - units} of {state} hidden units are dead; {tile}")
+        return Storage("compact", f"{state - units} of {state} hidden units are dead; {tile}")
     if state <= TRAFFIC_BOUND:
-        return Form(
+        return Storage(
             "dense",
             f"a solve of state width {state} is bound by reading and writing the tokens: sparse weights "
             f"save nothing up to {TRAFFIC_BOUND}",
         )
     W = layer.recurrence_matrix().detach()
     if W.all():
-        return Form("dense", "the recurrence has no zeros")
+        return Storage("dense", "the recurrence has no zeros")
     name = _device_name(torch.device(device) if device is not None else W.device)
     table = measured_crossovers() if crossovers is None else crossovers
     if name not in table:
-        return Form("dense", f"no measurement for this device ({name})")
+        return Storage("dense", f"no measurement for this device ({name})")
     told = []
     for block in sorted(BLOCKS, reverse=True):
         found = find_pattern(W != 0, block).sparsity
@@ -102,25 +101,25 @@ def choose_form(
         least = entry["from_sparsity"]
         if found >= least:
             reason = f"{found:.0%} of the {block} x {block} blocks are dead; it pays from {least:.0%} on"
-            return Form("block-sparse", f"{reason} ({name}, state width {entry['state_dim']})", block)
+            return Storage("block-sparse", f"{reason} ({name}, state width {entry['state_dim']})", block)
         told.append(f"{found:.0%} of the blocks of {block} are dead, it pays from {least:.0%} on")
     if is_two_of_four(W):
         if _entry(table[name].get("2:4", ()), state) is not None:
-            return Form("2:4", f"every four neighbours hold two zeros, which is faster here ({name})")
+            return Storage("2:4", f"every four neighbours hold two zeros, which is faster here ({name})")
         told.append("2:4 was not measured to be faster")
-    return Form("dense", f"{'; '.join(told)} ({name})")
+    return Storage("dense", f"{'; '.join(told)} ({name})")
 
 
-def describe_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """`choose_form` of every LionLayer inside a model, by name; JSON-able. A StateLayer runs dense."""
-    forms = {}
+def describe_storage(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`choose_storage` of every LionLayer inside a model, by name; JSON-able. A StateLayer runs dense."""
+    found = {}
     for name, module in model.named_modules():
         if isinstance(module, LionLayer):
-            forms[name] = choose_form(module)._asdict()
+            found[name] = choose_storage(module)._asdict()
         elif isinstance(module, StateLayer):
             reason = "its states are what the head reads, so none can go, and its solve is on narrow rows"
-            forms[name] = Form("dense", reason)._asdict()
-    return forms
+            found[name] = Storage("dense", reason)._asdict()
+    return found
 
 
 def _device_name(device: torch.device) -> str:

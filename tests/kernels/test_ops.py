@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lion_kernels import ops
+from lion_kernels import ops, present
 
 ROWS, D, R = 70, 24, 8
 
@@ -54,7 +54,7 @@ def test_backend_choice(monkeypatch):
 
 def test_auto_falls_back_and_says_so_once(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "_triton_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(present, "triton_missing", lambda: "Triton is not installed")
     ops._say_once.cache_clear()
     with pytest.warns(UserWarning, match="falls back to plain torch on this GPU: Triton is not installed"):
         assert ops.resolve_backend("auto", cuda, torch.float32, 32) == "torch"

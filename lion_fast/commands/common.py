@@ -1,0 +1,167 @@
+"""What commands share: flags made from settings, the device, trained models, images, what is said."""
+
+import argparse
+import sys
+from collections.abc import Container, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lion_fast.errors import DataError, OptionError
+from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings
+from lion_fast.training.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from lion_fast.backbones import Backbone
+    from lion_fast.methods import TunedModel
+
+_FLAGS = {"options": "--set", "backbone_options": "--backbone-set"}
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return _FLAGS.get(name) or "--" + name.replace("_", "-")
+
+
+def add_settings(parser, part: type[Options], names: Container[str], **defaults: str) -> None:
+    """A flag for each of these settings; the parsed arguments hold those that are given, and no others.
+
+    defaults: in words, where the command has others than the settings.
+    """
+    for option in fields(part):
+        if option.name not in names:
+            continue
+        text, value = help_of(option, defaults.get(option.name)).replace("%", "%%"), kind(option)
+        how: dict[str, Any] = {"type": value, "metavar": value.__name__.upper()}
+        if value is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif value is dict:
+            how, text = {"action": "append", "metavar": "KEY=VALUE"}, f"{text}; may be repeated"
+        parser.add_argument(flag(option.name), dest=option.name, default=argparse.SUPPRESS, help=text, **how)
+
+
+def given_settings(args: argparse.Namespace, *parts: type[Options]) -> dict[str, Any]:
+    """The settings of these parts that flags gave."""
+    return {
+        option.name: key_values(value, flag(option.name)) if kind(option) is dict else value
+        for part in parts
+        for option in fields(part)
+        if (value := getattr(args, option.name, None)) is not None
+    }
+
+
+def add_adapter(parser: argparse.ArgumentParser, **how: Any) -> None:
+    """ADAPTER, and where its backbone's weights are."""
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="adapter folder, or the output folder of finetune", **how
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the backbone's weights, where they are not where they were"
+    )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """How a model reads images."""
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass [64]")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images [0]")
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="[no]")
+    add_device(parser)
+    add_progress(parser)
+
+
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_running` added, as `evaluate` and `predict_files` take it."""
+    names = ("batch_size", "num_workers", "mixed_precision")
+    return {name: getattr(args, name) for name in names} | {"progress": shows_progress(args)}
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [the accelerator that is there, else cpu]")
+
+
+def find_device(name: str | None) -> "torch.device":
+    """The device of that name, or the one that is there."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """--progress."""
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress [on a terminal]")
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether progress is asked for, or there is a terminal to show it on."""
+    return sys.stderr.isatty() if args.progress is None else args.progress
+
+
+def say(text: str, passing: bool = False) -> None:
+    """A line on stderr; `passing`: one that the next takes the place of, on a terminal."""
+    if passing:
+        text = f"{text[:118]:<118}"
+    print(text, end="\r" if passing and sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+def load_run(
+    given: str, device: str | None = None, weights: str | None = None
+) -> tuple["TunedModel", Settings, Path]:
+    """The model of an adapter folder or an output folder of finetune, its settings, the adapter's folder.
+
+    The settings are the defaults where no config.yaml of a run lies beside the adapter.
+    """
+    from lion_fast.adapters import load_adapter
+
+    folder = Path(given)
+    if (folder / "adapter" / "adapter.json").is_file():
+        folder = folder / "adapter"
+    on, config = find_device(device), folder.parent / "config.yaml"
+    values = read_settings(config, "config file") if config.is_file() else {}
+    settings = Settings.from_dict(values if values.keys() <= set(Settings.names()) else {})
+    backbone = None
+    if weights is None and not settings.model.pretrained and settings.model.weights is None:
+        backbone = settings.model.load_backbone(settings.train.seed)  # random: its seed makes it again
+    return load_adapter(folder, backbone, device=on, weights=weights), settings, folder
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """Image files of files and folders, which are searched in depth."""
+    from lion_fast.data.images import EXTENSIONS
+
+    found: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            if not inside:
+                raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"there is no file or folder {path}")
+    return found
+
+
+def sample_images(
+    given: Sequence[str] | None, backbone: "Backbone", count: int
+) -> tuple["torch.Tensor", str]:
+    """At most so many of the images given, as the backbone takes them, or random ones; what they are."""
+    import torch
+
+    from lion_fast.data import read_image, transforms
+
+    if given:
+        paths, view = find_images(given)[:count], transforms(backbone)
+        return torch.stack([view(read_image(path)) for path in paths]), f"{len(paths)} given images"
+    size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
+    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images, f"{count} random-normal images (give --images for real ones)"

