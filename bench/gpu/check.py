@@ -88,7 +88,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     zero, another rounding would be another slope.
     """
     shape = problems.Shape(1, case.width, case.state, "hard", tokens=case.rows)
-    tokens = sparse.draw_tokens(shape, dtype, device, 0)
+    tokens = problems.draw_tokens(shape, dtype, device, 0)
     x, upstream = tokens[0][0], tokens[1][0]
     patterns = {}
     if case.block:

@@ -257,25 +257,15 @@ def test_a_wrong_contender_is_not_timed_and_the_next_one_is(tmp_path):
     bad = dataclasses.replace(good, name="wrong", make=wrong)
     worse = dataclasses.replace(good, name="broken", make=broken)
     rows = made_rows(tmp_path)
-    timing.time_beside(
-        rows,
-        {"mode": "both"},
-        [ours, bad, worse, good],
-        lambda: problem,
-        "both",
-        "cpu",
-        1e-3,
-        lambda c, p: {},
-    )
+    bench = timing.Bench(rows, "cpu", 1e-3)
+    bench.time({"mode": "both"}, [ours, bad, worse, good], lambda: problem, lambda c, p: {})
     found = {row["contender"]: row for row in rows.rows}
     assert found["wrong"]["failed"] == "wrong result, not timed" and found["wrong"]["error_out"] > 0.1
     assert found["broken"]["failed"] == "RuntimeError: no kernel image"
     assert {name for name, row in found.items() if "us" in row} == {ours.name, good.name}
     # What is missing is timed beside ours again.
     late = dataclasses.replace(good, name="late")
-    timing.time_beside(
-        rows, {"mode": "both"}, [ours, late], lambda: problem, "both", "cpu", 1e-3, lambda c, p: {}
-    )
+    bench.time({"mode": "both"}, [ours, late], lambda: problem, lambda c, p: {})
     assert [row["contender"] for row in rows.rows[-2:]] == [ours.name, "late"]
 
 
@@ -421,7 +411,7 @@ def test_a_capture_that_breaks_off_ends_the_process_and_the_next_one_does_withou
         known = {"mode": "forward", "batch": batch}
         rows = made_rows(tmp_path)
         with contextlib.closing(rows.store):
-            timing.time_beside(rows, known, todo, small_problem, "forward", "cuda", 1e-3, lambda c, p: {})
+            timing.Bench(rows, "cuda", 1e-3).time(known, todo, small_problem, lambda c, p: {})
         return {row["contender"]: row for row in rows.matching(**known)}
 
     broken.at = 0
@@ -511,7 +501,7 @@ def test_sparse_cases_begin_with_the_target():
 def made_case(granularity, block=None, state=64, width=64, sparsity=0.5):
     case = sparse.Case(width, state, granularity, sparsity, block)
     shape = problems.Shape(2, width, state, "sparse", tokens=7)
-    return sparse.build(case, shape, sparse.draw_tokens(shape, torch.float32, "cpu", 1000))
+    return sparse.build(case, shape, problems.draw_tokens(shape, torch.float32, "cpu", 1000))
 
 
 def test_masks_drop_whole_groups():
