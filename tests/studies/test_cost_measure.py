@@ -166,11 +166,6 @@ def test_floors_and_training(measured):
     assert 2 * (infer - patches) <= floor["macs_per_image"] <= 2.2 * (infer - patches)
 
 
-def test_forms_were_checked(measured):
-    for form in ("exact", "naive"):
-        assert row_of(measured, f"vpt(length=3):{form}")["checked"].startswith("exact = naive to ")
-
-
 def test_forms_that_differ_are_not_timed(monkeypatch):
     build = models.build
 
@@ -297,44 +292,40 @@ def timed(key, seconds, ratio=1.0, spread=0.02, **more):
     return row | more
 
 
-def test_comparing_rows():
+@pytest.mark.parametrize(
+    "seconds, more, threshold, expected",
+    [
+        (1.05, {}, 0.1, []),  # within the threshold
+        (1.2, {}, 0.1, ["k: seconds 1 -> 1.2 (+20.0%)"]),
+        (1.2, {}, 0.3, []),
+        (1.2, {"spread": 0.3}, 0.1, []),  # within the spread
+        (0.5, {}, 0.1, []),
+        # elsewhere times say nothing, ratios do
+        (9.0, {"device_name": "b"}, 0.1, []),
+        (0.1, {"ratio": 1.5, "device_name": "b"}, 0.1, ["k: ratio 1 -> 1.5 (+50.0%)"]),
+        (1.0, {"activation_bytes": {"method": 1009}}, 9, []),
+        (1.0, {"activation_bytes": {"method": 1011}}, 9, ["k: activations of method 1,000 -> 1,011 (+1.1%)"]),
+        (1.0, {"macs_per_image": 102}, 0.1, ["k: macs_per_image 100 -> 102 (+2.0%)"]),
+    ],
+)
+def test_comparing_rows(seconds, more, threshold, expected):
     old = [timed("k", 1.0, activation_bytes={"method": 1000}, macs_per_image=100)]
+    assert compare(old, [timed("k", seconds, **more)], threshold)[0] == expected
 
-    def worse(*new, threshold=0.1):
-        return compare(old, list(new), threshold)[0]
 
-    assert worse(timed("k", 1.05)) == []  # within the threshold
-    assert worse(timed("k", 1.2)) == ["k: seconds 1 -> 1.2 (+20.0%)"]
-    assert worse(timed("k", 1.2), threshold=0.3) == []
-    assert worse(timed("k", 1.2, spread=0.3)) == []  # within the spread
-    assert worse(timed("k", 0.5)) == []
+def test_comparing_rows_that_are_better_new_or_broken():
+    old = [timed("k", 1.0)]
     assert compare(old, [timed("k", 0.5)])[1] == ["k: seconds 1 -> 0.5 (-50.0%), better"]
-    # elsewhere times say nothing, ratios do
-    assert worse(timed("k", 9.0, device_name="b")) == []
-    assert worse(timed("k", 0.1, ratio=1.5, device_name="b")) == ["k: ratio 1 -> 1.5 (+50.0%)"]
-    assert worse(timed("k", 1.0, activation_bytes={"method": 1009}), threshold=9) == []
-    assert worse(timed("k", 1.0, activation_bytes={"method": 1011})) == [
-        "k: activations of method 1,000 -> 1,011 (+1.1%)"
-    ]
-    assert worse(timed("k", 1.0, macs_per_image=102)) == ["k: macs_per_image 100 -> 102 (+2.0%)"]
-    assert worse({"key": "k", "status": "failed", "reason": "it broke"}) == [
-        "k: was measured, now failed: it broke"
-    ]
     assert compare(old, [timed("n", 1.0)])[1] == ["n: new", "k: not in the new rows"]
+    broken = {"key": "k", "status": "failed", "reason": "it broke"}
+    assert compare(old, [broken])[0] == ["k: was measured, now failed: it broke"]
 
 
 def test_the_report(measured):
     text = report.markdown(measured, ["throughput-x.png"])
-    assert (
-        "| `lion:residual` |" in text
-        and "vpt(length=3):naive" in text
-        and "![throughput x](throughput-x.png)" in text
-    )
+    assert "vpt(length=3):naive" in text and "![throughput x](throughput-x.png)" in text
     assert "weights random, sha256 " + row_of(measured, "lion:residual")["weights_sha256"][:12] in text
-    assert (
-        "`vpt(length=3):exact` exact = naive to" in text
-        and "Mean iterations per token: `lion:residual` input" in text
-    )
+    assert "`vpt(length=3):exact` exact = naive to" in text and "`lion:residual` input" in text
     cells = next(line for line in text.splitlines() if line.startswith("| `lion:residual` |")).split(" | ")
     assert cells[1] == f"{row_of(measured, 'lion:residual')['ratio']:.3f}" and len(cells) == 11
     bad = {**row_of(measured, "probe"), "status": "failed", "reason": "out of paper"}

