@@ -87,7 +87,6 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         )
         for name, end in result["ends"].items()
     ]
-    lines += [
-        f"{name}: best storage {form['name']}: {form['reason']}" for name, form in result["forms"].items()
-    ]
+    for name, best in result["forms"].items():
+        lines.append(f"{name}: best storage {best['name']}: {best['reason']}")
     return result, lines + ([f"measured on {measured_on}"] if result["ends"] else [])

@@ -16,8 +16,9 @@ from lion_fast.commands.main import main
 from lion_fast.errors import OptionError
 from lion_fast.studies import measuring, memory
 from lion_fast.studies.profiling import measure, profile_model, report, snapshot
-from lion_fast.studies.profiling.measure import _Step, clocked_step
+from lion_fast.studies.profiling.measure import clocked_step
 from lion_fast.studies.profiling.parts import Clock
+from lion_fast.studies.profiling.step import Step
 
 TINY = ["vit_tiny_patch16_224", "--img-size", "32", "--backbone-set", "depth=2", "--batch-size", "2"]
 QUICK = ["--steps", "2", "--warmup", "0"]
@@ -63,7 +64,7 @@ def _ticked(out, now, forward, backward):
 
 
 def one_step(model, kind="train", n=3, size=32):
-    step = _Step(model, images(n, size), torch.zeros(n, dtype=torch.long), kind, "no", "adamw")
+    step = Step(model, images(n, size), torch.zeros(n, dtype=torch.long), kind, "no", "adamw")
     return clocked_step(step, Clock(model, torch.device("cpu")))
 
 
@@ -83,7 +84,7 @@ def test_time_is_charged_to_the_part_that_takes_it(ticks, monkeypatch):
     def slow_loss(*args, **kwargs):
         return Tick.apply(usual(*args, **kwargs), ticks, 1024, 2048)
 
-    monkeypatch.setattr(measure.F, "cross_entropy", slow_loss)
+    monkeypatch.setattr(F, "cross_entropy", slow_loss)
     step = torch.optim.AdamW.step
 
     def slow_step(self, *args, **kwargs):
@@ -117,7 +118,7 @@ def test_a_delay_of_a_method_shows_in_its_part_only(ticks):
 
 def test_what_lies_between_the_parts_is_other(ticks):
     model = tiny_model("lion", form="residual")
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     usual = step.loss
 
     def late(told):
@@ -423,7 +424,7 @@ def test_the_clock_of_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: waits.append(1))
     model = tiny_model("lion", form="residual")
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     first = FakeEvent.count
     found = clocked_step(step, Clock(model, torch.device("cuda")))
     # a millisecond from each event to the next, but for the one between the hooks and the backward
@@ -474,7 +475,7 @@ def test_everything_about_a_cuda_step_by_stand_ins(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, stand_in)
     model = tiny_model("lion", form="residual")
     found = profile_model(model, images(), modes=["train"], steps=1, warmup=0)
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     step.device = torch.device("cuda")
     told = {}
     measure._measure(step, told, tmp_path, 2, 0, lambda text: None)
