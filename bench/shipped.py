@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lion_kernels import launch, launch_sparse, launch_step
+from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR
 
 STATES = (16, 32, 64, 128, 256)
 WIDTH = 768
@@ -102,13 +103,12 @@ def _loop(
     """The solve or the adjoint."""
     chosen = launch.config(op, 1 << 16, width, state, dtype, divmod(capability, 10), tf32)
     kinds, tokens, word = launch.numerics(dtype, tf32), TRITON_TYPES[dtype], "*fp32"
-    given = (chosen, width, state, kinds, activation, damping, True)
     if op == "solve":
-        constants = launch.solve_constants(*given, save=True)
+        own = {"SAVE": True, "CARRY": chosen.carry, "floor": STATE_FLOOR}
         pointers = dict.fromkeys(("x_ptr", "a_ptr", "v_ptr", "out_ptr", "p_ptr"), tokens)
         pointers |= dict.fromkeys(("w_ptr", "b_ptr", "c_ptr", "change_ptr"), word)
     else:
-        constants = launch.adjoint_constants(*given, ones=launch.ONES)
+        own = {"ONES": launch.ONES, "floor": ADJOINT_FLOOR}
         names = ("grad_ptr", "p_ptr", "a_ptr", "v_ptr", "dx_ptr", "t_ptr", "z_ptr")
         pointers = dict.fromkeys(names, tokens) | {"w_ptr": word, "change_ptr": word}
     steps = "max_iter" if op == "solve" else "terms"
@@ -121,7 +121,9 @@ def _loop(
         capability=capability,
         signature=pointers
         | {"count_ptr": "*i32", "T": "i32", "tol": "fp32", "damping": "fp32", steps: "i32"},
-        constexprs=constants,
+        constexprs=launch.loop_constants(
+            chosen, width, state, kinds, activation, damping, RESIDUAL=True, **own
+        ),
         **chosen.resources,
         spills_in=SPILLING.get(
             (op, capability, launch.padded_state(state), launch.arithmetic(dtype, tf32)), ()
@@ -193,20 +195,20 @@ def _launches(
     found = {}
     for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
         weight = {"weight_ptr": tokens if first else operand}
-        constants = launch_step.forward_constants(
-            config, WIDTH, state, kinds, "gelu", damping, True, first, last, split, sparse
-        )
+        given = (config, WIDTH, state, kinds, "gelu", damping)
+        own = {"FIRST": first, "SPARSE": sparse}
+        constants = launch_step.step_constants(*given, STATE_FLOOR, SAVE=True, LAST=last, SPLIT=split, **own)
         found[f"step{label}"] = "step_fwd_kernel", forward | weight, constants
         if not last:
-            constants = launch_step.backward_constants(
-                config, WIDTH, state, kinds, "gelu", damping, first, not first, sparse
-            )
+            constants = launch_step.step_constants(*given, ADJOINT_FLOOR, CHECK=not first, **own)
             found[f"adjoint step{label}"] = "step_bwd_kernel", backward | weight, constants
-    constants = launch_step.finish_constants(config, state, kinds, "gelu", True)
+    constants = launch_step.finish_constants(config, state, kinds, "gelu", STATE_FLOOR, SAVE=True)
     found["step finish"] = "step_finish_kernel", finish, constants
-    constants = launch_step.backward_finish_constants(config, state, kinds, "gelu", 8)
+    constants = launch_step.finish_constants(config, state, kinds, "gelu", ADJOINT_FLOOR, STEPS=True)
     found["adjoint finish"] = "step_bwd_finish_kernel", end, constants
-    constants = launch_step.read_out_constants(config, WIDTH, state, kinds, True, True, sparse)
+    constants = launch_step.read_out_constants(
+        config, WIDTH, state, kinds, BIAS=True, RESIDUAL=True, SPARSE=sparse
+    )
     found["read-out"] = "read_out_kernel", read_out, constants
     return found
 

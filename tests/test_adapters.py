@@ -332,7 +332,7 @@ def test_foreign_descriptions(content, tmp_path):
         ({"method": "tomorrow"}, "method 'tomorrow' is unknown here; known are .*lion, .*probe, .*vpt"),
         ({"method": None}, "method is missing"),
         ({"options": [1]}, "options is missing or no dict"),
-        ({"options": {"lenght": 3}}, "cannot be built: method probe has no option lenght"),
+        ({"options": {"lenght": 3}}, "cannot be built: unknown option of probe 'lenght'"),
         ({"options": {"backbone": "x"}}, "cannot be built"),
         ({"num_classes": 5}, "a head of 4 outputs; adapter.json says num_classes=5"),
         ({"classes": ["a"]}, "classes do not count num_classes=4 names"),

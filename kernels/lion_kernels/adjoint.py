@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate, slope
+from lion_kernels.reference import ADJOINT_FLOOR
 from lion_kernels.tile import INFINITY, as_operand, device_function, stop_rows
 
 EXPONENT = tl.constexpr(0x7F800000)
@@ -334,7 +335,9 @@ def adjoint(
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
     kinds = present.numerics(x.dtype)
-    constants = launch.adjoint_constants(config, width, state, kinds, activation, damping, residual, ones)
+    constants = launch.loop_constants(
+        config, width, state, kinds, activation, damping, ADJOINT_FLOOR, RESIDUAL=residual, ONES=ones
+    )
     with present.on_device(x):
         if rows > 0:
             _adjoint_kernel[(triton.cdiv(rows, config.block_t),)](

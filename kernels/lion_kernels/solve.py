@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate
+from lion_kernels.reference import STATE_FLOOR
 from lion_kernels.tile import INFINITY, as_operand, stop_rows
 
 
@@ -158,7 +159,18 @@ def solve(
                 max_iter=max_iter,
                 tol=float(tol),
                 damping=float(damping),
-                **launch.solve_constants(config, width, state, kinds, activation, damping, residual, save),
+                **launch.loop_constants(
+                    config,
+                    width,
+                    state,
+                    kinds,
+                    activation,
+                    damping,
+                    STATE_FLOOR,
+                    RESIDUAL=residual,
+                    SAVE=save,
+                    CARRY=config.carry,
+                ),  # fmt: skip
                 **config.resources,
             )
     return out, p, change, count

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lion_kernels import launch, launch_step, present, step_kernels, tuned
 from lion_kernels.blocks import BlockSparse
+from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR
 from lion_kernels.sparse import sampled
 
 
@@ -71,8 +72,9 @@ def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
     out = torch.empty_like(x)
     rows, width = x.shape
     constants = launch_step.read_out_constants(
-        config, width, h.shape[1], present.numerics(x.dtype), c is not None, residual, _is_sparse(weight)
-    )
+        config, width, h.shape[1], present.numerics(x.dtype),
+        BIAS=c is not None, RESIDUAL=residual, SPARSE=_is_sparse(weight),
+    )  # fmt: skip
     weight = _Weight.of(weight, x.dtype, x.new_empty(1, dtype=torch.int32))
     step_kernels.read_out_kernel[(triton.cdiv(rows, config.block_t) * constants["BLOCKS"],)](
         h_ptr=h,
@@ -127,6 +129,7 @@ def solve_wide(
     h = x.new_empty(rows, state)
     inject, recur = (_Weight.of(t, d, records.done) for t, d in ((A, x.dtype), (W, kinds.operand)))
     grid = (records.tiles * records.blocks,)
+    given = (config, width, state, numerics, activation, damping, STATE_FLOOR)
     with present.on_device(x):
         for k in range(1, max_iter + 1):
             first, last = k == 1, k == max_iter
@@ -145,19 +148,8 @@ def solve_wide(
                 k=k,
                 tol=tol,
                 damping=damping,
-                **launch_step.forward_constants(
-                    config,
-                    width,
-                    state,
-                    numerics,
-                    activation,
-                    damping,
-                    save,
-                    first,
-                    last,
-                    u is not z,
-                    _is_sparse(A if first else W),
-                ),  # fmt: skip
+                **launch_step.step_constants(*given, FIRST=first, LAST=last, SAVE=save, SPLIT=u is not z),
+                SPARSE=_is_sparse(A if first else W),
                 **config.resources,
             )
         step_kernels.step_finish_kernel[grid](
@@ -167,7 +159,7 @@ def solve_wide(
             **records.pointers(),
             T=rows,
             k=max_iter,
-            **launch_step.finish_constants(config, state, numerics, activation, save),
+            **launch_step.finish_constants(config, state, numerics, activation, STATE_FLOOR, SAVE=save),
             num_warps=config.num_warps,
         )
         out = _read_out(h, V, c, x, config, residual)
@@ -232,6 +224,7 @@ def adjoint_wide(
     if rows > 0:
         grid = (records.tiles * records.blocks,)
         with present.on_device(x):
+            given = (config, width, state, numerics, activation, damping, ADJOINT_FLOOR)
             for k in range(terms + 1):
                 step_kernels.step_bwd_kernel[grid](
                     grad_ptr=grad_out,
@@ -247,17 +240,8 @@ def adjoint_wide(
                     k=k,
                     tol=tol,
                     damping=damping,
-                    **launch_step.backward_constants(
-                        config,
-                        width,
-                        state,
-                        numerics,
-                        activation,
-                        damping,
-                        k == 0,
-                        k > 1,
-                        _is_sparse(V if k == 0 else W),
-                    ),  # fmt: skip
+                    **launch_step.step_constants(*given, FIRST=k == 0, CHECK=k > 1),
+                    SPARSE=_is_sparse(V if k == 0 else W),
                     **config.resources,
                 )
             step_kernels.step_bwd_finish_kernel[grid](
@@ -270,7 +254,9 @@ def adjoint_wide(
                 done_ptr=records.done,
                 T=rows,
                 k=terms,
-                **launch_step.backward_finish_constants(config, state, numerics, activation, terms),
+                **launch_step.finish_constants(
+                    config, state, numerics, activation, ADJOINT_FLOOR, STEPS=terms > 0
+                ),
                 num_warps=config.num_warps,
             )
             dx = _read_out(t, A.T, None, grad_out, config, residual)

@@ -87,6 +87,6 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         )
         for name, end in result["ends"].items()
     ]
-    for name, best in result["forms"].items():
-        lines.append(f"{name}: best storage {best['name']}: {best['reason']}")
+    for name, storage in result["forms"].items():
+        lines += [f"{name}: best storage {storage['name']}: {storage['reason']}"]
     return result, lines + ([f"measured on {measured_on}"] if result["ends"] else [])

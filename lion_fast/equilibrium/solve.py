@@ -9,14 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lion_fast.errors import (
-    ConvergenceError,
-    OptionError,
-    check_choice,
-    check_number,
-    check_whole,
-    names_options,
-)
+from lion_fast.errors import ConvergenceError, check_choice, check_number, check_whole
+from lion_fast.options import names_options
 from lion_kernels.ops import BACKENDS
 
 _Call = TypeVar("_Call", bound=Callable)
@@ -71,15 +65,9 @@ class SolveOptions:
         check_choice("on_failure", self.on_failure, POLICIES)
         check_whole("max_iter", self.max_iter)
         check_whole("neumann_terms", self.neumann_terms, 0)
-        check_number("damping", self.damping)
-        if not 0 < self.damping <= 1:
-            raise OptionError(f"damping must be in (0, 1]; got {self.damping!r}")
+        check_number("damping", self.damping, above=0, most=1)
         if self.tol is not None:
-            check_number("tol", self.tol)
-            if not 0 <= self.tol < 1:
-                raise OptionError(
-                    f"tol must be in [0, 1) (0: always max_iter iterations) or None; got {self.tol!r}"
-                )
+            check_number("tol", self.tol, least=0, below=1, note="0: always max_iter iterations")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual asked for of rows of `dtype`; TypeError where that is no float."""

@@ -9,9 +9,11 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.backbones import Backbone
+from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_number, check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
+from lion_fast.methods.base import register
+from lion_fast.methods.blocks import BlockMethod, attention_branch
 
 
 class Bottleneck(nn.Module):
@@ -39,8 +41,13 @@ class Bottleneck(nn.Module):
         return self.up(F.dropout(z, self.dropout, self.training))
 
 
+def bottlenecks(backbone: Backbone, rank: int, **options) -> nn.ModuleList:
+    """A `Bottleneck` for every block of a ViT."""
+    return nn.ModuleList(Bottleneck(backbone.width_in, rank, **options) for _ in backbone.blocks)
+
+
 @register("adaptformer")
-class AdaptFormer(TunedModel):
+class AdaptFormer(BlockMethod):
     """x <- x + Attn(LN1 x);  x <- x + MLP(LN2 x) + s W_up relu(W_down x), the bottleneck on the un-normed x.
 
     L (2 D r + r + D) numbers. A new model computes exactly what its backbone does: the up projection is zero,
@@ -60,8 +67,6 @@ class AdaptFormer(TunedModel):
 
     summary = "AdaptFormer: a bottleneck beside the MLP of every frozen ViT block."
 
-    families = ("vit",)
-
     def __init__(
         self,
         backbone,
@@ -73,25 +78,20 @@ class AdaptFormer(TunedModel):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
         check_whole("rank", rank)
         check_number("dropout", dropout, least=0, below=1)
         check_number("scale", scale)
         self.record(rank=rank, scale=scale, dropout=dropout)
         self.scale = scale
-        width = self.backbone.width_in
-        self.adapters = nn.ModuleList(Bottleneck(width, rank, dropout=dropout) for _ in self.backbone.blocks)
+        self.adapters = bottlenecks(self.backbone, rank, dropout=dropout)
 
-    def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        for block, adapter in zip(self.backbone.blocks, self.adapters, strict=True):
-            x = x + attention_branch(block, x)
-            x = x + mlp_branch(block, x) + self.scale * adapter(x)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        x = x + attention_branch(block, x)
+        return x + mlp_branch(block, x) + self.scale * self.adapters[i](x)
 
 
 @register("houlsby")
-class Houlsby(TunedModel):
+class Houlsby(BlockMethod):
     """x <- x + a + W_up gelu(W_down a) with a = Attn(LN1 x), and the same with m = MLP(LN2 x).
 
     Two sequential bottlenecks per block, each on what a branch is about to add (behind a LayerScale where
@@ -111,30 +111,17 @@ class Houlsby(TunedModel):
 
     summary = "Houlsby adapters: a bottleneck behind both halves of every frozen ViT block."
 
-    families = ("vit",)
-
     def __init__(self, backbone, num_classes: int, *, rank: int = 8, dropout: float = 0.0, **options):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
         check_whole("rank", rank)
         check_number("dropout", dropout, least=0, below=1)
         self.record(rank=rank, dropout=dropout)
-        width, blocks = self.backbone.width_in, self.backbone.blocks
+        self.after_attention, self.after_mlp = (
+            bottlenecks(self.backbone, rank, activation="gelu", dropout=dropout) for _ in range(2)
+        )
 
-        def adapters() -> nn.ModuleList:
-            return nn.ModuleList(
-                Bottleneck(width, rank, activation="gelu", dropout=dropout) for _ in range(len(blocks))
-            )
-
-        self.after_attention, self.after_mlp = adapters(), adapters()
-
-    def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        for block, first, second in zip(
-            self.backbone.blocks, self.after_attention, self.after_mlp, strict=True
-        ):
-            a = attention_branch(block, x)
-            x = x + a + first(a)
-            m = mlp_branch(block, x)
-            x = x + m + second(m)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        a = attention_branch(block, x)
+        x = x + a + self.after_attention[i](a)
+        m = mlp_branch(block, x)
+        return x + m + self.after_mlp[i](m)

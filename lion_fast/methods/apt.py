@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
+from lion_fast.methods.base import register
+from lion_fast.methods.blocks import BlockMethod, attention_branch
 
 RANK = 4
 
 
 @register("apt")
-class APT(TunedModel):
+class APT(BlockMethod):
     """out = (y + w e) exp(s) in place of a block's attention output y, from the attention's input t.
 
     a = relu(t (P + P A B)^T) (N, T), e = a P, w = the largest entry of a per token, which gets no gradient.
@@ -34,11 +35,8 @@ class APT(TunedModel):
     22274
     """
 
-    families = ("vit",)
-
     def __init__(self, backbone, num_classes: int, *, length: int = 200, **options):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
         check_whole("length", length)
         self.record(length=length)
         L, D = len(self.backbone.blocks), self.backbone.width_in
@@ -47,14 +45,9 @@ class APT(TunedModel):
         self.B = nn.Parameter(torch.zeros(L, RANK, D))
         self.s = nn.Parameter(torch.zeros(L))
 
-    def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        for i, block in enumerate(self.backbone.blocks):
-            x = x + attention_branch(
-                block, x, lambda t, i=i, block=block: self.approximate(i, t, block.attn(t))
-            )
-            x = x + mlp_branch(block, x)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        x = x + attention_branch(block, x, lambda t: self.approximate(i, t, block.attn(t)))
+        return x + mlp_branch(block, x)
 
     def approximate(self, i: int, t: Tensor, y: Tensor) -> Tensor:
         """Attention output y (B, N, D) of input t (B, N, D) as layer i's prompts change it."""

@@ -1,4 +1,4 @@
-"""The parts of a frozen ViT block that methods put their own terms beside.
+"""Methods that write the frozen ViT block anew, and the parts they put their own terms beside.
 
 A timm block is x + attention branch, then x + MLP branch. `Block` norms what enters a branch and scales
 what leaves it (LayerScale); `ResPostBlock` norms what leaves it. A method writes its own block from the two
@@ -13,18 +13,8 @@ from torch import Tensor, nn
 from lion_fast.backbones import Backbone, takes_prefix
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.backbones.at_work import works_for_first
-from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import BackboneError
-
-__all__ = [
-    "after_attention",
-    "attend",
-    "attention_branch",
-    "check_blocks",
-    "heads",
-    "mlp_branch",
-    "self_attention",
-]
+from lion_fast.methods.base import TunedModel
 
 
 def check_blocks(method: str, backbone: Backbone) -> None:
@@ -36,6 +26,26 @@ def check_blocks(method: str, backbone: Backbone) -> None:
                 f"method {method} knows timm's plain ViT blocks (Block, ResPostBlock with Attention); "
                 f"{backbone.name} has {type(block).__name__} with {inside}"
             )
+
+
+class BlockMethod(TunedModel):
+    """A method on plain ViT blocks; it says by `block` what one of them computes."""
+
+    families = ("vit",)
+
+    def __init__(self, backbone, num_classes: int, **options):
+        super().__init__(backbone, num_classes, **options)
+        check_blocks(self.method, self.backbone)
+
+    def features(self, images: Tensor) -> Tensor:
+        x = self.backbone.enter(images)
+        for i, block in enumerate(self.backbone.blocks):
+            x = self.block(i, block, x)
+        return self.backbone.pool(self.backbone.norm(x), self.pool)
+
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        """Rows (B, N, D) behind block i."""
+        raise TypeError(f"{type(self).__name__} must say what a block computes")
 
 
 def attention_branch(

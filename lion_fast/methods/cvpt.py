@@ -7,26 +7,19 @@ mathematics (insertion between attention and MLP).
 import copy
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
-from lion_fast.errors import check_choice, check_number, check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import (
-    after_attention,
-    attend,
-    attention_branch,
-    check_blocks,
-    heads,
-    mlp_branch,
-)
-from lion_fast.methods.prefix import KV, PrefixCache
+from lion_fast.backbones.cheaper import mlp_branch
+from lion_fast.methods.base import register
+from lion_fast.methods.blocks import after_attention, attend, attention_branch, heads
+from lion_fast.methods.prefix import KV
+from lion_fast.methods.prompts import PromptMethod, drawn
 
 
 @register("cvpt")
-class CVPT(PrefixCache, TunedModel):
+class CVPT(PromptMethod):
     """x <- x + Attn(LN1 x);  x <- x + CA(x, P);  x <- x + MLP(LN2 x).
 
     CA: queries from the raw rows x and keys and values from the raw prompts P (length, D), none of them
@@ -41,11 +34,8 @@ class CVPT(PrefixCache, TunedModel):
     multiplications per image however few prompts there are.
 
     Args:
-        length: prompts per block.
-        dropout: of prompts, while training; per image in the naive form, one mask for the batch in the
-            exact one. The paper's code has 0.1.
-        form: "exact" or "naive".
-        pool, head_bias: see `TunedModel`.
+        dropout: of prompts; the paper's code has 0.1.
+        length, form, pool, head_bias: see `PromptMethod`.
 
     Prompts are drawn as Xavier draws the (L, P, D) tensor: uniform within sqrt(6 / (D (P + L))).
 
@@ -55,55 +45,32 @@ class CVPT(PrefixCache, TunedModel):
     3840
     """
 
-    families = ("vit",)
-
-    def __init__(
-        self,
-        backbone,
-        num_classes: int,
-        *,
-        length: int = 10,
-        dropout: float = 0.0,
-        form: str = "exact",
-        **options,
-    ):
+    def __init__(self, backbone, num_classes: int, **options):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
-        check_whole("length", length)
-        check_number("dropout", dropout, least=0, below=1)
-        check_choice("form", form, ("exact", "naive"))
-        self.record(length=length, dropout=dropout, form=form)
-        self.length, self.dropout, self.form = length, dropout, form
-        L, D = len(self.backbone.blocks), self.backbone.width_in
-        bound = math.sqrt(6 / (D * (length + L)))
-        self.prompts = nn.Parameter(torch.empty(L, length, D).uniform_(-bound, bound))
+        shape = len(self.backbone.blocks), self.length, self.backbone.width_in
+        self.prompts = drawn(math.sqrt(6 / (shape[2] * (shape[1] + shape[0]))), *shape)
         self.copies: nn.ModuleList | None = None
-        if form == "naive":
+        if self.form == "naive":
             self.copies = nn.ModuleList(copy.deepcopy(block.attn) for block in self.backbone.blocks)
             self.copies.requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
         x = self.backbone.enter(images)
-        kv = self.prefix() if self.form == "exact" else None
+        kv = self.prefix() if self.copies is None else None
         for i, block in enumerate(self.backbone.blocks):
             x = x + attention_branch(block, x)
-            if kv is None:
-                attn = self.copies[i]
-                prompts = self.prompts[i].to(x.dtype).expand(len(x), -1, -1)
-                k, v = project(attn, F.dropout(prompts, self.dropout, self.training))
-            else:
-                attn = block.attn
+            attn = block.attn if kv is not None else self.copies[i]
+            if kv is not None:
                 k, v = (part.expand(len(x), -1, -1, -1) for part in kv[i])
+            else:
+                k, v = project(attn, self._carried(i, x))
             x = x + after_attention(block, cross_attention(attn, x, k, v))
             x = x + mlp_branch(block, x)
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
     def _prefix(self) -> KV:
-        prompts = F.dropout(self.prompts, self.dropout, self.training)
+        prompts = self.dropped(self.prompts)
         return [project(block.attn, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
-
-    def _prefix_sources(self) -> tuple[Tensor, ...]:
-        return (self.prompts,)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """As every method's; the naive form's copies of frozen projections are left out."""

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
+from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import OptionError, check_choice, check_number, check_whole
-from lion_fast.methods.adapter import Bottleneck
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import attention_branch, check_blocks, mlp_branch
+from lion_fast.methods.adapter import bottlenecks
+from lion_fast.methods.base import register
+from lion_fast.methods.blocks import BlockMethod, attention_branch
 
 RATE_WEIGHT = 2.0
 
 
 @register("dyt")
-class DyT(TunedModel):
+class DyT(BlockMethod):
     """x <- x + Attn(LN1 x);  x <- x + M MLP(LN2 x) + W_up relu(W_down x), M in {0, 1} per token.
 
     M = 1 where s = sigmoid(w_g x + b_g) exceeds `threshold`, on the un-normed x; prefix tokens always pass.
@@ -53,8 +54,6 @@ class DyT(TunedModel):
     6930
     """
 
-    families = ("vit",)
-
     def __init__(
         self,
         backbone,
@@ -70,7 +69,6 @@ class DyT(TunedModel):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
         check_whole("rank", rank)
         check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
@@ -81,45 +79,40 @@ class DyT(TunedModel):
         self.record(scale=scale, dropout=dropout, form=form)
         self.rate, self.temperature, self.threshold = rate, temperature, threshold
         self.scale, self.form = scale, form
-        width, blocks = self.backbone.width_in, self.backbone.blocks
-        self.adapters = nn.ModuleList(Bottleneck(width, rank, dropout=dropout) for _ in blocks)
-        self.dispatchers = nn.ModuleList(nn.Linear(width, 1) for _ in blocks)
+        self.adapters = bottlenecks(self.backbone, rank, dropout=dropout)
+        self.dispatchers = nn.ModuleList(nn.Linear(self.backbone.width_in, 1) for _ in self.backbone.blocks)
         for dispatcher in self.dispatchers:
             nn.init.trunc_normal_(dispatcher.weight, std=0.02)
             nn.init.zeros_(dispatcher.bias)
         self._complete = False
-        self._masks: Tensor | None = None  # M of the patch tokens (L, B, N) in the last forward
+        self._masks: list[Tensor] = []  # M of the patch tokens (B, N) in this forward, block by block
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._passed: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
-        masks, self._masks = self._masks, None
-        if masks is not None:
+        drawn, self._masks = self._masks, []
+        if drawn:
+            masks = torch.stack(drawn)  # (L, B, N)
             self._passed = masks.detach().mean()
             # for loss_terms, which comes next on the same images
             self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        masks = []
-        for block, adapter, dispatcher in zip(
-            self.backbone.blocks, self.adapters, self.dispatchers, strict=True
-        ):
-            x = x + attention_branch(block, x)
-            beside = self.scale * adapter(x)
-            if self._complete:
-                x = x + mlp_branch(block, x) + beside
-                continue
-            mask = self.mask(dispatcher, x)
-            masks.append(mask[:, self.backbone.num_prefix_tokens :])
-            if self.form == "exact" and not self.training:
-                x = _gathered(block, x, mask > 0) + beside
-            else:
-                x = x + mask.unsqueeze(-1).to(x.dtype) * mlp_branch(block, x) + beside
-        self._masks = torch.stack(masks) if masks else None
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+        self._masks = []
+        return super().features(images)
+
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        x = x + attention_branch(block, x)
+        beside = self.scale * self.adapters[i](x)
+        if self._complete:
+            return x + mlp_branch(block, x) + beside
+        mask = self.mask(self.dispatchers[i], x)
+        self._masks.append(mask[:, self.backbone.num_prefix_tokens :])
+        if self.form == "exact" and not self.training:
+            return _gathered(block, x, mask > 0) + beside
+        return x + mask.unsqueeze(-1).to(x.dtype) * mlp_branch(block, x) + beside
 
     def mask(self, dispatcher: nn.Linear, x: Tensor) -> Tensor:
         """M (B, N) of rows (B, N, D), 1 at prefix tokens."""
@@ -172,7 +165,7 @@ class DyT(TunedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # a graph can be neither copied nor pickled
-        return {**self.__dict__, "_last": None, "_masks": None}
+        return {**self.__dict__, "_last": None, "_masks": []}
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.backbones import prefix_block, prefix_kv
+from lion_fast.backbones import prefix_block
 from lion_fast.errors import (
     AdapterError,
     BackboneError,
@@ -20,17 +20,16 @@ from lion_fast.errors import (
     check_number,
     check_whole,
 )
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_blocks
-from lion_fast.methods.prefix import KV, PrefixCache
-from lion_fast.methods.vpt import carry_prompts, prompt_bound
+from lion_fast.methods.base import register
+from lion_fast.methods.prefix import KV
+from lion_fast.methods.prompts import PromptMethod, carry_prompts, prefix_of, prompt_bound
 
 SEGMENTS = 16
 LEAST_SEGMENTS = 4
 
 
 @register("e2vpt")
-class E2VPT(PrefixCache, TunedModel):
+class E2VPT(PromptMethod):
     """VPT-deep prompts P (P, D) and key-value prompts (h, M, D/h) per block; the visual ones can be pruned.
 
     The key-value prompts stand in front of keys and values behind their projection, one tensor for both:
@@ -46,9 +45,6 @@ class E2VPT(PrefixCache, TunedModel):
     published code does, and the norm's shift still gives it a key and a value that draw attention;
     removal="removed" takes it out. Pruned segments are zeros in both.
 
-    form="exact" computes the visual prompts' keys and values once per step (kept while evaluating without
-    gradients); form="naive" carries the prompts through every block. One function.
-
     Args:
         length: visual prompts per block, P.
         kv_length: key-value prompts per block, M; 0 for none.
@@ -56,10 +52,8 @@ class E2VPT(PrefixCache, TunedModel):
         masks: "fixed" at 1 until `prune`, or "learned": 17 P more numbers, which `prune` drops.
         removal: "masked" or "removed".
         pruned: tokens and segments pruned; `prune` sets it, and given at the start it prunes the last ones.
-        dropout: of visual prompts, while training; per image in the naive form, one mask for the batch in
-            the exact one. The paper's code has 0.1.
-        form: "exact" or "naive".
-        pool, head_bias: see `TunedModel`.
+        dropout: of visual prompts; the paper's code has 0.1.
+        form, pool, head_bias: see `PromptMethod`.
 
     Visual prompts start as VPT's; key-value prompts uniform within sqrt(6 / (M D/h)) (Kaiming).
 
@@ -75,31 +69,23 @@ class E2VPT(PrefixCache, TunedModel):
     2880
     """
 
-    families = ("vit",)
-
     def __init__(
         self,
         backbone,
         num_classes: int,
         *,
-        length: int = 10,
         kv_length: int = 5,
         share_kv: bool = True,
         masks: str = "fixed",
         removal: str = "masked",
         pruned: Sequence[int] = (0, 0),
-        dropout: float = 0.0,
-        form: str = "exact",
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
-        check_whole("length", length)
+        length = self.length
         check_whole("kv_length", kv_length, 0)
-        check_number("dropout", dropout, least=0, below=1)
         check_choice("masks", masks, ("fixed", "learned"))
         check_choice("removal", removal, ("masked", "removed"))
-        check_choice("form", form, ("exact", "naive"))
         if self.backbone.width_in % SEGMENTS:
             raise BackboneError(
                 f"method e2vpt cuts prompts into {SEGMENTS} segments; the width {self.backbone.width_in} of "
@@ -108,10 +94,9 @@ class E2VPT(PrefixCache, TunedModel):
         tokens, segments = _check_pruned(pruned, length)
         if masks == "learned" and (tokens or segments):
             raise OptionError('masks="learned" comes before pruning; with pruned prompts use masks="fixed"')
-        self.record(length=length, kv_length=kv_length, share_kv=bool(share_kv), masks=masks)
-        self.record(removal=removal, pruned=(tokens, segments), dropout=dropout, form=form)
-        self.length, self.kv_length, self.dropout = length, kv_length, dropout
-        self.removal, self.form = removal, form
+        self.record(kv_length=kv_length, share_kv=bool(share_kv), masks=masks)
+        self.record(removal=removal, pruned=(tokens, segments))
+        self.kv_length, self.removal = kv_length, removal
         blocks, attn = self.backbone.blocks, self.backbone.blocks[0].attn
         self.kv_prompts: nn.Parameter | None = None
         if kv_length:
@@ -127,18 +112,15 @@ class E2VPT(PrefixCache, TunedModel):
     # what the blocks see
 
     def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
         if self.form == "exact":
-            for block, (k, v) in zip(self.backbone.blocks, self.prefix(), strict=True):
-                x = prefix_block(block, x, k, v)
-        else:
-            prompts, kv = self.visual_prompts(), self._kv()
-
-            def dropped(i: int, x: Tensor) -> Tensor:
-                rows = prompts[i].to(x.dtype).expand(len(x), -1, -1)
-                return F.dropout(rows, self.dropout, self.training)
-
-            x = carry_prompts(self.backbone, x, dropped, lambda i, block, x: prefix_block(block, x, *kv[i]))
+            return super().features(images)
+        prompts, kv = self.visual_prompts(), self._kv()
+        x = carry_prompts(
+            self.backbone,
+            self.backbone.enter(images),
+            lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1)),
+            lambda i, block, x: prefix_block(block, x, *kv[i]),
+        )
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
     def visual_prompts(self) -> Tensor:
@@ -171,12 +153,11 @@ class E2VPT(PrefixCache, TunedModel):
         ]
 
     def _prefix(self) -> KV:
-        prompts = F.dropout(self.visual_prompts(), self.dropout, self.training)
-        out = []
-        for block, rows, (k, v) in zip(self.backbone.blocks, prompts, self._kv(), strict=True):
-            visual = prefix_kv(block, rows)
-            out.append(tuple(torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(visual, (k, v), strict=True)))
-        return out
+        visual = prefix_of(self.backbone, self.dropped(self.visual_prompts()))
+        return [
+            tuple(torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(first, second, strict=True))
+            for first, second in zip(visual, self._kv(), strict=True)
+        ]
 
     def _prefix_sources(self) -> tuple[Tensor, ...]:
         own = (self.prompts, self.kv_prompts, self.token_mask, self.segment_mask)

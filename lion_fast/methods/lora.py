@@ -9,19 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_choice, check_number, check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import (
-    attention_branch,
-    check_blocks,
-    mlp_branch,
-    self_attention,
-)
+from lion_fast.methods.base import register
+from lion_fast.methods.blocks import BlockMethod, attention_branch, self_attention
 from lion_fast.methods.owned import Merged, mergeable_copy
 
 
 @register("lora")
-class LoRA(TunedModel):
+class LoRA(BlockMethod):
     """qkv(x) <- qkv(x) + (alpha / r) B A x in every block.
 
     Two different methods carry the name and, at one r, the same 4 L D r numbers: target="qkv" has one A
@@ -43,8 +39,6 @@ class LoRA(TunedModel):
     12288
     """
 
-    families = ("vit",)
-
     def __init__(
         self,
         backbone,
@@ -57,7 +51,6 @@ class LoRA(TunedModel):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
         check_whole("rank", rank)
         check_choice("target", target, ("qkv", "qv"))
         check_number("dropout", dropout, least=0, below=1)
@@ -72,14 +65,9 @@ class LoRA(TunedModel):
         self.A = nn.Parameter(torch.empty(L, parts, rank, D).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(L, parts, out, rank))
 
-    def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        for i, block in enumerate(self.backbone.blocks):
-            x = x + attention_branch(
-                block, x, lambda rows, i=i, block=block: self_attention(block.attn, rows, self.delta(i, rows))
-            )
-            x = x + mlp_branch(block, x)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
+    def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        x = x + attention_branch(block, x, lambda t: self_attention(block.attn, t, self.delta(i, t)))
+        return x + mlp_branch(block, x)
 
     def delta(self, i: int, rows: Tensor) -> Tensor:
         """What block i adds to q, k, v of rows (B, N, D): (B, N, 3 D)."""

@@ -5,21 +5,19 @@ mathematics.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lion_fast.backbones import prefix_block, prefix_kv
-from lion_fast.errors import check_choice, check_number, check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.blocks import check_blocks
-from lion_fast.methods.prefix import KV, PrefixCache
-from lion_fast.methods.vpt import carry_prompts, prompt_bound
+from lion_fast.errors import check_number
+from lion_fast.methods.base import register
+from lion_fast.methods.prefix import KV
+from lion_fast.methods.prompts import PromptMethod, drawn, prefix_of, prompt_bound
 
 
 @register("vfpt")
-class VFPT(PrefixCache, TunedModel):
+class VFPT(PromptMethod):
     """VPT-deep whose first m = floor(fraction P) prompts of every block are F(P_f) = Re FFT(FFT(P_f)).
 
     The transform runs over the hidden dimension, then over the m prompts, without normalisation, and has no
@@ -34,10 +32,8 @@ class VFPT(PrefixCache, TunedModel):
     Args:
         length: prompts per block.
         fraction: the share alpha of prompts to transform, in [0, 1]; 0 is VPT-deep.
-        dropout: of prompts in front of the transform, while training; per image in the naive form, one mask
-            for the batch in the exact one. The paper has 0.1.
-        form: "exact" or "naive".
-        pool, head_bias: see `TunedModel`.
+        dropout: of prompts in front of the transform; the paper has 0.1.
+        form, pool, head_bias: see `PromptMethod`.
 
     >>> from lion_fast import load_backbone
     >>> vit = load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
@@ -45,57 +41,26 @@ class VFPT(PrefixCache, TunedModel):
     3840
     """
 
-    families = ("vit",)
-
-    def __init__(
-        self,
-        backbone,
-        num_classes: int,
-        *,
-        length: int = 10,
-        fraction: float = 0.5,
-        dropout: float = 0.0,
-        form: str = "exact",
-        **options,
-    ):
+    def __init__(self, backbone, num_classes: int, *, fraction: float = 0.5, **options):
         super().__init__(backbone, num_classes, **options)
-        check_blocks(self.method, self.backbone)
-        check_whole("length", length)
-        check_number("dropout", dropout, least=0, below=1)
-        check_choice("form", form, ("exact", "naive"))
         check_number("fraction", fraction, least=0, most=1, note="the share of prompts to transform")
-        self.record(length=length, fraction=fraction, dropout=dropout, form=form)
-        self.length, self.dropout, self.form = length, dropout, form
+        self.record(fraction=fraction)
         # 0.7 of 10 is 7, whatever the binary fraction says
-        self.transformed = math.floor(fraction * length + 1e-9)
-        bound = prompt_bound(self.backbone)
-        shape = len(self.backbone.blocks), length, self.backbone.width_in
-        self.prompts = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.transformed = math.floor(fraction * self.length + 1e-9)
+        shape = len(self.backbone.blocks), self.length, self.backbone.width_in
+        self.prompts = drawn(prompt_bound(self.backbone), *shape)
 
-    def features(self, images: Tensor) -> Tensor:
-        x = self.backbone.enter(images)
-        if self.form == "exact":
-            for block, (k, v) in zip(self.backbone.blocks, self.prefix(), strict=True):
-                x = prefix_block(block, x, k, v)
-        else:
-            x = carry_prompts(self.backbone, x, self._naive_prompts)
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
-
-    def _naive_prompts(self, i: int, x: Tensor) -> Tensor:
-        prompts = self.prompts[i].expand(len(x), -1, -1)
-        prompts = F.dropout(prompts, self.dropout, self.training)
-        if m := self.transformed:
-            prompts = torch.cat([fourier_fft(prompts[:, :m]), prompts[:, m:]], 1)
-        return prompts.to(x.dtype)
+    def _carried(self, i: int, x: Tensor) -> Tensor:
+        prompts = self.dropped(self.prompts[i].expand(len(x), -1, -1))
+        return self._seen(fourier_fft, prompts).to(x.dtype)
 
     def _prefix(self) -> KV:
-        prompts = F.dropout(self.prompts, self.dropout, self.training)
-        if m := self.transformed:
-            prompts = torch.cat([fourier_map(prompts[:, :m]), prompts[:, m:]], 1)
-        return [prefix_kv(block, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
+        return prefix_of(self.backbone, self._seen(fourier_map, self.dropped(self.prompts)))
 
-    def _prefix_sources(self) -> tuple[Tensor, ...]:
-        return (self.prompts,)
+    def _seen(self, transform: Callable[[Tensor], Tensor], prompts: Tensor) -> Tensor:
+        """Prompts (..., P, D), the first m through the transform."""
+        m = self.transformed
+        return torch.cat([transform(prompts[:, :m]), prompts[:, m:]], 1) if m else prompts
 
 
 def fourier_fft(x: Tensor) -> Tensor:

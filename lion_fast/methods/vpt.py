@@ -3,20 +3,18 @@
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; written from its mathematics.
 """
 
-import math
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.backbones import Backbone, prefix_block, prefix_kv, takes_prefix
+from lion_fast.backbones import prefix_block, takes_prefix
 from lion_fast.errors import OptionError, check_choice, check_number, check_whole
 from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.prefix import KV, PrefixCache
+from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 from lion_fast.methods.vpt_border import PixelBorder
+from lion_fast.options import sides
 
 
 @register("vpt")
@@ -110,9 +108,7 @@ class VPT(PrefixCache, TunedModel):
         self.record(depth=depth, length=length, dropout=dropout, form=form, state_dim=state_dim)
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
         if cnn:
-            size = backbone.img_size
-            size = (size, size) if isinstance(size, int) else size
-            self.border = PixelBorder(length, size, backbone.mean, backbone.std)
+            self.border = PixelBorder(length, sides(backbone.img_size), backbone.mean, backbone.std)
             return
         self.output_end: ReadOut | None = None
         if state_dim is not None:
@@ -121,18 +117,20 @@ class VPT(PrefixCache, TunedModel):
             self.head = self.new_head(self.output_end.out_features, head_bias)
         bound = prompt_bound(backbone)
 
-        def drawn(blocks: int, width: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(blocks, length, width).uniform_(-bound, bound))
-
         if backbone.family == "vit":
-            self.prompts = drawn(len(backbone.blocks) if depth == "deep" else 1, backbone.width_in)
+            self.prompts = drawn(
+                bound, len(backbone.blocks) if depth == "deep" else 1, length, backbone.width_in
+            )
         else:  # one tensor per stage, of its width
             stages = backbone.model.layers
             widths = [stage.blocks[0].norm1.weight.shape[0] for stage in stages]
             if depth == "deep":
-                rows = [drawn(len(s.blocks), width) for s, width in zip(stages, widths, strict=True)]
+                rows = [
+                    drawn(bound, len(s.blocks), length, width)
+                    for s, width in zip(stages, widths, strict=True)
+                ]
             else:
-                rows = [drawn(1, widths[0])]
+                rows = [drawn(bound, 1, length, widths[0])]
             self.prompts = nn.ParameterList(rows)
 
     def features(self, images: Tensor) -> Tensor:
@@ -197,33 +195,7 @@ class VPT(PrefixCache, TunedModel):
                 for block, row in zip(blocks, rows, strict=True)
             ]
         prompts = F.dropout(self.prompts, self.dropout, self.training)
-        return [prefix_kv(block, rows) for block, rows in zip(self.backbone.blocks, prompts, strict=True)]
+        return prefix_of(self.backbone, prompts)
 
     def _prefix_sources(self) -> tuple[Tensor, ...]:
         return tuple(self.prompts) if self.backbone.family == "swin" else (self.prompts,)
-
-
-def prompt_bound(backbone: Backbone) -> float:
-    """v of the uniform draw of prompts on (-v, v): sqrt(6 / (3 h w + D)) for patches of h x w pixels."""
-    return math.sqrt(6 / (3 * math.prod(backbone.patch_size) + backbone.width_in))
-
-
-def carry_prompts(
-    backbone: Backbone,
-    x: Tensor,
-    prompts: Callable[[int, Tensor], Tensor | None],
-    run: Callable[[int, nn.Module, Tensor], Tensor] = lambda i, block, x: block(x),
-) -> Tensor:
-    """Rows (B, N, D) of a ViT through its blocks with prompts carried along behind the prefix tokens.
-
-    prompts(i, x): those (B, P, D) that take the place of the former ones in front of block i, or None: the
-    former ones go on. run(i, block, x) is the block itself. Gives the rows without prompts.
-    """
-    head, count = backbone.num_prefix_tokens, 0
-    for i, block in enumerate(backbone.blocks):
-        new = prompts(i, x)
-        if new is not None:
-            x = torch.cat([x[:, :head], new, x[:, head + count :]], 1)
-            count = new.shape[1]
-        x = run(i, block, x)
-    return torch.cat([x[:, :head], x[:, head + count :]], 1)

@@ -1,8 +1,9 @@
-"""Pictures of an experiment. Needs matplotlib; draws to files, no display."""
+"""Pictures of an experiment and of single runs. Needs matplotlib; draws to files, no display."""
 
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lion_fast.studies.figures import figure_at, styles_of
@@ -147,3 +148,81 @@ def _bars(estimate: Estimate) -> list[list[float]]:
     # the percentile interval need not hold the point
     below, above = estimate.point - estimate.low, estimate.high - estimate.point
     return [[100 * max(0.0, below)], [100 * max(0.0, above)]]
+
+
+def accuracy_over_epochs(
+    histories: Mapping[str, Sequence[dict]],
+    path: str | os.PathLike,
+    *,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Validation accuracy (solid) and training accuracy (thin, dotted) of each method over its epochs.
+
+    Args:
+        histories: Per method the rows of `FitResult.history`.
+        path: File to write; its ending names the format.
+        labels: Names to show for the methods.
+    """
+    with figure_at(path, (7.0, 4.4)) as figure:
+        axes = figure.subplots()
+        for name, colour, marker in styles_of(histories):
+            rows = histories[name]
+            epochs = [row["epoch"] for row in rows]
+            axes.plot(epochs, [row["train_accuracy"] for row in rows], ":", color=colour, linewidth=1.2)
+            if "val_accuracy" in rows[0]:
+                axes.plot(
+                    epochs,
+                    [row["val_accuracy"] for row in rows],
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    label=f"{(labels or {}).get(name, name)}, validation",
+                )
+        axes.plot([], [], ":", color="0.4", linewidth=1.2, label="the same, on training images")
+        axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy over epochs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(top=1.02)
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def solver_over_training(
+    rows: Sequence[Mapping], path: str | os.PathLike, *, tol: float | None = None
+) -> None:
+    """Iterations and worst residuals of the equilibrium solves at both ends over the optimiser steps.
+
+    The forward solve stops a token as soon as it is below the tolerance, so its worst residual lies just
+    there; the backward one shows what a fixed number of Neumann terms leaves.
+
+    Args:
+        rows: Rows of steps.csv (text or numbers) of a LION run.
+        path: File to write.
+        tol: Tolerance to mark in the residuals.
+    """
+    steps = [int(row["step"]) for row in rows]
+    present = [end for end in ("input", "output") if f"{end}_iterations" in rows[0]]
+    with figure_at(path, (7.0, 5.4)) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        residuals: list[float] = []
+        highest = 1.0
+        for end, colour in zip(present, ("#0072b2", "#d55e00"), strict=False):
+            mean = [float(row[f"{end}_iterations"]) for row in rows]
+            most = [float(row[f"{end}_max_iterations"]) for row in rows]
+            upper.plot(steps, mean, color=colour, label=f"{end} end, mean over tokens")
+            upper.plot(steps, most, "--", color=colour, linewidth=1.0, label=f"{end} end, slowest token")
+            for key, line, what in (("residual", "-", ""), ("backward_residual", "--", ", backward")):
+                values = [float(row.get(f"{end}_{key}") or "nan") for row in rows]
+                if not all(map(math.isnan, values)):
+                    lower.plot(steps, values, line, color=colour, linewidth=1.4, label=f"{end} end{what}")
+                    residuals += [value for value in values if value > 0]
+            highest = max(highest, *most)
+        upper.set(ylabel="iterations", title="Equilibrium solves during training")
+        upper.set_ylim(0, 1.12 * highest)
+        upper.legend(ncols=2, fontsize=8, frameon=False, loc="lower left")
+        lower.set(xlabel="optimiser step", ylabel="worst relative residual", yscale="log")
+        if tol is not None:
+            lower.axhline(tol, color="0.4", linestyle=":", label=f"tolerance {tol:g}")
+        if residuals:
+            # a decade below for the legend
+            low, high = min(residuals), max(*residuals, tol or 0.0)
+            lower.set_ylim(low / 10, high * 2)
+        lower.legend(ncols=3, fontsize=8, frameon=False, loc="lower left")

@@ -1,6 +1,7 @@
 """The rows of every study: one JSON line each, on the disk at once, found by key; old formats are read."""
 
 import base64
+import contextlib
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lion_fast.errors import DataError, OptionError
+from lion_fast.files import lock
 
 NAME = "rows.jsonl"
 
@@ -30,18 +32,20 @@ class Store:
 
     def __init__(self, path: str | os.PathLike) -> None:
         old, self.path = _files(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "ab")  # noqa: SIM115
-        except OSError as error:
-            raise OptionError(
-                f"{self.path} cannot be written: {error.strerror}; choose another --out"
-            ) from error
-        _lock(self._file, self.path)
-        lines, whole = _parse(self.path)
-        self._rows = _put({}, [*_read_old(old), *lines])
-        if whole < self.path.stat().st_size:
-            self._file.truncate(whole)
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = opened.enter_context(open(self.path, "ab"))
+            except OSError as error:
+                raise OptionError(
+                    f"{self.path} cannot be written: {error.strerror}; choose another --out"
+                ) from error
+            opened.enter_context(lock(self.path))
+            lines, whole = _parse(self.path)
+            self._rows = _put({}, [*_read_old(old), *lines])
+            if whole < self.path.stat().st_size:
+                self._file.truncate(whole)
+            self.close = opened.pop_all().close  # lets another writer have the file
 
     @property
     def rows(self) -> list[dict]:
@@ -61,10 +65,6 @@ class Store:
         self._file.flush()
         os.fsync(self._file.fileno())
         _put(self._rows, map(dict, rows))
-
-    def close(self) -> None:
-        """Let another writer have the file."""
-        self._file.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -130,20 +130,6 @@ def _parse(path: Path) -> tuple[list[dict], int]:
         rows.append(row)
         at += len(line)
     return rows, at
-
-
-def _lock(file, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not on this system: two writers are then the user's to avoid
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise OptionError(
-            f"another run is writing to {path}; wait for it, or choose another --out"
-        ) from error
 
 
 def pack_bits(values: Sequence[bool] | np.ndarray) -> str:

@@ -78,6 +78,11 @@ class Metrics:
         }
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What sums of losses and counts are kept in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def autocast(device: torch.device, mixed_precision: str):
     """The autocast context of a precision ("no", "bf16", "fp16") on a device."""
     dtype = _AUTOCAST[mixed_precision]
@@ -143,8 +148,7 @@ def evaluate(
     own = dataset if processes == 1 else Subset(dataset, range(rank, n, processes))
     device = next(model.parameters()).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    loss_sum = torch.zeros((), dtype=exact, device=device)
+    loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     loader = DataLoader(own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or rank != 0)
     with evaluating(model), autocast(device, mixed_precision):

