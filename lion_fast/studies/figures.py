@@ -30,3 +30,9 @@ def figure_at(path: str | os.PathLike, size: tuple[float, float]):
         FigureCanvasAgg(figure)  # no pyplot: no window system, no global state
         yield figure
         figure.savefig(path, dpi=150)
+
+
+def points(axes, x, y, *, colour: str, marker: str, **more) -> None:
+    """Points with bars (`xerr`, `yerr`), joined by a line only where `linestyle` says so."""
+    look = {"markersize": 6, "capsize": 2.5, "linewidth": 1.3, "linestyle": "none"}
+    axes.errorbar(x, y, color=colour, marker=marker, **look | more)

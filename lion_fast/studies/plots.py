@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lion_fast.studies.figures import figure_at, styles_of
+from lion_fast.studies.figures import figure_at, points, styles_of
 from lion_fast.studies.statistics import Estimate
 from lion_fast.studies.tables import Results
 
@@ -33,36 +33,26 @@ def draw_all(results: Results, folder: str | os.PathLike) -> list[str]:
 def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> bool:
     """Mean over the sets of the metric, with intervals, against trained parameters, head included."""
     grid = results.grid
-    metric, points = _metric(results), []
+    metric, found = _metric(results), []
     for label, colour, marker in styles_of(grid.methods):
         estimate = results.mean_estimate(backbone, label, metric)
         ends = results.parameters(backbone, label, "kept_with_head")
         if estimate is not None and ends is not None:
-            points.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
-    if not points:
+            found.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
+    if not found:
         return False
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     with figure_at(path, (7.6, 4.6)) as figure:
         axes = figure.subplots()
-        for label, colour, marker, x, estimate in points:
-            axes.errorbar(
-                x,
-                100 * estimate.point,
-                yerr=_bars(estimate),
-                color=colour,
-                marker=marker,
-                markersize=7,
-                capsize=3,
-                linewidth=1.2,
-                linestyle="none",
-                label=label,
-            )
+        for label, colour, marker, x, estimate in found:
+            bars = _bars(estimate)
+            points(axes, x, 100 * estimate.point, yerr=bars, colour=colour, marker=marker, label=label)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        low, high = min(p[3] for p in points), max(p[3] for p in points)
+        low, high = min(p[3] for p in found), max(p[3] for p in found)
         axes.set_xlim(low / 1.5, high * 1.5)
         sets = "1 set" if len(grid.sets) == 1 else f"mean of {len(grid.sets)} sets"
         axes.set(
@@ -100,29 +90,11 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
         for axes, (title, column) in zip(flat, panels, strict=False):
             for y, ((_, colour, marker), estimate) in enumerate(zip(styles, column, strict=True)):
                 if estimate is None:
-                    axes.text(
-                        0.5,
-                        y,
-                        "no rows",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="0.4",
-                        transform=axes.get_yaxis_transform(),
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-                    )
+                    look = {"ha": "center", "va": "center", "fontsize": 8, "color": "0.4"}
+                    look |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+                    axes.text(0.5, y, "no rows", transform=axes.get_yaxis_transform(), **look)
                     continue
-                axes.errorbar(
-                    100 * estimate.point,
-                    y,
-                    xerr=_bars(estimate),
-                    color=colour,
-                    marker=marker,
-                    markersize=5.5,
-                    capsize=2.5,
-                    linewidth=1.3,
-                    linestyle="none",
-                )
+                points(axes, 100 * estimate.point, y, xerr=_bars(estimate), colour=colour, marker=marker)
             axes.axvline(0, color="0.35", linewidth=1)
             axes.set_title(title, fontweight="bold" if title == "mean of sets" else "normal")
             axes.set_yticks(range(len(styles)), [s[0] for s in styles])
@@ -170,14 +142,9 @@ def accuracy_over_epochs(
             epochs = [row["epoch"] for row in rows]
             axes.plot(epochs, [row["train_accuracy"] for row in rows], ":", color=colour, linewidth=1.2)
             if "val_accuracy" in rows[0]:
-                axes.plot(
-                    epochs,
-                    [row["val_accuracy"] for row in rows],
-                    color=colour,
-                    marker=marker,
-                    markersize=4,
-                    label=f"{(labels or {}).get(name, name)}, validation",
-                )
+                validation = [row["val_accuracy"] for row in rows]
+                look = {"color": colour, "marker": marker, "markersize": 4}
+                axes.plot(epochs, validation, label=f"{(labels or {}).get(name, name)}, validation", **look)
         axes.plot([], [], ":", color="0.4", linewidth=1.2, label="the same, on training images")
         axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy over epochs")
         axes.xaxis.get_major_locator().set_params(integer=True)

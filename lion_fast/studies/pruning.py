@@ -23,7 +23,7 @@ from lion_fast.methods import TunedModel, create
 from lion_fast.pruning import kept_shares, prune_once
 from lion_fast.pruning.masks import GRANULARITIES
 from lion_fast.studies.environment import context
-from lion_fast.studies.figures import COLOURS, figure_at
+from lion_fast.studies.figures import COLOURS, figure_at, points
 from lion_fast.studies.work import judge
 from lion_fast.training import FeatureStore, FitResult, TrainConfig, fit
 
@@ -177,18 +177,10 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
                 own = [r for r in rows if (r["how"], r["criterion"], r["granularity"]) == wanted]
                 keeps = sorted({row["keep"] for row in own})
                 found = [[100 * row["test_accuracy"] for row in own if row["keep"] == keep] for keep in keeps]
-                axes.errorbar(
-                    keeps,
-                    [statistics.mean(f) for f in found],
-                    yerr=[statistics.stdev(f) if len(f) > 1 else 0.0 for f in found],
-                    color=colour,
-                    marker="o" if how == "robust" else "s",
-                    linestyle="-" if how == "robust" else "--",
-                    markersize=5,
-                    capsize=2,
-                    linewidth=1.3,
-                    label=f"{how}, {criterion}",
-                )
+                bars = [statistics.stdev(f) if len(f) > 1 else 0.0 for f in found]
+                marker, line = ("o", "-") if how == "robust" else ("s", "--")
+                look = {"colour": colour, "marker": marker, "linestyle": line, "label": f"{how}, {criterion}"}
+                points(axes, keeps, [statistics.mean(f) for f in found], yerr=bars, **look)
             axes.set_xscale("log")
             axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0], ["5 %", "10 %", "20 %", "50 %", "all"])
             axes.minorticks_off()

@@ -28,6 +28,11 @@ from lion_fast.training.checkpoints import list_checkpoints
 from lion_fast.training.features import FeaturesTooLarge
 
 RANDOM_SEED = 0
+# What a row says of its backbone
+BACKBONE = (
+    "name", "weights_source", "weights_sha256", "img_size", "mean", "std", "interpolation", "precision",
+)  # fmt: skip
+FITTED = ("peak_memory_bytes", "memory_measured", "epochs", "steps", "cached_features")
 # Draws of images kept in memory by a worker
 KEPT_DRAWS = 4
 
@@ -150,16 +155,7 @@ class Workshop:
                 "skipped": splits.description.get("skipped", {"count": 0})["count"],
                 "settings": dict(self.grid.sets[item.set].data),
             },
-            "backbone_settings": {
-                "name": backbone.name,
-                "weights_source": backbone.weights_source,
-                "weights_sha256": backbone.weights_sha256,
-                "img_size": backbone.img_size,
-                "mean": list(backbone.mean),
-                "std": list(backbone.std),
-                "interpolation": backbone.interpolation,
-                "precision": backbone.precision,
-            },
+            "backbone_settings": {name: getattr(backbone, name) for name in BACKBONE},
             **self.grid.about(item),
         }
         try:
@@ -236,12 +232,8 @@ class Workshop:
                 model.save_adapter(self.adapter(item))
         return model, row | {
             "training_seconds": fitted.seconds,
-            "peak_memory_bytes": fitted.peak_memory_bytes,
-            "memory_measured": fitted.memory_measured,
-            "epochs": fitted.epochs,
+            **{name: getattr(fitted, name) for name in FITTED},
             "epoch_kept": fitted.best_epoch,
-            "steps": fitted.steps,
-            "cached_features": fitted.cached_features,
             "last_epoch": fitted.history[-1],
             "pruning": asdict(fitted)["pruning"],
         }
