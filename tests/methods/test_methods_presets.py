@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_methods import backbone
+from method_helpers import backbone
 
 from lion_fast.errors import OptionError
 from lion_fast.methods import available, create
