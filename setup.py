@@ -19,6 +19,7 @@ TRAIN = [
     "safetensors>=0.4",
     "pillow>=10",
     "numpy>=1.26",
+    "onnx>=1.16",
     "pyyaml>=6",
     "tqdm>=4.66",
     "matplotlib>=3.8",
@@ -29,7 +30,7 @@ EXTRAS = {
     "matlab": ["scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
 }
-# onnx and onnxruntime check the conversion of weights, which itself needs neither
+# onnxruntime runs the model that weights were converted from
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -38,7 +39,6 @@ DEV = [
     "ruff==0.14.5",
     "setuptools>=70",
     "wheel",
-    "onnx>=1.16",
     "onnxruntime>=1.17",
 ]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lion_kernels import launch, launch_sparse, launch_step
+from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR
 
 STATES = (16, 32, 64, 128, 256)
 WIDTH = 768
@@ -69,18 +70,10 @@ def _whole() -> list[Shipped]:
             found.append(_loop(op, capability, 48, torch.bfloat16, width=100, **cheap))
         found += [_weights(capability, *tile) for tile in tiles]
         pointers = ("partial_ptr", "da_ptr", "dv_ptr", "dc_ptr", "dw_ptr", "db_ptr")
-        found.append(
-            Shipped(
-                name=f"sum sm_{capability}",
-                module="lion_kernels.adjoint",
-                kernel="_sum_splits_kernel",
-                capability=capability,
-                signature=dict.fromkeys(pointers, "*fp32") | {"splits": "i32"},
-                constexprs={"D": WIDTH, "R": 64, "BLOCK": launch.SUM_BLOCK},
-                num_warps=4,
-                num_stages=1,
-            )
-        )
+        signature = dict.fromkeys(pointers, "*fp32") | {"splits": "i32"}
+        constants = {"D": WIDTH, "R": 64, "BLOCK": launch.SUM_BLOCK}
+        sums = ("_sum_splits_kernel", capability, signature, constants)
+        found.append(Shipped(f"sum sm_{capability}", "lion_kernels.adjoint", *sums, 4, 1))
     return found
 
 
@@ -102,31 +95,24 @@ def _loop(
     """The solve or the adjoint."""
     chosen = launch.config(op, 1 << 16, width, state, dtype, divmod(capability, 10), tf32)
     kinds, tokens, word = launch.numerics(dtype, tf32), TRITON_TYPES[dtype], "*fp32"
-    given = (chosen, width, state, kinds, activation, damping, True)
     if op == "solve":
-        constants = launch.solve_constants(*given, save=True)
+        own = {"SAVE": True, "CARRY": chosen.carry, "floor": STATE_FLOOR}
         pointers = dict.fromkeys(("x_ptr", "a_ptr", "v_ptr", "out_ptr", "p_ptr"), tokens)
         pointers |= dict.fromkeys(("w_ptr", "b_ptr", "c_ptr", "change_ptr"), word)
     else:
-        constants = launch.adjoint_constants(*given, ones=launch.ONES)
+        own = {"ONES": launch.ONES, "floor": ADJOINT_FLOOR}
         names = ("grad_ptr", "p_ptr", "a_ptr", "v_ptr", "dx_ptr", "t_ptr", "z_ptr")
         pointers = dict.fromkeys(names, tokens) | {"w_ptr": word, "change_ptr": word}
-    steps = "max_iter" if op == "solve" else "terms"
+    steps, kernel = {"solve": ("max_iter", "_solve_fwd_kernel"), "adjoint": ("terms", "_adjoint_kernel")}[op]
     detail = [f"R{state}", _arithmetic_name(dtype, kinds), activation]
     detail += ["damped"] * (damping != 1) + [f"D{width}"] * (width != WIDTH)
+    pointers |= {"count_ptr": "*i32", "T": "i32", "tol": "fp32", "damping": "fp32", steps: "i32"}
+    constants = launch.loop_constants(chosen, width, state, kinds, activation, damping, RESIDUAL=True, **own)
+    asked = (op, capability, launch.padded_state(state), launch.arithmetic(dtype, tf32))
     return Shipped(
-        name=" ".join([op, f"sm_{capability}", *detail]),
-        module=f"lion_kernels.{op}",
-        kernel="_solve_fwd_kernel" if op == "solve" else "_adjoint_kernel",
-        capability=capability,
-        signature=pointers
-        | {"count_ptr": "*i32", "T": "i32", "tol": "fp32", "damping": "fp32", steps: "i32"},
-        constexprs=constants,
-        **chosen.resources,
-        spills_in=SPILLING.get(
-            (op, capability, launch.padded_state(state), launch.arithmetic(dtype, tf32)), ()
-        ),
-    )
+        " ".join([op, f"sm_{capability}", *detail]), f"lion_kernels.{op}", kernel, capability, pointers,
+        constants, **chosen.resources, spills_in=SPILLING.get(asked, ()),
+    )  # fmt: skip
 
 
 def _weights(capability: int, state: int, dtype: torch.dtype, tf32: bool) -> Shipped:
@@ -134,15 +120,12 @@ def _weights(capability: int, state: int, dtype: torch.dtype, tf32: bool) -> Shi
     chosen = launch.config("weights", 1 << 16, WIDTH, state, dtype, divmod(capability, 10), tf32)
     kinds = launch.numerics(dtype, tf32)
     pointers = dict.fromkeys(("grad_ptr", "x_ptr", "t_ptr", "z_ptr"), TRITON_TYPES[dtype])
+    pointers |= {"partial_ptr": "*fp32", "T": "i32"}
+    constants = launch.weights_constants(chosen, WIDTH, state, kinds, rows=512)
     return Shipped(
-        name=f"weights sm_{capability} R{state} {_arithmetic_name(dtype, kinds)}",
-        module="lion_kernels.adjoint",
-        kernel="_weight_grads_kernel",
-        capability=capability,
-        signature=pointers | {"partial_ptr": "*fp32", "T": "i32"},
-        constexprs=launch.weights_constants(chosen, WIDTH, state, kinds, rows=512),
-        **chosen.resources,
-    )
+        f"weights sm_{capability} R{state} {_arithmetic_name(dtype, kinds)}", "lion_kernels.adjoint",
+        "_weight_grads_kernel", capability, pointers, constants, **chosen.resources,
+    )  # fmt: skip
 
 
 # (arithmetic, state, damping): the step launches that are compiled. The activation is gelu, whose code is the
@@ -193,20 +176,20 @@ def _launches(
     found = {}
     for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
         weight = {"weight_ptr": tokens if first else operand}
-        constants = launch_step.forward_constants(
-            config, WIDTH, state, kinds, "gelu", damping, True, first, last, split, sparse
-        )
+        given = (config, WIDTH, state, kinds, "gelu", damping)
+        own = {"FIRST": first, "SPARSE": sparse}
+        constants = launch_step.step_constants(*given, STATE_FLOOR, SAVE=True, LAST=last, SPLIT=split, **own)
         found[f"step{label}"] = "step_fwd_kernel", forward | weight, constants
         if not last:
-            constants = launch_step.backward_constants(
-                config, WIDTH, state, kinds, "gelu", damping, first, not first, sparse
-            )
+            constants = launch_step.step_constants(*given, ADJOINT_FLOOR, CHECK=not first, **own)
             found[f"adjoint step{label}"] = "step_bwd_kernel", backward | weight, constants
-    constants = launch_step.finish_constants(config, state, kinds, "gelu", True)
+    constants = launch_step.finish_constants(config, state, kinds, "gelu", STATE_FLOOR, SAVE=True)
     found["step finish"] = "step_finish_kernel", finish, constants
-    constants = launch_step.backward_finish_constants(config, state, kinds, "gelu", 8)
+    constants = launch_step.finish_constants(config, state, kinds, "gelu", ADJOINT_FLOOR, STEPS=True)
     found["adjoint finish"] = "step_bwd_finish_kernel", end, constants
-    constants = launch_step.read_out_constants(config, WIDTH, state, kinds, True, True, sparse)
+    constants = launch_step.read_out_constants(
+        config, WIDTH, state, kinds, BIAS=True, RESIDUAL=True, SPARSE=sparse
+    )
     found["read-out"] = "read_out_kernel", read_out, constants
     return found
 
@@ -264,13 +247,9 @@ def _products(capability: int, arithmetic: str, block: int) -> list[Shipped]:
         chosen = launch_sparse.config(op, block, dtype, tf32)
         found.append(
             Shipped(
-                name=f"sparse {op} sm_{capability} {arithmetic} {block}",
-                module="lion_kernels.sparse_kernels",
-                kernel=kernels[op],
-                capability=capability,
-                signature=signature,
-                constexprs=constants[op](chosen, (WIDTH, WIDTH), kinds),
+                f"sparse {op} sm_{capability} {arithmetic} {block}", "lion_kernels.sparse_kernels",
+                kernels[op], capability, signature, constants[op](chosen, (WIDTH, WIDTH), kinds),
                 **chosen.resources,
             )
-        )
+        )  # fmt: skip
     return found

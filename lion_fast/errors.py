@@ -1,14 +1,9 @@
 """The exceptions that lion_fast raises on bad input; each message says what to do."""
 
-import functools
-import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Real
-from typing import TypeVar
-
-_Call = TypeVar("_Call", bound=Callable)
 
 
 class LionError(Exception):
@@ -115,19 +110,3 @@ def check_bool(name: str, value: object) -> None:
 def check_gamma(gamma: object) -> None:
     """Raise `OptionError` unless `gamma` is a bound under which the iteration contracts, in (0, 1)."""
     check_number("gamma", gamma, above=0, below=1, note="where the iteration contracts")
-
-
-def names_options(call: _Call) -> _Call:
-    """Decorate a call: an unknown keyword raises `UnknownOptionError`, which lists the valid ones."""
-    parameters = inspect.signature(call).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
-    known = {p.name for p in parameters}
-
-    @functools.wraps(call)
-    def checked(*args, **options):
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise UnknownOptionError(f"no option {', '.join(unknown)}; the options are {', '.join(valid)}")
-        return call(*args, **options)
-
-    return checked

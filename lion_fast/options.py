@@ -1,9 +1,11 @@
 """Settings: dataclass fields with help and ranges, YAML values, KEY=VALUE, names that are not known."""
 
+import functools
+import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +13,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lion_fast.errors import OptionError, check_bool, check_choice, check_number, check_whole
+from lion_fast.errors import (
+    OptionError,
+    UnknownOptionError,
+    check_bool,
+    check_choice,
+    check_number,
+    check_whole,
+)
 
 # Choices that several rooms take.
 # How images are brought to the backbone's size: short side and centre, or both sides.
@@ -23,8 +32,23 @@ CRITERIA = ("saliency", "magnitude", "random")
 SCOPES = ("global", "layer", "matrix")
 BLOCKS = (16, 32, 64)
 
+_Call = TypeVar("_Call", bound=Callable)
 _Class = TypeVar("_Class", bound=type)
 _Options = TypeVar("_Options", bound="Options")
+
+
+def sides(img_size: object) -> tuple[int, int]:
+    """(height, width) of an image size, which is a side in pixels or (height, width); else `OptionError`.
+
+    >>> sides(224), sides([32, 64])
+    ((224, 224), (32, 64))
+    """
+    found = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,) * 2
+    if len(found) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
+        raise OptionError(
+            f"img_size must be a side in pixels or (height, width), at least 1 each; got {img_size!r}"
+        )
+    return found
 
 
 # -- settings as fields
@@ -42,7 +66,7 @@ def setting(default: Any, help: str, *, choices: Iterable = (), default_is: str 
     return field(default=default, metadata=about)
 
 
-def kind(option: Field) -> type:
+def kind(option: Field) -> Any:
     """The type of an option's value, None apart."""
     return next((t for t in typing.get_args(option.type) if t is not types.NoneType), option.type)
 
@@ -116,13 +140,27 @@ def _check(option: Field, value: object) -> None:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `OptionError` naming an option that is not known, the nearest valid name, and all of them."""
+    """Raise `UnknownOptionError` naming what is not known, the nearest valid name, and all of them."""
     known = list(known)
     for name in given:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise OptionError(f"unknown {what} {name!r}{hint} Valid: {', '.join(known)}")
+            raise UnknownOptionError(f"unknown {what} {name!r}{hint} Valid: {', '.join(known)}")
+
+
+def names_options(call: _Call) -> _Call:
+    """Decorate a call: a keyword that it does not have is refused, see `refuse_unknown`."""
+    parameters = inspect.signature(call).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    known = {p.name for p in parameters}
+
+    @functools.wraps(call)
+    def checked(*args, **options):
+        refuse_unknown((name for name in options if name not in known), valid, "option")
+        return call(*args, **options)
+
+    return checked
 
 
 # -- YAML

@@ -13,6 +13,8 @@ DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 GRADIENTS = ("dx", "dA", "dW", "db", "dV", "dc")
 # The interpreter multiplies the bit patterns of bfloat16 operands.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+# Rows, width and state of problems of real size, which take the interpreter hours.
+BIG = [(197, 768, 16), (1576, 768, 64), (1000, 1024, 48), (333, 100, 128)] if DEVICE == "cuda" else []
 
 
 def problem(

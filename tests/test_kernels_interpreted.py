@@ -28,13 +28,13 @@ WHOLE = (
     "test_adjoint",
     "test_solve",
     "test_layer_on_kernels",
-    "test_gpu_kernels",
+    "test_exact",
 )
 CORE = ("test_adjoint", "test_solve")
 
 
 def interpret(name, path=None):
-    (file,) = TESTS.glob(f"*/{name}.py")
+    file = TESTS / "kernels" / f"{name}.py"
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if path is not None:
@@ -77,6 +77,6 @@ def test_kernels_in_the_interpreter_of_the_oldest_triton(name):
 
 
 def test_no_file_of_the_kernels_is_left_out():
-    named = {path.stem for folder in ("kernels", "gpu") for path in (TESTS / folder).glob("test_*.py")}
+    named = {path.stem for path in TESTS.glob("kernels/test_*.py")}
     # These need no interpreter and run with the rest.
     assert named - {"test_interpreter", "test_launch", "test_ops"} == set(WHOLE)

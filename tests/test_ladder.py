@@ -128,3 +128,10 @@ def test_importing_a_ground_floor_loads_nothing_heavy(module):
     code = f"import {module}, sys; print(*[m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and not done.stdout.strip(), done.stdout + done.stderr
+
+
+def test_the_equilibrium_stands_alone():
+    code = "import lion_fast.equilibrium, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    rooms = {room(name) for name in done.stdout.split() if name.startswith("lion_fast.")}
+    assert done.returncode == 0 and rooms == {"equilibrium", "errors", "options"}, done.stderr

@@ -1,5 +1,8 @@
 """A tiny frozen ViT, coloured-noise images and a script to run in other processes."""
 
+import csv
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ from PIL import Image
 import lion_fast
 from lion_fast.data import load_data
 
+QUICK = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
 TINY = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
@@ -62,6 +66,51 @@ def random_splits(n: int = 23, n_val: int = 7, classes: int = 3, seed: int = 0) 
         return Tensors(images + labels.view(-1, 1, 1, 1), labels)
 
     return SimpleNamespace(train=some(n), val=some(n_val) if n_val else None)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start(
+    data: Path,
+    out: Path,
+    *,
+    method: str = "lion",
+    resume: str = "no",
+    launch: tuple = (),
+    preexec_fn=None,
+    **settings,
+) -> subprocess.Popen:
+    """`main` in a process of its own, which leaves its adapter in `out/result.safetensors`."""
+    told = [f"{key}={value}" for key, value in settings.items()]
+    command = [
+        sys.executable,
+        *launch,
+        __file__,
+        data,
+        out,
+        out / "result.safetensors",
+        method,
+        resume,
+        *told,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
+    )
+
+
+def run(*args, **settings) -> None:
+    """`start` to the end."""
+    with start(*args, **settings) as process:
+        told = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, told
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import problems
 import rows as stage
 import sparse
 import torch
-from measure import relative
 
+from lion_fast.studies.measuring import distance
 from lion_kernels import ops, present, reference
 from lion_kernels.blocks import to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
@@ -88,7 +88,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     zero, another rounding would be another slope.
     """
     shape = problems.Shape(1, case.width, case.state, "hard", tokens=case.rows)
-    tokens = sparse.draw_tokens(shape, dtype, device, 0)
+    tokens = problems.draw_tokens(shape, dtype, device, 0)
     x, upstream = tokens[0][0], tokens[1][0]
     patterns = {}
     if case.block:
@@ -115,9 +115,9 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
         backend = _backend(device)
         got_out, got_p, _, _ = ops.solve(x, A, W, b, V, c, *options, True, backend)
         got = ops.adjoint(upstream, x, given, A, W, V, *back, backend)
-    found = {"out": relative(got_out.double() - x_, out - x_), "p": relative(got_p, p)}
+    found = {"out": distance(got_out.double() - x_, out - x_), "p": distance(got_p, p)}
     for name, ours, target in zip(GRADIENTS, got, right, strict=False):
-        found[name] = relative(ours, patterns[name].gather(target) if name in patterns else target)
+        found[name] = distance(ours, patterns[name].gather(target) if name in patterns else target)
     return found
 
 

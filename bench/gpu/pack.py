@@ -74,8 +74,8 @@ def pack_weights(grid: Grid, folder: Path) -> dict[str, str]:
     for label, settings in grid.backbones.items():
         if settings.get("random"):
             continue  # drawn from a seed where they are needed
-        if settings["name"] not in weights.NAMES or settings.get("weights"):
-            raise OptionError(f"backbones.{label}: only {', '.join(weights.NAMES)} can be packed")
+        if settings["name"] not in weights.OWN_WEIGHTS or settings.get("weights"):
+            raise OptionError(f"backbones.{label}: only {', '.join(weights.OWN_WEIGHTS)} can be packed")
         sources[settings["name"]] = weights.resolve(settings["name"], cache=folder).source
     return sources
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion_kernels.reference import ACTIVATIONS, ADJOINT_FLOOR, STATE_FLOOR
+from lion_kernels.reference import ACTIVATIONS
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # The recurrence W stays in shared memory during a solve: 128 KB of float16, 64 KB of float32.
@@ -210,16 +210,21 @@ def _tile_constants(config: Config, width: int, state: int) -> dict[str, object]
     }
 
 
-def _loop_constants(
+def loop_constants(
     config: Config,
     width: int,
     state: int,
     kinds: dict[str, str],
     activation: str,
     damping: float,
-    residual: bool,
     floor: float,
+    **own: object,
 ) -> dict[str, object]:
+    """The compile-time arguments of a kernel that iterates on chip; `kinds` from `numerics`.
+
+    `floor` is a state's smallest root mean square in its residual, `own` what the kernel has to itself.
+    Raises ValueError for an activation that the kernels do not have.
+    """
     check_activation(activation)
     return {
         **_tile_constants(config, width, state),
@@ -227,43 +232,8 @@ def _loop_constants(
         "FLOOR": floor * state**0.5,
         "ACT": activation,
         "DAMPED": damping != 1,
-        "RESIDUAL": residual,
         "CHECK_EVERY": config.check_every,
-    }
-
-
-def solve_constants(
-    config: Config,
-    width: int,
-    state: int,
-    kinds: dict[str, str],
-    activation: str,
-    damping: float,
-    residual: bool,
-    save: bool,
-) -> dict[str, object]:
-    """The compile-time arguments of the solve kernel; `kinds` from `numerics`."""
-    return {
-        **_loop_constants(config, width, state, kinds, activation, damping, residual, STATE_FLOOR),
-        "SAVE": save,
-        "CARRY": config.carry,
-    }
-
-
-def adjoint_constants(
-    config: Config,
-    width: int,
-    state: int,
-    kinds: dict[str, str],
-    activation: str,
-    damping: float,
-    residual: bool,
-    ones: int,
-) -> dict[str, object]:
-    """The compile-time arguments of the adjoint kernel; `ones` columns follow the saved state."""
-    return {
-        **_loop_constants(config, width, state, kinds, activation, damping, residual, ADJOINT_FLOOR),
-        "ONES": ones,
+        **own,
     }
 
 

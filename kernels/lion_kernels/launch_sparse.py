@@ -42,31 +42,19 @@ def config(op: str, block: int, dtype: torch.dtype, tf32: bool = False, damping:
     return StepConfig(*_PRODUCT[kind][block])
 
 
-def matmul_constants(
-    config: StepConfig, shape: tuple[int, int], numerics: dict[str, str]
-) -> dict[str, object]:
+def sampled_constants(config: StepConfig, shape: tuple[int, int], kinds: dict[str, str]) -> dict[str, object]:
+    """The compile-time arguments of the sampled dense x dense kernel; `kinds` from `launch.numerics`."""
+    return {
+        "N": shape[0],
+        "K": shape[1],
+        "BLOCK_T": config.block_t,
+        "BLOCK": config.block_n,
+        "INPUT": kinds["INPUT"],
+        "PRECISION": kinds["PRECISION"],
+    }
+
+
+def matmul_constants(config: StepConfig, shape: tuple[int, int], kinds: dict[str, str]) -> dict[str, object]:
     """The compile-time arguments of the dense x sparse kernel."""
-    return {
-        "N": shape[0],
-        "K": shape[1],
-        "ROW_BLOCKS": -(-shape[0] // config.block_n),
-        "BLOCK_T": config.block_t,
-        "BLOCK": config.block_n,
-        "BLOCK_K": config.block_k,
-        "INPUT": numerics["INPUT"],
-        "PRECISION": numerics["PRECISION"],
-    }
-
-
-def sampled_constants(
-    config: StepConfig, shape: tuple[int, int], numerics: dict[str, str]
-) -> dict[str, object]:
-    """The compile-time arguments of the sampled dense x dense kernel."""
-    return {
-        "N": shape[0],
-        "K": shape[1],
-        "BLOCK_T": config.block_t,
-        "BLOCK": config.block_n,
-        "INPUT": numerics["INPUT"],
-        "PRECISION": numerics["PRECISION"],
-    }
+    own = {"ROW_BLOCKS": -(-shape[0] // config.block_n), "BLOCK_K": config.block_k}
+    return sampled_constants(config, shape, kinds) | own

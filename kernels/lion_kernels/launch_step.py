@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from lion_kernels import launch
-from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR
 
 MAX_STATE = 1024
 # Relative spacing of float16 near one is 2^-10: a tolerance below this would never be met on a rounded state.
@@ -94,66 +93,44 @@ def plane_dtypes(dtype: torch.dtype, damping: float, tol: float) -> Planes:
     return Planes(torch.float16 if rounded else torch.float32, torch.float16)
 
 
-def _row_constants(config: StepConfig, state: int, floor: float) -> dict[str, object]:
+def finish_constants(
+    config: StepConfig, state: int, kinds: dict[str, str], activation: str, floor: float, **own: object
+) -> dict[str, object]:
+    """The compile-time arguments of a kernel that ends a solve; `kinds` from `launch.numerics`.
+
+    `floor` is a state's smallest root mean square in its residual, `own` what the kernel has to itself.
+    Raises ValueError for an activation that the kernels do not have.
+    """
+    launch.check_activation(activation)
     return {
         "R": state,
         "FLOOR": floor * state**0.5,
         "BLOCKS": -(-state // config.block_n),
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
+        "ACT": activation,
+        "MATH": kinds["MATH"],
+        **own,
     }
 
 
-def forward_constants(
+def step_constants(
     config: StepConfig,
     width: int,
     state: int,
-    numerics: dict[str, str],
+    kinds: dict[str, str],
     activation: str,
     damping: float,
-    save: bool,
-    first: bool,
-    last: bool,
-    split: bool,
-    sparse: bool = False,
+    floor: float,
+    **own: object,
 ) -> dict[str, object]:
-    """The compile-time arguments of the forward step kernel."""
-    launch.check_activation(activation)
-    return {
-        **_row_constants(config, state, STATE_FLOOR),
-        **numerics,
-        "D": width,
-        "BLOCK_K": config.block_k,
-        "ACT": activation,
-        "DAMPED": damping != 1,
-        "SPLIT": split,
-        "SAVE": save,
-        "FIRST": first,
-        "LAST": last,
-        "SPARSE": sparse,
-    }
-
-
-def finish_constants(
-    config: StepConfig, state: int, numerics: dict[str, str], activation: str, save: bool
-) -> dict[str, object]:
-    """The compile-time arguments of the kernel that ends a forward solve."""
-    return {
-        **_row_constants(config, state, STATE_FLOOR),
-        "ACT": activation,
-        "MATH": numerics["MATH"],
-        "SAVE": save,
-    }
+    """The compile-time arguments of a kernel that makes one step, as `finish_constants`."""
+    own |= {"D": width, "BLOCK_K": config.block_k, "DAMPED": damping != 1, **kinds}
+    return finish_constants(config, state, kinds, activation, floor, **own)
 
 
 def read_out_constants(
-    config: StepConfig,
-    width: int,
-    state: int,
-    numerics: dict[str, str],
-    bias: bool,
-    residual: bool,
-    sparse: bool = False,
+    config: StepConfig, width: int, state: int, kinds: dict[str, str], **own: object
 ) -> dict[str, object]:
     """The compile-time arguments of the read-out kernel."""
     return {
@@ -163,47 +140,7 @@ def read_out_constants(
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "INPUT": numerics["INPUT"],
-        "PRECISION": numerics["PRECISION"],
-        "BIAS": bias,
-        "RESIDUAL": residual,
-        "SPARSE": sparse,
-    }
-
-
-def backward_constants(
-    config: StepConfig,
-    width: int,
-    state: int,
-    numerics: dict[str, str],
-    activation: str,
-    damping: float,
-    first: bool,
-    check: bool,
-    sparse: bool = False,
-) -> dict[str, object]:
-    """The compile-time arguments of the adjoint step kernel."""
-    launch.check_activation(activation)
-    return {
-        **_row_constants(config, state, ADJOINT_FLOOR),
-        **numerics,
-        "D": width,
-        "BLOCK_K": config.block_k,
-        "ACT": activation,
-        "DAMPED": damping != 1,
-        "FIRST": first,
-        "CHECK": check,
-        "SPARSE": sparse,
-    }
-
-
-def backward_finish_constants(
-    config: StepConfig, state: int, numerics: dict[str, str], activation: str, terms: int
-) -> dict[str, object]:
-    """The compile-time arguments of the kernel that ends an adjoint solve."""
-    return {
-        **_row_constants(config, state, ADJOINT_FLOOR),
-        "ACT": activation,
-        "MATH": numerics["MATH"],
-        "STEPS": terms > 0,
+        "INPUT": kinds["INPUT"],
+        "PRECISION": kinds["PRECISION"],
+        **own,
     }

@@ -5,7 +5,7 @@ examples:
   lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
   lion-fast bench --plan first --rows-only        a GPU's first minutes; exit code 4: run again to go on
   lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
-  lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
+  lion-fast bench --compare old                   exit code 1 if something got slower or larger
 
 Rows that --out holds already (same versions, device and revision) are not measured again.
 """
@@ -15,7 +15,7 @@ import functools
 from pathlib import Path
 
 from lion_fast.commands.common import add_device, add_progress, find_device, flag, say, shows_progress
-from lion_fast.errors import OptionError, check_whole
+from lion_fast.errors import DataError, OptionError, check_whole
 
 DEFAULT_OUT = "runs/bench"
 EXIT_LOST = 4
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
     parser.add_argument("--again", action="store_true", help="measure also what --out holds already")
-    parser.add_argument("--rows-only", action="store_true", help="write rows.json, no table, report or plots")
+    parser.add_argument("--rows-only", action="store_true", help="write rows, no table, report or plots")
     parser.add_argument(
         "--report-only",
         action="store_true",
         help="write table, report and plots of the rows in --out, measure nothing",
     )
     parser.add_argument("--list", action="store_true", help="say what would be measured, and stop")
-    parser.add_argument("--compare", metavar="OLD", help="rows.json to compare with")
+    parser.add_argument("--compare", metavar="OLD", help="rows to compare with: their folder or file")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -90,8 +90,11 @@ def run(args: argparse.Namespace) -> dict:
     the device, or None.
     """
     from lion_fast.studies.cost import plan as plans
-    from lion_fast.studies.cost import report
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.compare import compare
+    from lion_fast.studies.cost.report import write
+    from lion_fast.studies.cost.run import run as measure
+    from lion_fast.studies.cost.setting import keys
+    from lion_fast.studies.rows import Store
 
     check_whole("--rounds", args.rounds)
     if args.rows_only and args.report_only:
@@ -104,10 +107,10 @@ def run(args: argparse.Namespace) -> dict:
             print(line)
         return {"plan": plans.describe(plan)}
     plans.check_device(plan, device)
-    old = read(args.compare) if args.compare else None  # before an hour is spent
-    store = Store(args.out)
+    old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
+    out, store = Path(args.out), Store(args.out)
     try:
-        told = plans.run(
+        told = measure(
             plan,
             store,
             device=device,
@@ -118,17 +121,19 @@ def run(args: argparse.Namespace) -> dict:
         )
     except KeyboardInterrupt as error:
         if store.rows and not args.rows_only:
-            write_report(store)
+            write(store.rows, out)
         error.args = ("interrupted",)
-        error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
+        error.hint = f"what was measured is in {out}; the same command goes on from there"
         raise
+    finally:
+        store.close()
     if not args.rows_only:
-        write_report(store)
+        write(store.rows, out)
     failed = [row["key"] for row in store.rows if row["status"] == "failed"]
-    result = told | {"out": str(store.folder), "failed": failed, "regressions": []}
+    result = told | {"out": str(out), "failed": failed, "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
-        written = store.path if args.rows_only else store.folder / "report.md"
+        written = store.path if args.rows_only else out / "report.md"
         print(f"{told['measured']} rows measured, {told['held']} held{left}: {written}")
         for row in store.rows:
             if row["status"] == "failed":
@@ -139,10 +144,8 @@ def run(args: argparse.Namespace) -> dict:
             "run the same command again to go on with the others"
         )
     if old is not None:
-        mine = {f"{s.key()}/{c.label()}" for s, wanted in plan for c in wanted} | {
-            f"{s.key()}/floor" for s, _ in plan
-        }
-        worse, remarks = report.compare(
+        mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
+        worse, remarks = compare(
             [r for r in old if r["key"] in mine], [r for r in store.rows if r["key"] in mine], args.threshold
         )
         result |= {"regressions": worse, "remarks": remarks}
@@ -164,22 +167,18 @@ def exit_code(result: dict) -> int:
 
 
 def _report_only(args: argparse.Namespace) -> dict:
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.report import write
 
-    read(args.out)  # says what is wrong where there are no rows
-    path = write_report(Store(args.out))
+    path = write(_rows_of(args.out), args.out)
     if not args.json:
         print(path)
     return {"out": str(args.out), "report": str(path)}
 
 
-def write_report(store) -> Path:
-    """rows.csv, report.md and the plots beside the rows of a `Store`."""
-    from lion_fast.studies.cost import plots, report
-    from lion_fast.studies.cost.rows import CSV_NAME, write_csv
+def _rows_of(path: str) -> list[dict]:
+    from lion_fast.studies.rows import read_rows
 
-    write_csv(store.rows, store.folder / CSV_NAME)
-    drawn = plots.draw_all(store.rows, store.folder)
-    path = store.folder / "report.md"
-    path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")
-    return path
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"there are no rows at {path}; measure some with lion-fast bench")
+    return rows

@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lion_fast.errors import DataError, OptionError
-from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings
+from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,6 +106,22 @@ def shows_progress(args: argparse.Namespace) -> bool:
     return sys.stderr.isatty() if args.progress is None else args.progress
 
 
+def progress_line(args: argparse.Namespace) -> Callable[[str], None]:
+    """What says how far a command is, in one line of the terminal; silent where no progress is shown."""
+    shows = shows_progress(args)
+    return lambda text: say(text, passing=True) if shows else None
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """An interruption says `hint` as its last line."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args, error.hint = ("interrupted",), hint
+        raise
+
+
 def say(text: str, passing: bool = False) -> None:
     """A line on stderr; `passing`: one that the next takes the place of, on a terminal."""
     if passing:
@@ -162,6 +179,5 @@ def sample_images(
     if given:
         paths, view = find_images(given)[:count], transforms(backbone)
         return torch.stack([view(read_image(path)) for path in paths]), f"{len(paths)} given images"
-    size = backbone.img_size if isinstance(backbone.img_size, tuple) else (backbone.img_size,) * 2
-    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(count, 3, *sides(backbone.img_size), generator=torch.Generator().manual_seed(0))
     return images, f"{count} random-normal images (give --images for real ones)"

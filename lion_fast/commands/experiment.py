@@ -12,7 +12,7 @@ Every run's row is written at once; runs whose row is there are not done again.
 import argparse
 from pathlib import Path
 
-from lion_fast.commands.common import say
+from lion_fast.commands.common import interruptible, say
 from lion_fast.errors import OptionError
 
 EXIT_LEFT = 3
@@ -49,20 +49,9 @@ def run(args: argparse.Namespace) -> dict:
     only = parse_only(args.only or [])
     told = runner.Told()
     if not args.report_only:
-        try:
-            told = experiment.run(
-                grid,
-                out,
-                workers=args.workers,
-                minutes=args.minutes,
-                only=only,
-                stage=args.stage,
-                say=say,
-            )
-        except KeyboardInterrupt as error:
-            error.args = ("interrupted",)
-            error.hint = f"rows are in {out}; the same command goes on from there"
-            raise
+        how = {name: getattr(args, name) for name in ("workers", "minutes", "stage")}
+        with interruptible(f"rows are in {out}; the same command goes on from there"):
+            told = experiment.run(grid, out, only=only, say=say, **how)
     path = out / NAME if args.rows_only else report.write(grid, out)
     if not args.json:
         left = f", {told.left} left: run again to go on" if told.left else ""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from lion_fast.commands.common import add_progress, add_settings, given_settings, say
 from lion_fast.errors import OptionError
+from lion_fast.files import write_atomically
 from lion_fast.options import default_of, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
 
@@ -71,20 +72,11 @@ def run(args: argparse.Namespace) -> dict:
         if not (args.resume and (out / "config.yaml").is_file()):
             # a resumed run keeps what it was started with: this command may yet be refused
             settings.save(out / "config.yaml")
-            (out / "splits.json").write_text(
-                json.dumps(splits.description, indent=1) + "\n", encoding="utf-8"
-            )
+            write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
     try:
-        fitted = fit(
-            model,
-            splits,
-            settings.train,
-            out,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            progress=args.progress,
-        )
+        how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
+        fitted = fit(model, splits, settings.train, out, **how)
     except Interrupted as error:
         error.hint = f"resume with: lion-fast finetune --config {out / 'config.yaml'} --resume"
         raise
@@ -92,7 +84,7 @@ def run(args: argparse.Namespace) -> dict:
     if main_process:
         model.save_adapter(out / "adapter")
         result["test"] = _test(settings, model, splits)
-        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
         if not args.json:
             _tell_end(result, fitted)
     _end_process_group()
@@ -120,8 +112,10 @@ def _tell_start(settings: Settings, model: "TunedModel", splits: "Splits") -> No
         for entry in skipped["files"]:
             say(f"  {entry['file']}: {entry['reason']}")
     defaults = {option.name: default_of(option) for part in PARTS.values() for option in fields(part)}
-    say(f"preset: {settings.model.preset or 'none'}; what differs from the defaults:")
-    for name, told in settings.changed().items():
+    changed = settings.changed()
+    differs = "what differs from" if changed else "all as"
+    say(f"preset: {settings.model.preset or 'none'}; {differs} the defaults")
+    for name, told in changed.items():
         default = defaults.get(name, told["default"])
         say(f"  {name}: {told['value']} [{default}], from {told['from']}")
     say(

@@ -10,23 +10,11 @@ allocator's snapshot too. A backbone's weights are random unless --pretrained or
 """
 
 import argparse
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lion_fast.commands.common import (
-    add_device,
-    add_progress,
-    add_settings,
-    find_device,
-    flag,
-    given_settings,
-    load_run,
-    sample_images,
-    say,
-    shows_progress,
-)
+from lion_fast.commands import common
 from lion_fast.errors import DataError, OptionError, check_whole
 from lion_fast.options import PRECISIONS
 from lion_fast.training.settings import ModelSettings
@@ -56,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them [3]")
     parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="[no]")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), help="[a run's own, else adamw]")
-    add_device(parser)
-    add_progress(parser)
+    common.add_device(parser)
+    common.add_progress(parser)
     group = parser.add_argument_group(
         "model", "for a backbone's name; a folder has its own, but for --weights"
     )
-    add_settings(group, ModelSettings, MODEL, pretrained="no: random ones")
+    common.add_settings(group, ModelSettings, MODEL, pretrained="no: random ones")
     group.add_argument("--classes", type=int, metavar="N", help=f"outputs of the head [{NUM_CLASSES}]")
 
 
@@ -76,27 +64,16 @@ def is_run(given: str) -> bool:
     return False
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be measured or written before a model is built."""
-    check_whole("--batch-size", args.batch_size)
-    check_whole("--steps", args.steps)
-    check_whole("--warmup", args.warmup, 0)
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write to {out}: {error.strerror}; give another --out") from error
-
-
 def run(args: argparse.Namespace) -> dict:
     """Measure a run's model, or a method on a backbone; write and tell."""
+    from lion_fast.training.checkpoints import check_room
+
     trained = is_run(args.model)
-    check(args)
+    for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 0)):
+        check_whole(common.flag(name), getattr(args, name), least)
+    check_room(Path(args.out), 0)
     model, optimizer = _trained(args) if trained else _untrained(args)
-    images, images_are = sample_images(args.images, model.backbone, args.batch_size)
+    images, images_are = common.sample_images(args.images, model.backbone, args.batch_size)
     if len(images) < args.batch_size:
         images = images.repeat(-(-args.batch_size // len(images)), 1, 1, 1)[: args.batch_size]
         images_are += f", repeated to {args.batch_size}"
@@ -104,23 +81,16 @@ def run(args: argparse.Namespace) -> dict:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from lion_fast.studies.profiling import profile_model
 
-    try:
+    with common.interruptible(f"what was measured is in {args.out}"):
         found = profile_model(
             model,
             images,
             modes=(args.mode,) if args.mode else ("train", "infer"),
-            steps=args.steps,
-            warmup=args.warmup,
-            mixed_precision=args.mixed_precision,
             optimizer=args.optimizer or optimizer,
-            out=args.out,
             images_are=images_are,
-            say=functools.partial(say, passing=True) if shows_progress(args) else lambda text: None,
+            say=common.progress_line(args),
+            **{name: getattr(args, name) for name in ("steps", "warmup", "mixed_precision", "out")},
         )
-    except KeyboardInterrupt as error:
-        error.args = ("interrupted",)
-        error.hint = f"what was measured is in {args.out}"
-        raise
     if not args.json:
         for line in summary(found):
             print(line)
@@ -132,15 +102,15 @@ def _trained(args: argparse.Namespace) -> tuple["TunedModel", str]:
     """The model of a run, and the optimiser it was trained with."""
     for name in (*MODEL[1:], "classes"):
         if getattr(args, name, None) is not None:
-            raise OptionError(f"{args.model} says itself what its model is; leave out {flag(name)}")
-    model, settings, _ = load_run(args.model, args.device, getattr(args, "weights", None))
+            raise OptionError(f"{args.model} says itself what its model is; leave out {common.flag(name)}")
+    model, settings, _ = common.load_run(args.model, args.device, getattr(args, "weights", None))
     return model, settings.train.optimizer
 
 
 def _untrained(args: argparse.Namespace) -> tuple["TunedModel", str]:
     """A method on the backbone named, and the default optimiser."""
-    given = {"pretrained": False, "backbone": args.model} | given_settings(args, ModelSettings)
-    device = find_device(args.device)
+    given = {"pretrained": False, "backbone": args.model} | common.given_settings(args, ModelSettings)
+    device = common.find_device(args.device)
     model = ModelSettings.from_dict(given).create(NUM_CLASSES if args.classes is None else args.classes)
     return model.to(device), "adamw"
 

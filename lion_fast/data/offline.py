@@ -90,10 +90,14 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
 
 
+def _unpacked(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
 def _idx(folder: Path, name: str, ndim: int) -> np.ndarray:
     path = _idx_file(folder, name)
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = _unpacked(path)
         shape = np.frombuffer(data, ">i4", count=ndim, offset=4)
         if data[:4] != bytes([0, 0, 8, ndim]):
             raise ValueError(f"begins with {data[:4]!r}")
@@ -131,8 +135,7 @@ def _fashion_folder(cache: Path) -> Path:
                     path = _idx_file(found, name)
                     if path is None:
                         raise OSError(f"{name} is not among the files")
-                    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                    if hashlib.sha256(data).hexdigest() != sha256:
+                    if hashlib.sha256(_unpacked(path)).hexdigest() != sha256:
                         raise DataError(f"{name} from {fetch.__doc__} has another sha256 than expected")
                     shutil.copyfile(path, new / path.name)
                 if target.is_dir() and not any(target.iterdir()):

@@ -2,21 +2,26 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lion_fast.data.images import EXTENSIONS, FileImages, ImageSet, problem_of
-from lion_fast.errors import DataError, check_choice
-from lion_fast.options import CHECK
+from lion_fast.errors import DataError
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+# of every list, what stands behind the image's id, in words and as a pattern
+BIRD_LISTS = {
+    "images.txt": ("path", r".+"),
+    "image_class_labels.txt": ("CLASS", r"\d+"),
+    "train_test_split.txt": ("0 or 1", r"[01]"),
+}
 SHOWN = 5
 
 
@@ -39,6 +44,16 @@ class Item:
     split: str = "all"
 
 
+@dataclass
+class Listed:
+    """What a reader found, before any image is looked at. gaps: a class may lack training images."""
+
+    items: list[Item]
+    classes: list[str]
+    about: dict[str, Any]
+    gaps: bool = False
+
+
 def some(values: Iterable[object]) -> str:
     """The first few values and how many more there are."""
     values = [str(v) for v in values]
@@ -46,7 +61,7 @@ def some(values: Iterable[object]) -> str:
     return ", ".join(values[:SHOWN]) + more
 
 
-def read_folder(root: Path, *, check: str, strict: bool, classes: Sequence[str] | None) -> Raw:
+def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
     """Class sub-folders, with or without train / val / test folders above them."""
     subfolders = _subfolders(root)
     if not subfolders:
@@ -90,10 +105,10 @@ def read_folder(root: Path, *, check: str, strict: bool, classes: Sequence[str] 
             f"{len(needed)} class folder(s) of {root} hold no image: {some(needed)}; fill or remove them "
             f"(image files end in {', '.join(EXTENSIONS)})"
         )
-    return collect(items, found, about=about, source=root, check=check, strict=strict, classes=classes)
+    return Listed(items, found, about)
 
 
-def read_csv(path: Path, *, check: str, strict: bool, classes: Sequence[str] | None) -> Raw:
+def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
     """A table with the columns path, label and, if wanted, split; paths relative to the file's folder."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -112,7 +127,7 @@ def read_csv(path: Path, *, check: str, strict: bool, classes: Sequence[str] | N
         )
     if not rows:
         raise DataError(f"{path} lists no images below its first line")
-    items = []
+    items, seen = [], {}
     for line, row in rows:
         name, label = ((row[c] or "").strip() for c in ("path", "label"))
         if not name or not label:
@@ -123,19 +138,14 @@ def read_csv(path: Path, *, check: str, strict: bool, classes: Sequence[str] | N
             if written.lower() not in SPLIT_NAMES:
                 raise DataError(f"{path}, line {line}: split must be train, val or test; got {written!r}")
             split = SPLIT_NAMES[written.lower()]
-        items.append(Item(path.parent / name, name, label, split))
-    seen: dict[str, Item] = {}
-    for item in items:
-        if item.name in seen:
+        if name in seen:
             raise DataError(
-                f"{path} lists {item.name} twice ({seen[item.name].split}/{seen[item.name].label} and "
-                f"{item.split}/{item.label}); an image may appear once, in one split"
+                f"{path} lists {name} twice ({seen[name]} and {split}/{label}); "
+                "an image may appear once, in one split"
             )
-        seen[item.name] = item
-    items, found = number_labels(items, path, classes)
-    return collect(
-        items, found, about={"kind": "CSV"}, source=path, check=check, strict=strict, classes=classes
-    )
+        seen[name] = f"{split}/{label}"
+        items.append(Item(path.parent / name, name, label, split))
+    return Listed(*number_labels(items, path, classes), {"kind": "CSV"})
 
 
 def number_labels(
@@ -184,7 +194,7 @@ VTAB_LISTS = {
 }  # fmt: skip
 
 
-def read_vtab(root: Path, *, check: str, strict: bool, val: float, test: float) -> Raw:
+def read_vtab(root: Path, val: float, test: float) -> Listed:
     """One task folder of VTAB-1k: train800.txt, val200.txt, train800val200.txt, test.txt.
 
     Lines are `images/<split>/000000.jpg LABEL`. With val = 0 the 1,000 images of train800val200.txt are the
@@ -197,38 +207,36 @@ def read_vtab(root: Path, *, check: str, strict: bool, val: float, test: float) 
     if test:
         lists["test"] = VTAB_LISTS["test"]
     items = [item for split, name in lists.items() for item in vtab_list(root, name, split)]
-    others = [name for name in VTAB_LISTS.values() if name not in lists.values() and (root / name).is_file()]
-    labels = {int(i.label) for i in items}.union(
-        *({int(i.label) for i in vtab_list(root, name, "")} for name in others)
-    )
+    there = [name for name in VTAB_LISTS.values() if (root / name).is_file()]
     # A task's label set is fixed; a class may be absent from 800 images but not from the whole.
-    classes = [str(k) for k in range(max(labels) + 1)]
-    items = [Item(i.path, i.name, str(i.label), i.split) for i in items]
-    about = {"kind": "VTAB-1k task", "lists": lists}
-    return collect(
-        items, classes, about=about, source=root, check=check, strict=strict, classes=None, gaps=True
-    )
+    largest = max(int(item.label) for name in there for item in vtab_list(root, name, ""))
+    classes = [str(k) for k in range(largest + 1)]
+    return Listed(items, classes, {"kind": "VTAB-1k task", "lists": lists}, gaps=True)
 
 
 def vtab_list(root: Path, name: str, split: str) -> list[Item]:
     """The items of one list of a VTAB-1k task folder, labels as integers; the images are not looked at."""
-    path = root / name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; a VTAB-1k task folder needs it")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = line.strip().rsplit(maxsplit=1)
-        if not words:
-            continue
+    for place, line in _lines(root / name, "a VTAB-1k task folder needs it"):
+        words = line.rsplit(maxsplit=1)
         if len(words) != 2 or not words[1].isdigit():
-            raise DataError(f"{path}, line {number}: expected 'path LABEL', got {line.strip()!r}")
+            raise DataError(f"{place}: expected 'path LABEL', got {line!r}")
         items.append(Item(root / words[0], words[0], int(words[1]), split))
     if not items:
-        raise DataError(f"{path} lists no images")
+        raise DataError(f"{root / name} lists no images")
     return items
 
 
-def read_fgvc(root: Path, *, check: str, strict: bool) -> Raw:
+def _lines(path: Path, needed: str) -> Iterator[tuple[str, str]]:
+    """The lines of a list that are not empty, each with its place for an error."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; {needed}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield f"{path}, line {number}", line.strip()
+
+
+def read_fgvc(root: Path) -> Listed:
     """FGVC in the layout of VPT: train.json, [val.json], test.json map an image path to a class id."""
     items = []
     folders = [f for f in (root / "images", root / "Images", root) if f.is_dir()]
@@ -245,14 +253,10 @@ def read_fgvc(root: Path, *, check: str, strict: bool) -> Raw:
             found = next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
             items.append(Item(found, name, label, split))
     ids = sorted({int(i.label) for i in items})
-    items = [Item(i.path, i.name, str(i.label), i.split) for i in items]
-    about = {"kind": "FGVC lists (train.json, test.json)"}
-    return collect(
-        items, [str(k) for k in ids], about=about, source=root, check=check, strict=strict, classes=None
-    )
+    return Listed(items, [str(k) for k in ids], {"kind": "FGVC lists (train.json, test.json)"})
 
 
-def read_birds(root: Path, *, check: str, strict: bool) -> Raw:
+def read_birds(root: Path) -> Listed:
     """CUB-200-2011 and NABirds as published, which SSF reads: three lists beside images/, by image id.
 
     images.txt: `ID path`; image_class_labels.txt: `ID class`; train_test_split.txt: `ID 1` for training,
@@ -260,38 +264,30 @@ def read_birds(root: Path, *, check: str, strict: bool) -> Raw:
     they are named by their folders where each has one of its own.
     """
     tables = {}
-    for name in BIRD_LISTS:
-        path, table = root / name, {}
-        if not path.is_file():
-            raise DataError(f"{path} is missing; the layout needs {', '.join(BIRD_LISTS)} and images/")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            words = line.split(maxsplit=1)
-            if not words:
-                continue
-            value = words[1].strip() if len(words) == 2 else ""
-            fits = {BIRD_LISTS[0]: bool(value), BIRD_LISTS[1]: value.isdigit()}.get(name, value in ("0", "1"))
-            if not fits:
-                wanted = {BIRD_LISTS[0]: "path", BIRD_LISTS[1]: "CLASS"}.get(name, "0 or 1")
-                raise DataError(f"{path}, line {number}: expected 'ID {wanted}', got {line.strip()!r}")
-            if words[0] in table:
-                raise DataError(f"{path}, line {number}: the image {words[0]} is listed twice")
-            table[words[0]] = value
-        tables[name] = table
-    files, labels, parts = (tables[name] for name in BIRD_LISTS)
+    for name, (wanted, pattern) in BIRD_LISTS.items():
+        table = tables[name] = {}
+        for place, line in _lines(root / name, f"the layout needs {', '.join(BIRD_LISTS)} and images/"):
+            key, *value = line.split(maxsplit=1)
+            if not value or not re.fullmatch(pattern, value[0]):
+                raise DataError(f"{place}: expected 'ID {wanted}', got {line!r}")
+            if key in table:
+                raise DataError(f"{place}: the image {key} is listed twice")
+            table[key] = value[0]
+    files, labels, parts = tables.values()
     for name, table in tables.items():
         unequal = sorted(files.keys() ^ table.keys())
         if unequal:
             raise DataError(
-                f"{root}: {BIRD_LISTS[0]} and {name} list different images: {some(unequal)} in one only"
+                f"{root}: images.txt and {name} list different images: {some(unequal)} in one only"
             )
     items = [
         Item(root / "images" / file, file, int(labels[key]), "train" if parts[key] == "1" else "test")
         for key, file in files.items()
     ]
-    return _by_folder(root, items, "FGVC lists (images.txt, train_test_split.txt)", check, strict)
+    return _by_folder(items, "FGVC lists (images.txt, train_test_split.txt)")
 
 
-def read_dogs(root: Path, *, check: str, strict: bool) -> Raw:
+def read_dogs(root: Path) -> Listed:
     """Stanford Dogs as published, which SSF reads: train_list.mat and test_list.mat beside Images/.
 
     The lists may also lie in lists/. They are MATLAB files: reading them needs scipy.
@@ -320,10 +316,19 @@ def read_dogs(root: Path, *, check: str, strict: bool) -> Raw:
             ) from error
         except Exception as error:  # scipy raises many kinds on a file that is none of its own
             raise DataError(f"{path} is no list with file_list and labels: {error!r}") from error
-    return _by_folder(root, items, "FGVC lists (train_list.mat, test_list.mat)", check, strict)
+    return _by_folder(items, "FGVC lists (train_list.mat, test_list.mat)")
 
 
-def _by_folder(root: Path, items: list[Item], kind: str, check: str, strict: bool) -> Raw:
+# The layouts of published sets: whose files tell which reader's; classes are fixed by their lists.
+PUBLISHED: dict[Callable[..., Listed], list[tuple[str, ...]]] = {
+    read_vtab: [(VTAB_LISTS["train800"],), (VTAB_LISTS["train1000"],)],
+    read_fgvc: [("train.json",)],
+    read_birds: [("images.txt", "train_test_split.txt")],
+    read_dogs: [("train_list.mat",), ("lists/train_list.mat",)],
+}
+
+
+def _by_folder(items: list[Item], kind: str) -> Listed:
     """Items with class ids, named by the ids' own folders where folders and ids agree."""
     ids = sorted({int(i.label) for i in items})
     folders = {(int(i.label), Path(i.name).parent.name) for i in items}
@@ -331,34 +336,17 @@ def _by_folder(root: Path, items: list[Item], kind: str, check: str, strict: boo
     if len(folders) != len(ids) or len(set(names.values())) != len(ids) or "" in names.values():
         names = {k: str(k) for k in ids}
     items = [Item(i.path, i.name, names[int(i.label)], i.split) for i in items]
-    return collect(
-        items,
-        [names[k] for k in ids],
-        about={"kind": kind},
-        source=root,
-        check=check,
-        strict=strict,
-        classes=None,
-    )
+    return Listed(items, [names[k] for k in ids], {"kind": kind})
 
 
 def collect(
-    items: list[Item],
-    found: list[str],
-    *,
-    about: dict[str, Any],
-    source: Path,
-    check: str,
-    strict: bool,
-    classes: Sequence[str] | None,
-    gaps: bool = False,
+    listed: Listed, source: Path, *, check: str, strict: bool, classes: Sequence[str] | None = None
 ) -> Raw:
     """Check the listed files, leave unreadable ones out, number the classes, build the sets."""
-    check_choice("check", check, CHECK)
-    names = list(found)
+    items, names = listed.items, listed.classes
     if classes is not None:
         names = [str(c) for c in classes]
-        unknown = sorted(set(found) - set(names))
+        unknown = sorted(set(listed.classes) - set(names))
         if unknown:
             raise DataError(
                 f"{source} holds the class(es) {some(unknown)}, which are not among the "
@@ -403,13 +391,12 @@ def collect(
             raise DataError(
                 f"{source} holds one class only ({some(names)}); classification needs at least two"
             )
-        if absent and not gaps:
+        if absent and not listed.gaps:
             raise DataError(
                 f"{len(absent)} class(es) of {source} have no readable "
                 f"{'training ' if 'train' in parts else ''}image: {some(absent)}"
             )
-    about = dict(about, skipped={"count": len(skipped), "files": skipped[:20]})
-    return Raw(parts, names, about)
+    return Raw(parts, names, listed.about | {"skipped": {"count": len(skipped), "files": skipped[:20]}})
 
 
 def _subfolders(folder: Path) -> list[Path]:

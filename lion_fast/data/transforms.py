@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 
 from lion_fast.errors import check_choice
-from lion_fast.options import RESIZE
+from lion_fast.options import RESIZE, sides
 
 _INTERPOLATION = {mode.value: mode for mode in InterpolationMode}
 AUGMENT = ("none", "flip", "crop")
@@ -41,8 +41,7 @@ def transforms(backbone, train: bool = False, augment: str = "none", resize: str
     check_choice("resize", resize, RESIZE)
     check_choice("interpolation", backbone.interpolation, _INTERPOLATION)
     mode = _INTERPOLATION[backbone.interpolation]
-    size = backbone.img_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = sides(backbone.img_size)
     if train and augment == "crop":
         geometry = [v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), interpolation=mode)]
     elif resize == "direct":

@@ -7,7 +7,7 @@ from lion_fast.equilibrium.contraction import bounded, contraction_scale
 from lion_fast.equilibrium.functional import check_input, solve_tokens
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, takes_solve_options
-from lion_fast.errors import OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import check_choice, check_number, check_whole
 from lion_kernels.reference import ACTIVATIONS
 
 RECURRENCES = ("free", "tied")
@@ -71,12 +71,8 @@ class LionLayer(Solving, Masked):
         self.solve = SolveOptions(**solve)
         check_whole("dim", dim)
         check_whole("state_dim", state_dim)
-        check_number("gamma", gamma)
-        if not (0 < gamma < 1 or (allow_expansive and gamma >= 1)):
-            raise OptionError(
-                f"gamma must be in (0, 1) for a contraction; got {gamma!r}. "
-                "allow_expansive=True admits gamma >= 1, without a guarantee that an equilibrium exists."
-            )
+        note = "for a contraction; allow_expansive=True admits more, and then there may be no equilibrium"
+        check_number("gamma", gamma, above=0, below=None if allow_expansive else 1, note=note)
         self.dim, self.state_dim = dim, state_dim
         self.recurrence, self.activation = recurrence, activation
         self.gamma, self.allow_expansive = gamma, allow_expansive

@@ -77,7 +77,8 @@ class PixelEnd(Solving, Masked):
     x (B, `in_channels`, H, W), out the same; the state z is (B, `channels`, H, W). Wh is W scaled down where
     needed so that Lip(phi) times the convolution's norm at the true H x W is at most `gamma`, for certain.
     Parameters U (c, 3, 3, 3), W (c, c, 3, 3), b (c), V (3, c, 1, 1), c (3): 9 c^2 + 31 c + 3 numbers on RGB.
-    Options as `LionLayer`. The injection and Wh are computed once per solve.
+    Options as `LionLayer`; whatever `backend`, it runs in torch. The injection and Wh are computed once per
+    solve.
 
     >>> end = PixelEnd(3, channels=4)
     >>> end(torch.zeros(2, 3, 16, 16)).shape
@@ -86,7 +87,7 @@ class PixelEnd(Solving, Masked):
 
     matrices = ("U", "W", "V")
 
-    @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
+    @takes_solve_options()
     def __init__(
         self,
         in_channels: int = 3,

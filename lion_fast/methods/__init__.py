@@ -19,6 +19,7 @@ from lion_fast.methods.probe import Probe
 from lion_fast.methods.ssf import SSF
 from lion_fast.methods.vfpt import VFPT
 from lion_fast.methods.vpt import VPT
+from lion_fast.options import refuse_unknown
 
 __all__ = [
     "APT", "CVPT", "E2VPT", "SSF", "VFPT", "VPT", "AdaptFormer", "BitFit", "DyT", "Full", "Houlsby",
@@ -57,10 +58,8 @@ def create(
     if method not in available():
         raise OptionError(f"no method named {method!r}; the methods are {', '.join(available())}")
     cls = available()[method]
-    unknown = [name for name in options if name not in method_options(cls)]
-    if unknown:  # before a backbone is downloaded for nothing
-        valid = ", ".join(method_options(cls))
-        raise OptionError(f"method {method} has no option {', '.join(unknown)}; its options are {valid}")
+    # before a backbone is downloaded for nothing
+    refuse_unknown(options, method_options(cls), f"option of {method}")
     check_kinds(cls, options)
     if num_classes is None:
         raise OptionError("create needs num_classes, the number of outputs of the head")

@@ -18,6 +18,7 @@ from lion_fast.backbones import cheaper as frozen
 from lion_fast.equilibrium.masked import match_masks
 from lion_fast.errors import AdapterError, BackboneError, OptionError, check_bool, check_number, check_whole
 from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
+from lion_fast.options import refuse_unknown
 from lion_fast.pruning.compaction import describe_compacted
 from lion_fast.pruning.counts import count_parameters
 from lion_fast.pruning.packing import MASK
@@ -109,11 +110,7 @@ class TunedModel(nn.Module):
         **unknown,
     ):
         super().__init__()
-        if unknown:
-            valid = ", ".join(method_options(type(self)))
-            raise OptionError(
-                f"method {self.method} has no option {', '.join(unknown)}; its options are {valid}"
-            )
+        refuse_unknown(unknown, method_options(type(self)), f"option of {self.method}")
         check_whole("num_classes", num_classes)
         backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(backbone, Backbone):

@@ -5,12 +5,13 @@ reads it (docs/mathematics.md); the form "states" is this project's own (docs/ac
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.pixel import PixelEnd
-from lion_fast.equilibrium.solvers import SolveInfo
+from lion_fast.equilibrium.solve import OPTIONS, SolveInfo, SolveOptions, takes_solve_options
 from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
@@ -69,6 +70,7 @@ class LionModel(TunedModel):
     13216
     """
 
+    @takes_solve_options()
     def __init__(
         self,
         backbone,
@@ -82,13 +84,6 @@ class LionModel(TunedModel):
         recurrence: str = "free",
         activation: str | None = None,
         gamma: float = 0.8,
-        damping: float = 1.0,
-        max_iter: int = 50,
-        tol: float | None = None,
-        backward: str = "neumann",
-        neumann_terms: int = 8,
-        backend: str = "auto",
-        on_failure: str = "ignore",
         pixel_channels: int = 8,
         head_bias: bool = True,
         **options,
@@ -99,6 +94,7 @@ class LionModel(TunedModel):
             raise OptionError(
                 f'recurrence {recurrence!r} needs form="residual": states have no read-out to tie'
             )
+        solve = SolveOptions(**{name: options.pop(name) for name in OPTIONS if name in options})
         super().__init__(backbone, num_classes, head_bias=head_bias, **options)
         backbone = self.backbone
         ends = (("output",) if states else ENDS) if ends is None else ends
@@ -107,17 +103,8 @@ class LionModel(TunedModel):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         reads_states = states and "output" in ends
         activation = activation or ("tanh" if states else "relu")
-        solve = {
-            "activation": activation,
-            "gamma": gamma,
-            "damping": damping,
-            "max_iter": max_iter,
-            "tol": tol,
-            "backward": backward,
-            "neumann_terms": neumann_terms,
-            "on_failure": on_failure,
-        }
-        layer = {**solve, "state_dim": state_dim, "backend": backend}
+        solve = {"activation": activation, "gamma": gamma, **asdict(solve)}
+        layer = {**solve, "state_dim": state_dim}
         check_whole("grid", grid)
         self.form, self.grid = form, grid
         self.at = map_place(backbone) if at is None and reads_states else at

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lion_fast.backbones import Backbone
-from lion_fast.equilibrium.solvers import SolveInfo
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.equilibrium.states import StateLayer
 
 GRID = 4  # cells of the map along each side, by default

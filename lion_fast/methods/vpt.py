@@ -14,6 +14,7 @@ from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 from lion_fast.methods.vpt_border import PixelBorder
+from lion_fast.options import sides
 
 
 @register("vpt")
@@ -107,9 +108,7 @@ class VPT(PrefixCache, TunedModel):
         self.record(depth=depth, length=length, dropout=dropout, form=form, state_dim=state_dim)
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
         if cnn:
-            size = backbone.img_size
-            size = (size, size) if isinstance(size, int) else size
-            self.border = PixelBorder(length, size, backbone.mean, backbone.std)
+            self.border = PixelBorder(length, sides(backbone.img_size), backbone.mean, backbone.std)
             return
         self.output_end: ReadOut | None = None
         if state_dim is not None:

@@ -1,6 +1,6 @@
 """An experiment on accuracy: which runs there are, in which order, and doing what is left of them."""
 
-import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ def run(
     minutes: float | None = None,
     only: Only | None = None,
     stage: str = "all",
+    home: Workshop | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> runner.Told:
     """Do what is left of the grid's runs and append their rows to `rows.jsonl` in `out`.
@@ -33,6 +34,7 @@ def run(
     workers, minutes: see `runner.run`; on a GPU workers share the device.
     only: {"method" | "set" | "backbone": labels}.
     stage: "tune", "final" (of cells that are tuned) or "all".
+    home: where the runs are done; None: a `Workshop` that keeps nothing but rows.
 
     Raises:
         OptionError: A label or a setting that does not exist, a method that does not fit a backbone, or an
@@ -42,7 +44,7 @@ def run(
     """
     check_choice("stage", stage, (*STAGES, "all"))
     cells = select(grid, only or {})
-    home = Workshop(grid)
+    home = home or Workshop(grid)
     with Store(out) as store:
         plan = Plan(grid, cells, store, home, stage, check(home, cells))
         say(f"{grid.name}: {plan.left()} runs to do, {plan.held} are there")
@@ -66,14 +68,23 @@ def check(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> dict[str, in
     Returns the number of training images of each set; raises what is wrong with a setting.
     """
     grid, images = home.grid, {}
-    for backbone, set_label, label in cells:
+    for _, set_label, _ in cells:
         if set_label not in images:
-            splits = home.splits(set_label, grid.seeds[0])
-            for part in ("val", "test"):
+            stage, seed = ("tune", grid.tuning_seeds[0]) if grid.opens_late else ("final", grid.seeds[0])
+            splits = home.splits(stage, set_label, seed)
+            for part in ("val",) if grid.opens_late else ("val", "test"):
                 if getattr(splits, part) is None:
                     raise OptionError(f"the set {set_label} has no {part} images; give {part} or n_{part}")
             images[set_label] = len(splits.train)
-            home.fingerprint(set_label, grid.seeds[0])  # while the images are at hand
+            home.fingerprint(stage, set_label, seed)  # while the images are at hand
+    check_models(home, cells)
+    return images
+
+
+def check_models(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> None:
+    """Build every model once; `OptionError` for an option that a method or backbone cannot take."""
+    grid = home.grid
+    for backbone, set_label, label in cells:
         method = grid.methods[label]
         for index in range(len(method.configurations)):
             options = grid.settings(set_label, label, index)[0]
@@ -81,7 +92,6 @@ def check(home: Workshop, cells: Iterable[tuple[str, str, str]]) -> dict[str, in
                 home.resolved(backbone, method.method, options)
             except LionError as error:
                 raise OptionError(f"{label} on {backbone}: {error}") from error
-    return images
 
 
 class Plan(runner.Plan[Item]):
@@ -93,15 +103,17 @@ class Plan(runner.Plan[Item]):
         self.rows: dict[str, dict] = {}  # by run, where weights and defaults are those of now
         self.under_way: set[str] = set()
         self.tunes: dict[str, Item] = {}
-        self.drawn: dict[tuple[str, int], str] = {}  # fingerprints of the images, by set and seed
-        for set_label, seed in itertools.product(images, {grid.seeds[0], *grid.tuning_seeds[:1]}):
-            self.drawn[set_label, seed] = home.fingerprint(set_label, seed)
+        self.drawn: dict[str, str] = {}  # fingerprints of the images, by what draws them
+        for set_label in images:
+            self._check_images("tune", set_label, grid.tuning_seeds[0])
+            if not grid.opens_late:
+                self._check_images("final", set_label, grid.seeds[0])
         for cell in cells:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
         for item in grid.everything(cells):
             row = store.get(home.key(item))
             if row is not None and grid.is_current(item, row) and self._is_same_model(item, row):
-                self._check_images(item, row)
+                self._check_images(item.stage, item.set, item.seed, row)
                 self.rows[item.run] = row
         self.held = sum(run in self.rows for run in self._wanted()[0])
 
@@ -111,12 +123,13 @@ class Plan(runner.Plan[Item]):
         made = self.home.resolved(item.backbone, self.grid.methods[item.label].method, options)
         return same_options(row["options"], made)
 
-    def _check_images(self, item: Item, row: Mapping) -> None:
+    def _check_images(self, stage: str, set_label: str, seed: int, row: Mapping | None = None) -> None:
         """Refuse to put rows of other images beside each other: they would be compared as if of the same."""
-        found = row["data"]["fingerprint"]
-        if self.drawn.setdefault((item.set, item.seed), found) != found:
+        found = row["data"]["fingerprint"] if row else self.home.fingerprint(stage, set_label, seed)
+        named = json.dumps(self.grid.draw(stage, set_label, seed), sort_keys=True)
+        if self.drawn.setdefault(named, found) != found:
             raise DataError(
-                f"the set {item.set} has other images by now than those of the rows in {self.store.path}: "
+                f"the set {set_label} has other images by now than those of the rows in {self.store.path}: "
                 "restore them, or choose another --out"
             )
 
@@ -151,14 +164,17 @@ class Plan(runner.Plan[Item]):
         if not ready:
             return None
         item = min(ready, key=self._order)
+        if self.grid.opens_late:
+            self._check_images(item.stage, item.set, item.seed)
         self.under_way.add(item.run)
         return item.run, item
 
     def done(self, key: str, item: Item, row: dict) -> None:
         """Keep the row, and what its draw of images was where it is the first."""
-        self._check_images(item, row)
+        self._check_images(item.stage, item.set, item.seed, row)
         draw = draw_key(item.stage, row["data"]["fingerprint"])
         self.store.add(*([] if draw in self.store else [self.home.draw_row(item)]), row)
+        self.home.done(item)
         self.rows[item.run] = row
         self.under_way.discard(item.run)
 

@@ -1,22 +1,22 @@
 """What an experiment is: backbones x sets x methods, the configurations of each, seeds; read from YAML."""
 
 import hashlib
-import inspect
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lion_fast.data import load_data
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
 from lion_fast.options import read_settings, refuse_unknown
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
+from lion_fast.training.settings import DataSettings
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -25,8 +25,8 @@ _GRID = [
     "pairs",
 ]  # fmt: skip
 _METHOD = ["method", "options", "train", "grid", "fixed", "fewer", "note"]
-_DATA = [p.name for p in inspect.signature(load_data).parameters.values() if p.name != "seed"]
-_TRAIN = [f.name for f in fields(TrainConfig) if f.name not in ("seed", "monitor")]
+_DATA = ["source", "classes", *(name for name in DataSettings.names() if name not in ("data", "data_seed"))]
+_TRAIN = [name for name in TrainConfig.names() if name not in ("seed", "monitor")]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Grid:
     note: str = ""
     first: Sequence[tuple[str, str]] = field(default_factory=tuple)
     _items: dict = field(default_factory=dict, repr=False, compare=False)
+    # whether the images of the final runs stay shut until a configuration is chosen
+    opens_late: ClassVar[bool] = False
 
     def settings(self, set_label: str, label: str, index: int) -> tuple[dict, dict]:
         """(options of the method, training settings that are given) of a configuration.
@@ -118,13 +120,25 @@ class Grid:
             {
                 "stage": stage,
                 "backbone": self.backbones[backbone],
-                "data": {k: v for k, v in self.sets[set_label].data.items() if k != "cache"},
+                "data": self.named(set_label),
                 "method": self.methods[label].method,
                 "options": options,
                 "train": given,
                 "seed": seed,
             }
         )
+
+    def named(self, set_label: str) -> dict[str, Any]:
+        """What stands for a set's images in a run's hash."""
+        return {k: v for k, v in self.sets[set_label].data.items() if k != "cache"}
+
+    def draw(self, stage: str, set_label: str, seed: int) -> dict[str, Any]:
+        """The arguments of `load_data` for the runs of a stage with a seed."""
+        return {**self.sets[set_label].data, "seed": seed}
+
+    def about(self, item: Item) -> dict[str, Any]:
+        """What a study of its own adds to the row of a run."""
+        return {}
 
     def cells(self) -> list[tuple[str, str, str]]:
         """Every (backbone, set, method)."""
@@ -176,22 +190,21 @@ class Grid:
             return 0
         if any(item.run not in rows for item in items):
             return None
-        scores: dict[int, list[float]] = {}
+        found: dict[int, list[Mapping]] = {}
         for item in items:
-            scores.setdefault(item.index, []).append(score(rows[item.run], self.sets[set_label].monitor))
-        means = {index: sum(found) / len(found) for index, found in scores.items()}
-        return max(means, key=lambda index: (means[index], -index))
+            found.setdefault(item.index, []).append(rows[item.run])
+        ranks = {index: self.rank(some, self.sets[set_label].monitor) for index, some in found.items()}
+        return max(ranks, key=lambda index: (ranks[index], -index))
+
+    def rank(self, rows: Sequence[Mapping[str, Any]], monitor: str) -> tuple[float, ...]:
+        """By what a configuration's tuning rows compare with another's: their mean, or minus infinity."""
+        return (sum(-inf if row.get("failed") else row["val"][monitor] for row in rows) / len(rows),)
 
 
 def same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two models' options, as recorded, agree where both have a value."""
     both = (name for name in one.keys() & other.keys() if None not in (one[name], other[name]))
     return all(one[name] == other[name] for name in both)
-
-
-def score(row: Mapping[str, Any], monitor: str) -> float:
-    """What a tuning row counts: its validation metric, or minus infinity where training failed."""
-    return float("-inf") if row.get("failed") else row["val"][monitor]
 
 
 def digest(value: object) -> str:
@@ -221,8 +234,8 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         name=name,
         backbones={str(k): _backbone(str(k), v) for k, v in given["backbones"].items()},
         sets={str(k): _set(str(k), v) for k, v in given["sets"].items()},
-        seeds=_seeds(given, "seeds", [1, 2, 3, 4, 5]),
-        tuning_seeds=_seeds(given, "tuning_seeds", [0]),
+        seeds=read_seeds(given, "seeds", [1, 2, 3, 4, 5]),
+        tuning_seeds=read_seeds(given, "tuning_seeds", [0]),
         train=train,
         methods=methods,
         reference=given.get("reference"),
@@ -278,6 +291,10 @@ def _set(label: str, given: object) -> SetSpec:
     monitor = given.get("monitor", "accuracy")
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)
     data = {k: v for k, v in given.items() if k in _DATA}
+    try:
+        DataSettings(**{k: v for k, v in data.items() if k not in ("source", "classes")})
+    except OptionError as error:
+        raise OptionError(f"sets.{label}: {error}") from error
     return SetSpec(label, data, {k: v for k, v in given.items() if k in _TRAIN}, monitor)
 
 
@@ -327,7 +344,8 @@ def _mapping(given: Mapping[str, Any], name: str, where: str) -> dict:
     return _entry(where, given[name]) if given.get(name) is not None else {}
 
 
-def _seeds(given: Mapping[str, Any], name: str, default: list[int]) -> list[int]:
+def read_seeds(given: Mapping[str, Any], name: str, default: Sequence[int] = ()) -> list[int]:
+    """The seeds of that name in a mapping; `OptionError` unless they are different and at least 0."""
     seeds = given.get(name, default)
     valid = isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)
     if not valid or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):

@@ -1,5 +1,6 @@
 """What every report is written with: one table, and where its rows were taken."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,3 +38,9 @@ def where_taken(row: Mapping[str, Any]) -> str:
     changed = " with local changes" if row["git_changed"] else ""
     threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
     return f"{row['device_name']} ({row['device']}{threads}); {versions}; revision {revision[:12]}{changed}"
+
+
+def sources(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Where rows were taken, a line for each place with the number of its rows."""
+    counts = Counter(map(where_taken, rows))
+    return [f"{n} run{'s' * (n > 1)} on {where}" for where, n in counts.items()]

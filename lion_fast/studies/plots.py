@@ -1,11 +1,12 @@
-"""Pictures of an experiment. Needs matplotlib; draws to files, no display."""
+"""Pictures of an experiment and of single runs. Needs matplotlib; draws to files, no display."""
 
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lion_fast.studies.figures import figure_at, styles_of
+from lion_fast.studies.figures import figure_at, points, styles_of
 from lion_fast.studies.statistics import Estimate
 from lion_fast.studies.tables import Results
 
@@ -32,36 +33,26 @@ def draw_all(results: Results, folder: str | os.PathLike) -> list[str]:
 def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> bool:
     """Mean over the sets of the metric, with intervals, against trained parameters, head included."""
     grid = results.grid
-    metric, points = _metric(results), []
+    metric, found = _metric(results), []
     for label, colour, marker in styles_of(grid.methods):
         estimate = results.mean_estimate(backbone, label, metric)
         ends = results.parameters(backbone, label, "kept_with_head")
         if estimate is not None and ends is not None:
-            points.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
-    if not points:
+            found.append((label, colour, marker, math.sqrt(ends[0] * ends[1]), estimate))
+    if not found:
         return False
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     with figure_at(path, (7.6, 4.6)) as figure:
         axes = figure.subplots()
-        for label, colour, marker, x, estimate in points:
-            axes.errorbar(
-                x,
-                100 * estimate.point,
-                yerr=_bars(estimate),
-                color=colour,
-                marker=marker,
-                markersize=7,
-                capsize=3,
-                linewidth=1.2,
-                linestyle="none",
-                label=label,
-            )
+        for label, colour, marker, x, estimate in found:
+            bars = _bars(estimate)
+            points(axes, x, 100 * estimate.point, yerr=bars, colour=colour, marker=marker, label=label)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        low, high = min(p[3] for p in points), max(p[3] for p in points)
+        low, high = min(p[3] for p in found), max(p[3] for p in found)
         axes.set_xlim(low / 1.5, high * 1.5)
         sets = "1 set" if len(grid.sets) == 1 else f"mean of {len(grid.sets)} sets"
         axes.set(
@@ -99,29 +90,11 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
         for axes, (title, column) in zip(flat, panels, strict=False):
             for y, ((_, colour, marker), estimate) in enumerate(zip(styles, column, strict=True)):
                 if estimate is None:
-                    axes.text(
-                        0.5,
-                        y,
-                        "no rows",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="0.4",
-                        transform=axes.get_yaxis_transform(),
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-                    )
+                    look = {"ha": "center", "va": "center", "fontsize": 8, "color": "0.4"}
+                    look |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+                    axes.text(0.5, y, "no rows", transform=axes.get_yaxis_transform(), **look)
                     continue
-                axes.errorbar(
-                    100 * estimate.point,
-                    y,
-                    xerr=_bars(estimate),
-                    color=colour,
-                    marker=marker,
-                    markersize=5.5,
-                    capsize=2.5,
-                    linewidth=1.3,
-                    linestyle="none",
-                )
+                points(axes, 100 * estimate.point, y, xerr=_bars(estimate), colour=colour, marker=marker)
             axes.axvline(0, color="0.35", linewidth=1)
             axes.set_title(title, fontweight="bold" if title == "mean of sets" else "normal")
             axes.set_yticks(range(len(styles)), [s[0] for s in styles])
@@ -147,3 +120,76 @@ def _bars(estimate: Estimate) -> list[list[float]]:
     # the percentile interval need not hold the point
     below, above = estimate.point - estimate.low, estimate.high - estimate.point
     return [[100 * max(0.0, below)], [100 * max(0.0, above)]]
+
+
+def accuracy_over_epochs(
+    histories: Mapping[str, Sequence[dict]],
+    path: str | os.PathLike,
+    *,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Validation accuracy (solid) and training accuracy (thin, dotted) of each method over its epochs.
+
+    Args:
+        histories: Per method the rows of `FitResult.history`.
+        path: File to write; its ending names the format.
+        labels: Names to show for the methods.
+    """
+    with figure_at(path, (7.0, 4.4)) as figure:
+        axes = figure.subplots()
+        for name, colour, marker in styles_of(histories):
+            rows = histories[name]
+            epochs = [row["epoch"] for row in rows]
+            axes.plot(epochs, [row["train_accuracy"] for row in rows], ":", color=colour, linewidth=1.2)
+            if "val_accuracy" in rows[0]:
+                validation = [row["val_accuracy"] for row in rows]
+                look = {"color": colour, "marker": marker, "markersize": 4}
+                axes.plot(epochs, validation, label=f"{(labels or {}).get(name, name)}, validation", **look)
+        axes.plot([], [], ":", color="0.4", linewidth=1.2, label="the same, on training images")
+        axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy over epochs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(top=1.02)
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def solver_over_training(
+    rows: Sequence[Mapping], path: str | os.PathLike, *, tol: float | None = None
+) -> None:
+    """Iterations and worst residuals of the equilibrium solves at both ends over the optimiser steps.
+
+    The forward solve stops a token as soon as it is below the tolerance, so its worst residual lies just
+    there; the backward one shows what a fixed number of Neumann terms leaves.
+
+    Args:
+        rows: Rows of steps.csv (text or numbers) of a LION run.
+        path: File to write.
+        tol: Tolerance to mark in the residuals.
+    """
+    steps = [int(row["step"]) for row in rows]
+    present = [end for end in ("input", "output") if f"{end}_iterations" in rows[0]]
+    with figure_at(path, (7.0, 5.4)) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        residuals: list[float] = []
+        highest = 1.0
+        for end, colour in zip(present, ("#0072b2", "#d55e00"), strict=False):
+            mean = [float(row[f"{end}_iterations"]) for row in rows]
+            most = [float(row[f"{end}_max_iterations"]) for row in rows]
+            upper.plot(steps, mean, color=colour, label=f"{end} end, mean over tokens")
+            upper.plot(steps, most, "--", color=colour, linewidth=1.0, label=f"{end} end, slowest token")
+            for key, line, what in (("residual", "-", ""), ("backward_residual", "--", ", backward")):
+                values = [float(row.get(f"{end}_{key}") or "nan") for row in rows]
+                if not all(map(math.isnan, values)):
+                    lower.plot(steps, values, line, color=colour, linewidth=1.4, label=f"{end} end{what}")
+                    residuals += [value for value in values if value > 0]
+            highest = max(highest, *most)
+        upper.set(ylabel="iterations", title="Equilibrium solves during training")
+        upper.set_ylim(0, 1.12 * highest)
+        upper.legend(ncols=2, fontsize=8, frameon=False, loc="lower left")
+        lower.set(xlabel="optimiser step", ylabel="worst relative residual", yscale="log")
+        if tol is not None:
+            lower.axhline(tol, color="0.4", linestyle=":", label=f"tolerance {tol:g}")
+        if residuals:
+            # a decade below for the legend
+            low, high = min(residuals), max(*residuals, tol or 0.0)
+            lower.set_ylim(low / 10, high * 2)
+        lower.legend(ncols=3, fontsize=8, frameon=False, loc="lower left")

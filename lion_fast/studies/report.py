@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lion_fast.studies import plots
 from lion_fast.studies.grid import Grid
+from lion_fast.studies.markdown import sources, table
 from lion_fast.studies.rows import read_rows
 from lion_fast.studies.statistics import RESAMPLES, Estimate
 from lion_fast.studies.tables import Cell, Results
@@ -104,11 +105,10 @@ def _about_backbone(results: Results, backbone: str) -> list[str]:
                 "They come from a saliency model of DINOv2's architecture and may be fine-tuned: nothing "
                 "here compares with published DINOv2 numbers."
             )
-    where = {(row["device_name"], row["device"], row["threads"]) for row in rows}
+    places = {(row["device_name"], row["threads"]) for row in rows}
     lines.append(
-        "Trained on " + "; ".join(f"{n} ({d}, {t} threads)" for n, d, t in sorted(where, key=str)) + "."
-        " Training seconds: median over the final runs of all sets, validation and test left out"
-        + (", from several machines." if len(where) > 1 else ".")
+        "Training seconds: median over the final runs of all sets, validation and test left out"
+        + (", from several machines." if len(places) > 1 else ".")
     )
     return lines
 
@@ -127,7 +127,7 @@ def _accuracies(results: Results, backbone: str, metric: str) -> list[str]:
             row += [_range(results.parameters(backbone, label, n)) for n in ("kept", "kept_with_head")]
             row.append(MISSING if seconds is None else f"{seconds:,.1f}")
         rows.append(row)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _cell(cell: Cell, metric: str) -> str:
@@ -161,10 +161,10 @@ def _differences(results: Results, backbone: str, metric: str, title: str) -> li
     if grid.reference:
         others = [label for label in grid.methods if label != grid.reference]
         lines += [f"### {title}: difference from {grid.reference}, percentage points", ""]
-        lines += [*_table(head, [row(label, label, grid.reference) for label in others]), ""]
+        lines += [*table(head, [row(label, label, grid.reference) for label in others]), ""]
     if grid.pairs:
         lines += [f"### {title}: further differences, percentage points", ""]
-        lines += [*_table(head, [row(f"{a} - {b}", a, b) for a, b in grid.pairs]), ""]
+        lines += [*table(head, [row(f"{a} - {b}", a, b) for a, b in grid.pairs]), ""]
     return lines
 
 
@@ -197,7 +197,7 @@ def _chosen(results: Results, backbone: str) -> list[str]:
             validation = MISSING if cell.validation is None else f"{100 * cell.validation:.2f}"
             name = images.monitor.replace("_", " ")
             rows.append([set_label, label, chosen, f"{cell.tried}{failed}", f"{validation} ({name})"])
-    return _table(["set", "method", "chosen", "configurations", "validation, %"], rows, numbers=3)
+    return table(["set", "method", "chosen", "configurations", "validation, %"], rows, left=(0, 1, 2))
 
 
 def _settings(results: Results) -> list[str]:
@@ -215,21 +215,7 @@ def _settings(results: Results) -> list[str]:
     for label, method in grid.methods.items():
         own = {"options": dict(method.options), "train": dict(method.train)}
         lines.append(f"- {label}: {method.method}, {json.dumps({k: v for k, v in own.items() if v})}")
-    revisions = {
-        (row["git"] or "no checkout")[:12] + (" with local changes" if row["git_changed"] else "")
-        for row in results.rows
-    }
-    versions = {", ".join(f"{k} {v}" for k, v in row["versions"].items() if v) for row in results.rows}
-    lines += [f"- Revision: {', '.join(sorted(revisions))}"] if revisions else []
-    lines += [f"- Versions: {'; '.join(sorted(versions))}"] if versions else []
-    return lines
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 1) -> list[str]:
-    rule = [" --- |" if i < numbers else " ---: |" for i in range(len(head))]
-    return ["| " + " | ".join(head) + " |", "|" + "".join(rule)] + [
-        "| " + " | ".join(row) + " |" for row in rows
-    ]
+    return lines + [f"- {taken}" for taken in sources(results.rows)]
 
 
 def _ends(values) -> tuple[int, int]:

@@ -101,3 +101,15 @@ def _mean_over_groups(counts: np.ndarray) -> np.ndarray:
     images = counts.sum(2)
     shares = (counts[..., 2] - counts[..., 0]) / np.maximum(images, 1)
     return shares.sum(1) / (images > 0).sum(1)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share seen in n draws.
+
+    >>> low, high = wilson(0.5, 100)
+    >>> round(low, 4), round(high, 4)
+    (0.4038, 0.5962)
+    """
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

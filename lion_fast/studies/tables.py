@@ -1,5 +1,6 @@
 """What the rows of an experiment say: cells, estimates and differences, for the report and the plots."""
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ class Results:
         )
         self.remarks = list(dict.fromkeys(self.remarks))
         self._seen: set[tuple[str, str]] = set()  # draws of images that tuning saw
-        self._estimates: dict[tuple, Any] = {}
+        # resampling takes a while, and the report, the plots and the means ask for the same
+        self.estimate, self.difference = functools.cache(self.estimate), functools.cache(self.difference)
         self.draws = [row for row in rows if row["stage"] == "draw"]
         self.cells = {cell: self._cell(cell, runs) for cell in grid.cells()}
         self.rows = [row for cell in self.cells.values() for row in cell.rows.values()]
@@ -120,15 +122,6 @@ class Results:
         self, backbone: str, set_label: str, label: str, metric: str = "accuracy"
     ) -> Estimate | None:
         """The accuracy of a cell with its interval; None without rows."""
-        return self._once(self._estimate, backbone, set_label, label, metric)
-
-    def _once(self, compute, *arguments):
-        named = (compute.__name__, *arguments)
-        if named not in self._estimates:
-            self._estimates[named] = compute(*arguments)
-        return self._estimates[named]
-
-    def _estimate(self, backbone: str, set_label: str, label: str, metric: str) -> Estimate | None:
         rows = list(self.cells[backbone, set_label, label].rows.values())
         if not rows:
             return None
@@ -143,11 +136,6 @@ class Results:
         self, backbone: str, set_label: str, first: str, second: str, metric: str = "accuracy"
     ) -> tuple[Estimate, int] | None:
         """First minus second over the seeds that both have, and how many those are; None without any."""
-        return self._once(self._difference, backbone, set_label, first, second, metric)
-
-    def _difference(
-        self, backbone: str, set_label: str, first: str, second: str, metric: str
-    ) -> tuple[Estimate, int] | None:
         one, two = (self.cells[backbone, set_label, label].rows for label in (first, second))
         seeds = [seed for seed in one if seed in two]
         same = [s for s in seeds if one[s]["data"]["fingerprint"] == two[s]["data"]["fingerprint"]]

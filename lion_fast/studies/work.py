@@ -4,10 +4,13 @@ import contextlib
 import gc
 import hashlib
 import json
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +18,21 @@ import torch
 
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.data import ImageSet, Splits, load_data, transforms
+from lion_fast.errors import CheckpointError
 from lion_fast.methods import TunedModel, create
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
 from lion_fast.studies.rows import pack_bits, pack_integers
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
-from lion_fast.training.features import RowsTooLarge, encode
+from lion_fast.training.checkpoints import list_checkpoints
+from lion_fast.training.features import FeaturesTooLarge
 
 RANDOM_SEED = 0
+# What a row says of its backbone
+BACKBONE = (
+    "name", "weights_source", "weights_sha256", "img_size", "mean", "std", "interpolation", "precision",
+)  # fmt: skip
+FITTED = ("peak_memory_bytes", "memory_measured", "epochs", "steps", "cached_features")
 # Draws of images kept in memory by a worker
 KEPT_DRAWS = 4
 
@@ -39,15 +49,22 @@ def open_backbone(settings: Mapping[str, Any]) -> Backbone:
 
 @dataclass
 class Workshop:
-    """What a worker keeps between runs: backbones, the last draws of images, and where it runs."""
+    """What a worker keeps between runs: backbones, the last draws of images, and where it runs.
+
+    folder: of a run's curves and checkpoints, for studies that keep them; a run that was interrupted then
+    goes on from its checkpoint. adapter: where a final run's is saved. progress: show bars on stderr.
+    """
 
     grid: Grid
     backbones: dict[str, Backbone] = field(default_factory=dict)
-    draws: dict[tuple[str, int], Splits] = field(default_factory=dict)
+    folder: Callable[[Item], Path] | None = None
+    adapter: Callable[[Item], Path] | None = None
+    progress: bool = False
+    draws: dict[str, Splits] = field(default_factory=dict)
     store: FeatureStore = field(default_factory=FeatureStore)
     where: dict[str, Any] | None = None
     made: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
-    drawn: dict[tuple[str, int], str] = field(default_factory=dict)
+    drawn: dict[str, str] = field(default_factory=dict)
 
     def __reduce__(self):
         return Workshop, (self.grid,)  # another process loads its own
@@ -66,19 +83,21 @@ class Workshop:
             self.made[named] = json.loads(json.dumps(model.options))
         return self.made[named]
 
-    def splits(self, label: str, seed: int) -> Splits:
-        """The images of a set as drawn by a seed."""
-        if (label, seed) not in self.draws:
+    def splits(self, stage: str, label: str, seed: int) -> Splits:
+        """The images of a set as the runs of a stage with a seed see them."""
+        named = json.dumps(self.grid.draw(stage, label, seed), sort_keys=True)
+        if named not in self.draws:
             while len(self.draws) >= KEPT_DRAWS:
                 del self.draws[next(iter(self.draws))]
-            self.draws[label, seed] = load_data(**self.grid.sets[label].data, seed=seed)
-        return self.draws[label, seed]
+            self.draws[named] = load_data(**self.grid.draw(stage, label, seed))
+        return self.draws[named]
 
-    def fingerprint(self, label: str, seed: int) -> str:
+    def fingerprint(self, stage: str, label: str, seed: int) -> str:
         """That of a draw of images, which need not be kept for it."""
-        if (label, seed) not in self.drawn:
-            self.drawn[label, seed] = self.splits(label, seed).description["fingerprint"]
-        return self.drawn[label, seed]
+        named = json.dumps(self.grid.draw(stage, label, seed), sort_keys=True)
+        if named not in self.drawn:
+            self.drawn[named] = self.splits(stage, label, seed).description["fingerprint"]
+        return self.drawn[named]
 
     def circumstances(self) -> dict[str, Any]:
         """Versions, device, revision; asked once, when the work begins."""
@@ -95,7 +114,7 @@ class Workshop:
 
         Of a tuning seed the images seen in tuning, of a final seed the test images.
         """
-        splits = self.splits(item.set, item.seed)
+        splits = self.splits(item.stage, item.set, item.seed)
         parts = (splits.train, splits.val) if item.stage == "tune" else (splits.test,)
         names = [name for part in parts if part is not None for name in part.names]
         numbers = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:4], "big") for n in names]
@@ -112,19 +131,9 @@ class Workshop:
     def run(self, item: Item) -> dict:
         """Train and judge; the row. A run that diverged gives a row with the reason as "failed"."""
         started = time.perf_counter()
-        options, _ = self.grid.settings(item.set, item.label, item.index)
         config = self.grid.config(item.set, item.label, item.index, item.seed)
-        config = replace(config, checkpoint_epochs=0)  # an interrupted run is run again
-        backbone, splits = self.backbone(item.backbone), self.splits(item.set, item.seed)
-        test = splits.test if item.stage == "final" else None
-        splits = replace(splits, test=None)  # nothing below can read it by mistake
-        model = create(
-            backbone,
-            self.grid.methods[item.label].method,
-            num_classes=len(splits.classes),
-            seed=item.seed,
-            **options,
-        )
+        backbone, splits = self.backbone(item.backbone), self.splits(item.stage, item.set, item.seed)
+        model = self.model(item)
         row = {
             "stage": item.stage,
             "key": self.key(item),
@@ -142,21 +151,17 @@ class Workshop:
             "data": {
                 "fingerprint": splits.description["fingerprint"],
                 "sizes": splits.description["sizes"],
+                "classes": len(splits.classes),
+                "skipped": splits.description.get("skipped", {"count": 0})["count"],
                 "settings": dict(self.grid.sets[item.set].data),
             },
-            "backbone_settings": {
-                "name": backbone.name,
-                "weights_source": backbone.weights_source,
-                "weights_sha256": backbone.weights_sha256,
-                "img_size": backbone.img_size,
-                "mean": list(backbone.mean),
-                "std": list(backbone.std),
-                "interpolation": backbone.interpolation,
-                "precision": backbone.precision,
-            },
+            "backbone_settings": {name: getattr(backbone, name) for name in BACKBONE},
+            **self.grid.about(item),
         }
         try:
-            row |= _train_and_judge(model, splits, test, config, self.store)
+            with self._work_folder(item) as folder:
+                model, found = self._train_and_judge(item, model, splits, config, folder)
+            row |= found
         except TrainingError as error:
             # the message may name a folder that is gone
             row["failed"] = str(error).split(";")[0]
@@ -170,53 +175,86 @@ class Workshop:
         gc.collect()
         return row | {"seconds": round(time.perf_counter() - started, 3)} | self.circumstances()
 
+    def model(self, item: Item) -> TunedModel:
+        """The model of a run before training."""
+        options, _ = self.grid.settings(item.set, item.label, item.index)
+        return create(
+            self.backbone(item.backbone),
+            self.grid.methods[item.label].method,
+            num_classes=len(self.splits(item.stage, item.set, item.seed).classes),
+            seed=item.seed,
+            **options,
+        )
 
-def _train_and_judge(
-    model: TunedModel, splits: Splits, test: ImageSet | None, config: TrainConfig, store: FeatureStore
-) -> dict[str, Any]:
-    # Only a choice among epochs needs the validation images in every epoch
-    needed = config.keep == "best" or config.early_stop
-    with tempfile.TemporaryDirectory(prefix="lion-fast-", ignore_cleanup_errors=True) as folder:
-        chosen = splits if needed else replace(splits, val=None)
-        fitted = fit(model, chosen, config, folder, progress=False, store=store)
-    kept = store if fitted.cached_features else None
-    row: dict[str, Any] = {"val": None, "test": None}
-    if splits.val is not None:
-        row["val"] = _judge(model, splits.val, config, kept)[0]
-    if test is not None:
-        row["test"], correct = _judge(model, test, config, kept)
-        row |= {"correct": pack_bits(correct), "labels": pack_integers(test.labels.numpy())}
-    return row | {
-        "training_seconds": fitted.seconds,
-        "peak_memory_bytes": fitted.peak_memory_bytes,
-        "memory_measured": fitted.memory_measured,
-        "epochs": fitted.epochs,
-        "epoch_kept": fitted.best_epoch,
-        "steps": fitted.steps,
-        "cached_features": fitted.cached_features,
-        "last_epoch": fitted.history[-1],
-        "pruning": asdict(fitted)["pruning"],
-    }
+    @contextlib.contextmanager
+    def _work_folder(self, item: Item) -> Iterator[Path]:
+        if self.folder is not None:
+            yield self.folder(item)
+            return
+        with tempfile.TemporaryDirectory(prefix="lion-fast-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def done(self, item: Item) -> None:
+        """The run has its row: its checkpoints are not needed any more."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder(item) / "checkpoints", ignore_errors=True)
+
+    def _train_and_judge(
+        self, item: Item, model: TunedModel, splits: Splits, config: TrainConfig, folder: Path
+    ) -> tuple[TunedModel, dict[str, Any]]:
+        test = splits.test if item.stage == "final" else None
+        # Only a choice among epochs needs the validation images in every epoch
+        needed = config.keep == "best" or config.early_stop
+        # nothing in training can read the test images by mistake
+        chosen = replace(splits, test=None, val=splits.val if needed else None)
+        more = {"progress": self.progress, "store": self.store}
+        if self.folder is None:
+            config = replace(config, checkpoint_epochs=0)  # an interrupted run is run again
+        resume = bool(list_checkpoints(folder / "checkpoints"))
+        try:
+            fitted = fit(model, chosen, config, folder, resume=resume, **more)
+        except CheckpointError as error:
+            if not resume:
+                raise
+            print(
+                f"{item}: begun again, its checkpoint cannot be used ({error})", file=sys.stderr, flush=True
+            )
+            model = self.model(item)
+            fitted = fit(model, chosen, config, folder, overwrite=True, **more)
+        kept = self.store if fitted.cached_features else None
+        row: dict[str, Any] = {"val": None, "test": None}
+        if splits.val is not None:
+            row["val"] = judge(model, splits.val, config, kept)[0]
+        if test is not None:
+            row["test"], correct = judge(model, test, config, kept)
+            row |= {"correct": pack_bits(correct), "labels": pack_integers(test.labels.numpy())}
+            if self.adapter is not None:
+                model.save_adapter(self.adapter(item))
+        return model, row | {
+            "training_seconds": fitted.seconds,
+            **{name: getattr(fitted, name) for name in FITTED},
+            "epoch_kept": fitted.best_epoch,
+            "last_epoch": fitted.history[-1],
+            "pruning": asdict(fitted)["pruning"],
+        }
 
 
-def _judge(
+def judge(
     model: TunedModel, images: ImageSet, config: TrainConfig, store: FeatureStore | None
 ) -> tuple[dict, np.ndarray]:
-    """Metrics of one pass over the images, and which are right; `store` has rows where those are constant."""
+    """Metrics of one pass over the images, and which are right; `store` keeps constant features."""
     batch = config.eval_batch_size or config.batch_size
     reading = {"num_workers": config.num_workers, "mixed_precision": config.mixed_precision}
     started = time.perf_counter()
-    rows = None
+    features = None
     if store is not None:
         view = images.with_transform(transforms(model.backbone))
-        with contextlib.suppress(RowsTooLarge):  # there may be more of these images than of training ones
-            rows, _ = store.rows(
-                model, images, config.mixed_precision, batch, lambda: encode(model, view, batch, **reading)
-            )
-    if rows is None:
+        with contextlib.suppress(FeaturesTooLarge):  # there may be more of these images than of training ones
+            features, _ = store.features(model, images, view, batch, **reading)
+    if features is None:
         probabilities = predict(model, images, batch, **reading)
     else:
-        probabilities = predict(model.behind(), rows, 1024)
+        probabilities = predict(model.behind(), features, 1024)
     if not torch.isfinite(probabilities).all():
         raise TrainingError("the trained model's outputs are not finite")
     classes, labels = model.num_classes, images.labels

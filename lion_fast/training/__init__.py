@@ -7,11 +7,13 @@ from lion_fast.training.config import TrainConfig
 from lion_fast.training.settings import Settings
 
 if TYPE_CHECKING:
+    from lion_fast.training.checkpoints import prepare_output
     from lion_fast.training.features import FeatureStore
-    from lion_fast.training.loop import FitResult, Interrupted, TrainingError, fit, prepare_output
     from lion_fast.training.memory import PeakMemory
     from lion_fast.training.metrics import Metrics, evaluate, predict, predict_files
     from lion_fast.training.order import Plan
+    from lion_fast.training.run import FitResult, fit
+    from lion_fast.training.stop import Interrupted, TrainingError
 
 __all__ = [
     "FeatureStore",
@@ -29,7 +31,7 @@ __all__ = [
     "predict_files",
     "prepare_output",
 ]
-_MODULES = ("loop", "metrics", "features", "memory", "order")
+_MODULES = ("checkpoints", "features", "memory", "metrics", "order", "run", "stop")
 
 
 def __getattr__(name: str):

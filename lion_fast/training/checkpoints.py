@@ -4,6 +4,7 @@ A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` (method, hea
 `state.json` (progress and fingerprint) and `manifest.json` (size and sha256 of the other two).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load, save
 from lion_fast.errors import CheckpointError
 from lion_fast.files import sync_folder, write_synced
 
+FOLDER = "checkpoints"  # of an output folder
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})")
@@ -29,7 +31,7 @@ class Checkpoint:
 
     tensors: dict[str, torch.Tensor]
     state: dict
-    path: Path | None = None
+    path: Path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -103,8 +105,29 @@ def check_whole(path: Path) -> str | None:
     return None
 
 
-def find_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint called "latest", "previous" (the one before the latest), or `step-XXXXXXXX`.
+def prepare_output(
+    out_dir: str | os.PathLike, *, resume: bool | str = False, overwrite: bool = False
+) -> None:
+    """Make the output folder, and refuse one that holds an earlier run unless that is meant.
+
+    Raises:
+        CheckpointError: It cannot be made, or holds checkpoints while neither `resume` nor `overwrite` is
+            given, or none while `resume` is.
+    """
+    folder = Path(out_dir) / FOLDER
+    found = list_checkpoints(folder)
+    if resume:
+        find_checkpoint(folder, resume)
+    elif found and not overwrite:
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an earlier run, up to {found[-1].name}: resume it (--resume), "
+            "overwrite it (--overwrite), or choose another output folder"
+        )
+    check_room(Path(out_dir), 0)
+
+
+def find_checkpoint(folder: Path, which: bool | str) -> Path:
+    """The checkpoint called "latest" (or True), "previous" (the one before it), or `step-XXXXXXXX`.
 
     Raises:
         CheckpointError: It does not exist; the message names those that do.
@@ -112,7 +135,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     found = list_checkpoints(folder)
     if not found:
         raise CheckpointError(f"there is no checkpoint in {folder}; start without resume")
-    if which == "latest":
+    if which in (True, "latest"):
         return found[-1]
     if which == "previous" and len(found) > 1:
         return found[-2]
@@ -135,23 +158,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if fault:
         older = [other for other in list_checkpoints(path.parent) if other.name < path.name]
         whole = [other.name for other in older if check_whole(other) is None]
-        hint = (
-            f"The one before it is whole: resume from {whole[-1]}"
-            if whole
-            else "There is no whole one before it: start again without resume"
-        )
+        hint = "There is no whole one before it: start again without resume"
+        if whole:
+            hint = f"The one before it is whole: resume from {whole[-1]}"
         raise CheckpointError(f"the checkpoint {path} is damaged: {fault}. {hint}")
     tensors = load((path / TENSORS).read_bytes())
     return Checkpoint(tensors, json.loads((path / STATE).read_bytes()), path)
 
 
-def check_fingerprint(found: dict, wanted: dict, path: Path | None) -> None:
+def check_fingerprint(checkpoint: Checkpoint, wanted: dict) -> None:
     """Raise `CheckpointError` naming every entry in which a fingerprint differs from this run's."""
-    differences = list(_differences(found, wanted))
+    differences = list(_differences(checkpoint.state["fingerprint"], wanted))
     if differences:
+        told = "; ".join(differences)
         raise CheckpointError(
-            f"the checkpoint {path} is from another run: {'; '.join(differences)}. Resume with the options "
-            "it was written with, or choose another output folder"
+            f"the checkpoint {checkpoint.path} is from another run: {told}. Resume with the options it was "
+            "written with, or choose another output folder"
         )
 
 
@@ -206,7 +228,5 @@ def check_room(out_dir: Path, tensor_bytes: int) -> None:
             "were tried). Choose another output folder"
         ) from error
     finally:
-        try:
+        with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        except OSError:
-            pass

@@ -17,15 +17,10 @@ from lion_fast.options import (
 # Options that change speed or what is written, never the numbers: they may differ when a run is resumed.
 FREE_ON_RESUME = frozenset(
     {
-        "num_workers",
-        "eval_batch_size",
-        "checkpoint_epochs",
-        "checkpoint_every",
-        "log_every",
-        "tensorboard",
+        "num_workers", "eval_batch_size", "checkpoint_epochs", "checkpoint_every", "log_every", "tensorboard",
         "device",
     }
-)
+)  # fmt: skip
 
 
 @documented
@@ -44,25 +39,19 @@ class TrainConfig(Options):
         "half of it each and give the same result as one",
         least=1,
     )
-    optimizer: str = setting("adamw", "sgd has momentum 0.9", choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "optimiser, sgd with momentum 0.9", choices=("adamw", "sgd"))
     lr: float = setting(1e-3, "peak learning rate of the method's parameters", above=0)
-    lr_head: float | None = setting(
-        None, "peak learning rate of the classification head", default_is="lr", above=0
-    )
+    lr_head: float | None = setting(None, "peak learning rate of the head", default_is="lr", above=0)
     weight_decay: float = setting(
         0.01, "decoupled for adamw, L2 for sgd; none for biases and scales, which have one dimension", least=0
     )
     warmup_epochs: float = setting(
-        1.0,
-        "length of the linear warm-up; a half-cosine to zero follows, both moving at every step",
-        least=0,
+        1.0, "length of the linear warm-up; a half-cosine to zero follows, both by the step", least=0
     )
-    label_smoothing: float = setting(
-        0.0, "share of the target spread over all classes, in [0, 1)", least=0, below=1
-    )
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", least=0, below=1)
     clip_norm: float | None = setting(None, "largest total gradient norm", default_is="no clipping", above=0)
     grad_accumulation: int = setting(1, "parts in which each process handles its share of a batch", least=1)
-    mixed_precision: str = setting("no", "fp16 needs an accelerator", choices=PRECISIONS)
+    mixed_precision: str = setting("no", "of autocast; fp16 needs an accelerator", choices=PRECISIONS)
     seed: int = setting(
         0,
         "of order, augmentation and dropout; each is a pure function of it and of the epoch, step or image "
@@ -71,16 +60,10 @@ class TrainConfig(Options):
     )
     deterministic: bool = setting(False, "ask torch for deterministic algorithms only")
     early_stop: int = setting(
-        0,
-        "stop after so many epochs without a better monitor on the validation images; 0: never",
-        least=0,
+        0, "stop after so many epochs without a better monitor on the validation images; 0: never", least=0
     )
     monitor: str = setting("accuracy", "what better means", choices=("accuracy", "balanced_accuracy", "loss"))
-    keep: str = setting(
-        "best",
-        "end with the weights of the epoch that is best by monitor, or of the last one",
-        choices=("best", "last"),
-    )
+    keep: str = setting("best", "epoch whose weights are kept, best by monitor", choices=("best", "last"))
     prune: float | None = setting(
         None,
         "share of the entries of the LION ends to keep, in (0, 1], by robust training (docs/pruning.md); "
@@ -110,14 +93,10 @@ class TrainConfig(Options):
     )
     num_workers: int = setting(0, "processes that read images; 0: the training process does", least=0)
     eval_batch_size: int | None = setting(
-        None, "images per forward pass in evaluation", default_is="batch_size", least=1
+        None, "images of a forward pass in evaluation", default_is="batch_size"
     )
-    checkpoint_epochs: int = setting(
-        1, "write a checkpoint after every so many epochs; 0: only when interrupted", least=0
-    )
-    checkpoint_every: int = setting(
-        0, "also write a checkpoint every so many steps; 0: after epochs only", least=0
-    )
+    checkpoint_epochs: int = setting(1, "epochs between checkpoints; 0: only when interrupted", least=0)
+    checkpoint_every: int = setting(0, "steps between further checkpoints; 0: after epochs only", least=0)
     log_every: int = setting(10, "steps between rows of steps.csv and checks of the loss", least=1)
     tensorboard: bool = setting(False, "also write TensorBoard events (needs the extra `tensorboard`)")
     device: str | None = setting(None, "cpu keeps it off the accelerator", default_is="what Accelerate finds")

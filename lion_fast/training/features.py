@@ -1,22 +1,27 @@
-"""Rows of the frozen part, computed once where nothing in front of them is trained."""
+"""What the frozen part makes of images, computed once where nothing in front of it is trained."""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from lion_fast.errors import LionError
+from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import autocast, evaluating
 
-# Bytes of rows that a run keeps; with more, the frozen part computes in every epoch.
+if TYPE_CHECKING:
+    from lion_fast.methods import TunedModel
+
+# Bytes of features that a run keeps; with more, the frozen part computes in every epoch.
 MEMORY_LIMIT = 4 * 2**30
 
 
 class FeatureStore:
-    """Keeps the rows of `TunedModel.encode` between runs on the same images and the same backbone.
+    """Keeps the features of `TunedModel.encode` between runs on the same images and the same backbone.
 
     Give one to several calls of `fit`: models that read the backbone alike, such as a linear probe with other
     learning rates, then share one pass over the images. Entries belong to a data set, a backbone and what
@@ -31,35 +36,49 @@ class FeatureStore:
         self.limit = limit
         self._found: OrderedDict[tuple, tuple[object, object, TensorDataset, float]] = OrderedDict()
 
-    def rows(
-        self, model, dataset: Dataset, precision: str, batch_size: int, compute: Callable[[], TensorDataset]
+    def features(
+        self, model: "TunedModel", dataset: Dataset, view: Dataset, batch_size: int, **reading
     ) -> tuple[TensorDataset, float]:
-        """The rows of a data set, from `compute` where they are not there yet, and the seconds that took."""
+        """Those of a data set, encoded where they are not there yet, and the seconds that took.
+
+        view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
+        """
+        precision = reading.get("mixed_precision", "no")
         key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
-        found = self._found.get(key)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
-        if found is None:
+        if key not in self._found:
             started = time.perf_counter()
-            rows = compute()
-            found = self._found[key] = (dataset, model.backbone, rows, time.perf_counter() - started)
+            made = encode(model, view, batch_size, **reading)
+            self._found[key] = (dataset, model.backbone, made, time.perf_counter() - started)
         self._found.move_to_end(key)
         while len(self._found) > self.limit or (len(self._found) > 1 and self._bytes() > MEMORY_LIMIT):
             self._found.popitem(last=False)
-        return found[2:]
+        return self._found[key][2:]
 
     def _bytes(self) -> int:
-        return sum(t.nbytes for _, _, rows, _ in self._found.values() for t in rows.tensors)
+        return sum(t.nbytes for _, _, features, _ in self._found.values() for t in features.tensors)
 
     def __repr__(self) -> str:
         return f"FeatureStore({len(self._found)} of {self.limit})"
 
 
-class RowsTooLarge(LionError, MemoryError):
-    """The rows of a data set would take more than `MEMORY_LIMIT`."""
+class FeaturesTooLarge(LionError, MemoryError):
+    """The features of a data set would take more than `MEMORY_LIMIT`."""
+
+
+def features_are_constant(model: "TunedModel", config: TrainConfig) -> bool:
+    """In front of `behind` is the frozen backbone alone, and the images do not change from epoch to epoch."""
+    known = {id(p) for p in model.behind().parameters()}
+    known |= {id(p) for p in model.backbone.parameters() if not p.requires_grad}
+    alone = all(id(p) in known for p in model.parameters())
+    # what a method overrides without `encode` is not in the features: prompts that are frozen by now, say
+    place = {name: i for i, kind in reversed([*enumerate(type(model).__mro__)]) for name in vars(kind)}
+    overridden = any(place[name] < place["encode"] for name in ("features", "forward", "loss_terms"))
+    return config.cache_features and config.augment == "none" and alone and not overridden
 
 
 def encode(
-    model,
+    model: "TunedModel",
     dataset: Dataset,
     batch_size: int = 64,
     *,
@@ -69,22 +88,21 @@ def encode(
     check: Callable[[], None] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> TensorDataset:
-    """What `model.behind()` reads of every image: (rows float32 (n, E) in main memory, labels).
+    """What `model.behind()` reads of every image: (features float32 (n, E) in main memory, labels).
 
     dataset: items (image tensor, label). check: called after each batch; may raise to leave. Raises
-    `RowsTooLarge` at the first batch where the rows would be.
+    `FeaturesTooLarge` at the first batch where they are.
     """
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
-    rows, labels = [], []
+    features, labels = [], []
     with evaluating(model), autocast(device, mixed_precision), model.backbone.autocast(device):
         for images, targets in tqdm(loader, desc="features", leave=False, disable=not progress):
-            rows.append(model.encode(images.to(device)).float().cpu())
-            if 4 * rows[0].shape[1] * len(dataset) > MEMORY_LIMIT:
-                raise RowsTooLarge(
-                    f"{len(dataset)} rows of {rows[0].shape[1]} numbers are above MEMORY_LIMIT"
-                )
+            features.append(model.encode(images.to(device)).float().cpu())
+            width = features[0].shape[1]
+            if 4 * width * len(dataset) > MEMORY_LIMIT:
+                raise FeaturesTooLarge(f"features of {len(dataset)} x {width} are above MEMORY_LIMIT")
             labels.append(targets)
             if check is not None:
                 check()
-    return TensorDataset(torch.cat(rows), torch.cat(labels))
+    return TensorDataset(torch.cat(features), torch.cat(labels))

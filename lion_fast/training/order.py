@@ -1,12 +1,13 @@
-"""Which images each step sees, and every seed: pure functions of (seed, epoch, step, image).
+"""Which images each step sees, and all that is random: pure functions of (seed, epoch, step, image).
 
 Nothing here has state, so a resumed run needs no stored sampler or generator, and the order does not depend
 on the number of worker processes.
 """
 
 import hashlib
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,15 +31,32 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def private_generators() -> Iterator[None]:
-    """Give the caller's global CPU and CUDA generators back as they were."""
+def private_generators(devices: Sequence[int] | None = None) -> Iterator[None]:
+    """Give the caller's global CPU and CUDA generators back as they were; devices: None for all of them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def deterministic(asked: bool) -> Iterator[None]:
+    """Torch's deterministic algorithms only, while it lasts."""
+    if not asked:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 @lru_cache(maxsize=2)
@@ -144,13 +162,9 @@ class SeededItems(Dataset):
         epoch, index = key
         if self.seed is None:
             return self.items[index]
-        python, numpy = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
+        with private_generators(devices=[]):
             seed = derive_seed(self.seed, "item", epoch, index)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
-            item = self.items[index]
-        random.setstate(python)
-        np.random.set_state(numpy)
-        return item
+            return self.items[index]

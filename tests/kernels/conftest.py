@@ -12,13 +12,8 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    collect_ignore_glob = [
-        "test_solve.py",
-        "test_adjoint.py",
-        "test_step.py",
-        "test_sparse.py",
-        "test_layer_on_kernels.py",
-    ]
+    runs_kernels = ("solve", "adjoint", "step", "sparse", "layer_on_kernels", "exact")
+    collect_ignore_glob = [f"test_{name}.py" for name in runs_kernels]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,11 @@
 """The adjoint kernels against float64, torch in the same dtype, and autograd through the unrolled loop."""
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_helpers import (
+    BIG,
     DEVICE,
     DTYPES,
     GRADIENTS,
@@ -16,9 +19,15 @@ from kernel_helpers import (
 
 from lion_kernels import launch, reference
 from lion_kernels.adjoint import adjoint, weight_grads_by_splits
+from lion_kernels.launch_step import StepConfig
+from lion_kernels.step import adjoint_wide
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
-PRODUCTS, SPLITS = 0, 64
+HOWS = {
+    "products": partial(adjoint, rows_per_split=0),
+    "splits": partial(adjoint, rows_per_split=64),
+    "steps": partial(adjoint_wide, config=StepConfig(32, 64, 32, 4, 2)),
+}
 
 
 def adjoint_problem(rows, width, state, dtype=torch.float32, activation="tanh", **options):
@@ -30,8 +39,8 @@ def adjoint_problem(rows, width, state, dtype=torch.float32, activation="tanh", 
     return grad_out, x, p, A, W, V
 
 
-def assert_gradients(args, activation, terms, damping, residual, rows_per_split):
-    got = adjoint(*args, activation, terms, 0.0, damping, residual, rows_per_split=rows_per_split)
+def assert_gradients(how, args, activation, terms, damping, residual):
+    got = HOWS[how](*args, activation, terms, 0.0, damping, residual)
     _, x, _, A, W, V = args
     shapes = (x.shape, A.shape, W.shape, A.shape[:1], V.shape, V.shape[:1])
     for name, ours, shape in zip(GRADIENTS, got, shapes, strict=False):
@@ -40,46 +49,56 @@ def assert_gradients(args, activation, terms, damping, residual, rows_per_split)
     assert_gradients_as_good_as_torch(got, args, activation, terms, damping, residual)
 
 
-@pytest.mark.parametrize("rows_per_split", [PRODUCTS, SPLITS])
-@pytest.mark.parametrize("damping", [1.0, 0.7])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "how, shape, activation, damping",
+    [*((how, s, a, d) for how in ("products", "splits") for s in [(150, 50, 24), *BIG]
+       for a in ACTIVATIONS for d in (1.0, 0.7)),
+     *(("steps", (37, 40, 72), a, 1.0) for a in ACTIVATIONS), ("steps", (37, 40, 72), "gelu", 0.7)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_is_at_most_twice_that_of_torch(dtype, activation, damping, rows_per_split):
-    args = adjoint_problem(150, 50, 24, dtype, activation)
-    assert_gradients(args, activation, 8, damping, True, rows_per_split)
+def test_error_is_at_most_twice_that_of_torch(dtype, how, shape, activation, damping):
+    args, terms = adjoint_problem(*shape, dtype, activation), 3 if how == "steps" else 8
+    assert_gradients(how, args, activation, terms, damping, True)
 
 
 SHAPES = [(1, 20, 16), (63, 17, 5), (64, 64, 16), (65, 100, 32), (200, 33, 48), (40, 33, 100), (70, 130, 64)]
 
 
-@pytest.mark.parametrize("rows_per_split", [PRODUCTS, SPLITS])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, width, state", SHAPES)
-def test_every_shape(rows, width, state, dtype, rows_per_split):
-    assert_gradients(adjoint_problem(rows, width, state, dtype), "tanh", 3, 1.0, False, rows_per_split)
+@pytest.mark.parametrize(
+    "how, shape, dtype",
+    [*((how, s, dtype) for how in ("products", "splits") for s in SHAPES for dtype in DTYPES),
+     *((how, (70, 40, 200), torch.float16) for how in ("products", "splits"))],
+)  # fmt: skip
+def test_every_shape(how, shape, dtype):
+    assert_gradients(how, adjoint_problem(*shape, dtype), "tanh", 3, 1.0, False)
 
 
-def test_a_state_of_256_for_half_precision():
-    args = adjoint_problem(70, 40, 200, torch.float16)
-    for rows_per_split in (PRODUCTS, SPLITS):
-        assert_gradients(args, "tanh", 3, 1.0, True, rows_per_split)
+@pytest.mark.parametrize("shape", [(1, 20, 70), (33, 17, 129), (64, 64, 64), (5, 1, 7)])
+def test_every_shape_in_steps(shape):
+    args = adjoint_problem(*shape)
+    got = HOWS["steps"](*args, "tanh", 2, 0.0, 1.0, False)
+    exact = reference.adjoint(*double(*args), "tanh", 2, 0.0, 1.0, False)
+    for ours, right in zip(got[:6], exact[:6], strict=True):
+        assert ours.shape == right.shape and error(ours, right) < 1e-5 * shape[0]
 
 
-@pytest.mark.parametrize("rows_per_split", [PRODUCTS, SPLITS])
-def test_no_rows_give_zero_gradients(rows_per_split):
-    got = adjoint(*adjoint_problem(0, 20, 16), "relu", 8, 0.0, 1.0, True, rows_per_split=rows_per_split)
+@pytest.mark.parametrize("how", HOWS)
+def test_no_rows_give_zero_gradients(how):
+    got = HOWS[how](*adjoint_problem(0, 20, 16), "relu", 8, 0.0, 1.0, True)
     assert got[0].shape == (0, 20) and got[6].shape == got[7].shape == (0,)
     assert all((grad == 0).all() and grad.numel() for grad in got[1:6])
 
 
+@pytest.mark.parametrize("how", ["products", "steps"])
 @pytest.mark.parametrize("terms", [0, 1, 2])
-def test_terms_are_counted_as_the_reference_counts(terms):
-    args = adjoint_problem(70, 30, 16)
-    got = adjoint(*args, "tanh", terms, 0.0, 1.0, True)
+def test_terms_are_counted_as_the_reference_counts(terms, how):
+    args = adjoint_problem(40, 30, 72 if how == "steps" else 16)
+    got = HOWS[how](*args, "tanh", terms, 0.0, 1.0, True)
     expected = reference.adjoint(*args, "tanh", terms, 0.0, 1.0, True)
     assert (got[7] == terms).all()
     torch.testing.assert_close(got[6], expected[6], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    for ours, right in zip(got[:6], expected[:6], strict=True):
+        assert error(ours, right) < 1e-5 * max(1, right.abs().max())
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.6])
@@ -126,12 +145,10 @@ def test_a_row_is_the_same_in_every_batch(dtype):
             assert torch.equal(together[k][rows], alone[k])
 
 
-@pytest.mark.parametrize("rows_per_split", [PRODUCTS, SPLITS])
-def test_the_gradients_are_deterministic(rows_per_split):
-    args = adjoint_problem(200, 40, 24, torch.float16)
-    first, *others = (
-        adjoint(*args, "relu", 4, 0.0, 1.0, True, rows_per_split=rows_per_split) for _ in range(3)
-    )
+@pytest.mark.parametrize("how", HOWS)
+def test_the_gradients_are_deterministic(how):
+    args = adjoint_problem(200 if how != "steps" else 70, 40, 24, torch.float16)
+    first, *others = (HOWS[how](*args, "relu", 4, 0.0, 1.0, True) for _ in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

@@ -87,7 +87,7 @@ def test_the_map_of_the_others_is_what_their_stage_gives(key, wide):
 
 def test_images_of_another_size_than_the_backbones_are_refused_or_served():
     vit = backbone("vit", dynamic_img_size=True)
-    with pytest.raises(BackboneError, match="gave 8 patch rows; images of 32 pixels make 2 x 2"):
+    with pytest.raises(BackboneError, match="gave 8 patch tokens; images of 32 pixels make 2 x 2"):
         create(vit, num_classes=2, state_dim=4)(torch.randn(1, 3, 32, 64))
 
 

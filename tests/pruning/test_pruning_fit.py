@@ -92,7 +92,7 @@ def test_early_stopping_counts_from_the_cut_on(tmp_path):
 def test_what_cannot_be_pruned_is_refused(tmp_path):
     with pytest.raises(OptionError, match="no LionLayer to prune"):
         fit(tiny_model("probe"), random_splits(), config(), tmp_path / "a", progress=False)
-    with pytest.raises(OptionError, match="prune must be a number"):
+    with pytest.raises(OptionError, match="prune must be a finite number"):
         config(prune=0.0)
     with pytest.raises(OptionError, match="prune_granularity must be one of"):
         config(prune_granularity="row")

@@ -1,72 +1,57 @@
 """The demonstration on a tiny backbone and small images: every file, every number from its source."""
 
 import csv
-import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import tiny_backbone, write_images
+from training_helpers import TINY, tiny_backbone, write_images
 
 import lion_fast
 from lion_fast.commands.main import main
 from lion_fast.data import load_data, transforms
-from lion_fast.studies import demo
-from lion_fast.studies import figures as plots
+from lion_fast.studies import demo, experiment, work
+from lion_fast.studies.rows import read_rows
+from lion_fast.studies.statistics import wilson
 from lion_fast.training import evaluate
 
-COMMON = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "log_every": 1, "device": "cpu"}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    backbone = tiny_backbone()
-    splits = load_data(write_images(out / "images"))
-    told = demo.run(out / "run", common=COMMON, splits=splits, backbone=backbone, quiet=True)
-    return out / "run", told, backbone, splits
+    grid = demo.GRID | {
+        "backbones": {"tiny": {"name": "vit_tiny_patch16_224", "img_size": 32, "random": True} | TINY},
+        "sets": {"noise": {"source": str(write_images(out / "images"))}},
+        "train": demo.GRID["train"] | {"epochs": 2, "batch_size": 8, "log_every": 1, "device": "cpu"},
+    }
+    for method in grid["methods"].values():
+        method["train"] = method["train"] | {"epochs": 2}
+    told = demo.run(out / "run", grid=grid, quiet=True)
+    return out / "run", told, grid, load_data(out / "images", seed=0)
 
 
 def test_every_method_has_a_row_that_its_adapter_confirms(ran):
-    out, told, backbone, splits = ran
-    rows = list(csv.DictReader(open(out / "results.csv")))
-    assert [row["method"] for row in rows] == ["probe", "vpt", "lion"]
+    out, told, grid, splits = ran
+    backbone = work.open_backbone(grid["backbones"]["tiny"])
+    rows = [row for row in read_rows(out) if row["stage"] == "final"]
+    assert rows == told["rows"] and [row["method"] for row in rows] == ["probe", "vpt", "lion"]
     for row in rows:
         model = lion_fast.load_adapter(out / row["method"] / "adapter", backbone=backbone)
         metrics = evaluate(model, splits.test.with_transform(transforms(backbone)))
-        assert float(row["accuracy"]) == metrics.accuracy
-        assert float(row["balanced_accuracy"]) == metrics.balanced_accuracy
-        assert int(row["parameters_with_head"]) == sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        )
+        assert row["test"]["accuracy"] == metrics.accuracy
+        assert row["test"]["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy, abs=1e-12)
+        assert row["parameters"]["with_head"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
         # so small a model may fit into memory that the process holds free
-        assert float(row["peak_memory_mb"]) >= 0 and row["memory_measured"].startswith("rise of the resident")
-        assert float(row["milliseconds_per_image"]) > 0
-        for name in (
-            "weights_sha256",
-            "mean",
-            "std",
-            "interpolation",
-            "img_size",
-            "dtype",
-            "seed",
-            "torch",
-            "device",
-        ):
-            assert row[name] != "", name
+        assert row["peak_memory_bytes"] >= 0 and row["memory_measured"].startswith("rise of the resident")
+        assert row["milliseconds_per_image"] > 0 and row["train"]["keep"] == "best"
+        assert row["data"]["fingerprint"] == splits.description["fingerprint"]
+        assert all(epoch["val_accuracy"] for epoch in demo._csv(out / row["method"] / "metrics.csv"))
     # R D + R^2 + R, D = 32, R = 32; two blocks of ten prompts; a head of 32 x 3 + 3
-    assert [int(row["parameters"]) for row in rows] == [0, 2 * 10 * 32, 32 * 32 + 32 * 32 + 32]
-    assert int(rows[0]["parameters_with_head"]) == 99
-    assert [row["method"] for row in told["rows"]] == ["probe", "vpt", "lion"]
-
-
-def test_all_methods_saw_the_same_split(ran):
-    out, _, _, splits = ran
-    assert json.loads((out / "splits.json").read_text())["fingerprint"] == splits.description["fingerprint"]
-    rows = list(csv.DictReader(open(out / "epochs.csv")))
-    assert {row["method"] for row in rows} == {"probe", "vpt", "lion"} and all(
-        row["val_accuracy"] for row in rows
-    )
+    assert [row["parameters"]["method"] for row in rows] == [0, 2 * 10 * 32, 32 * 32 + 32 * 32 + 32]
+    assert rows[0]["parameters"]["with_head"] == 99
 
 
 def test_plots_are_pictures_and_the_report_shows_them(ran):
@@ -80,11 +65,21 @@ def test_plots_are_pictures_and_the_report_shows_them(ran):
     assert "| linear probe |" in report and "| LION " in report and "{" not in report.split("## Settings")[0]
 
 
-def test_a_second_demo_replaces_the_first(ran, tmp_path):
-    out, told, backbone, splits = ran
-    again = demo.run(out, common=COMMON, splits=splits, backbone=backbone, quiet=True)
+def test_a_second_demo_replaces_the_first(ran):
+    out, told, grid, _ = ran
+    again = demo.run(out, grid=grid, quiet=True)
+    assert len(read_rows(out)) == 4
     for ours, theirs in zip(again["rows"], told["rows"], strict=True):
-        assert ours["accuracy"] == theirs["accuracy"] and ours["loss"] == theirs["loss"]
+        assert ours["test"] == theirs["test"]
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows():
+    path = ROOT / "bench" / "results" / "demo" / "results.csv"
+    readme = (ROOT / "README.md").read_text()
+    assert len(list(csv.reader(open(path)))) == 4
+    for line in demo.table(demo.old_rows(path))[2:]:
+        _, accuracy, _, *rest = line.split(" | ")
+        assert " | ".join([accuracy, *rest]) in readme
 
 
 def test_without_network_and_cache_it_says_what_to_do(tmp_path, monkeypatch, capsys):
@@ -96,7 +91,7 @@ def test_without_network_and_cache_it_says_what_to_do(tmp_path, monkeypatch, cap
 
 
 def test_an_unwritable_output_is_told_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "load_data", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr(experiment, "run", lambda *a, **k: pytest.fail("fetched"))
     (tmp_path / "file").write_text("in the way")
     assert main(["demo", "--out", str(tmp_path / "file/run")]) == 1
     assert "cannot write to the output folder" in capsys.readouterr().err
@@ -105,21 +100,9 @@ def test_an_unwritable_output_is_told_before_anything_is_fetched(tmp_path, monke
 def test_wilson_is_the_root_of_its_definition():
     """The ends of the interval are the shares p with |seen - p| = 1.96 sqrt(p (1 - p) / n)."""
     for share, n in ((0.8, 50), (0.5, 1000), (0.02, 200)):
-        for p in plots.wilson(share, n):
+        for p in wilson(share, n):
             assert abs(share - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5, rel=1e-9)
-    assert plots.wilson(1.0, 10)[1] == 1.0 and plots.wilson(0.0, 10)[0] == 0.0
-
-
-def test_the_table_lines_up():
-    row = {"method": "lion", "accuracy": 0.5, "balanced_accuracy": 0.4, "parameters": 51232, "n": 9}
-    row |= {
-        "parameters_with_head": 55000,
-        "training_seconds": 3,
-        "milliseconds_per_image": 1,
-        "peak_memory_mb": 8,
-    }
-    lines = demo.format_table([row, row | {"method": "x"}], {"lion": "LION"}).splitlines()
-    assert len({len(line) for line in lines}) == 1 and "51,232" in lines[2]
+    assert wilson(1.0, 10)[1] == 1.0 and wilson(0.0, 10)[0] == 0.0
 
 
 def test_time_per_image_leaves_the_model_as_it_computes():

@@ -169,13 +169,13 @@ def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images,
 
     monkeypatch.setattr(ImageSet, "image", image)
     home = work.Workshop(grid)
-    tested = set(home.splits("noise", 0).test.names)
+    tested = set(home.splits("final", "noise", 0).test.names)
     experiment.run(grid, tmp_path, stage="tune")
     assert read and not tested & set(read)
     for seed in (1, 2):
         read.clear()
         home.run(grid.item("final", "tiny", "noise", "lion-8", 0, seed))
-        splits = home.splits("noise", seed)
+        splits = home.splits("final", "noise", seed)
         assert sorted(n for n in read if n in set(splits.test.names)) == sorted(splits.test.names)
         # once to train, the validation images once to be told
         assert sorted(n for n in read if n in set(splits.val.names)) == sorted(splits.val.names)
@@ -465,6 +465,8 @@ def changed(images: Path, *path: str, value) -> dict:
         (("train", "seed"), 1, "'seed'"),
         (("sets", "noise", "n_tests"), 1, "'n_tests'.*n_test"),
         (("sets", "noise", "seed"), 1, "'seed'"),
+        (("sets", "noise", "n_test"), 0, "sets.noise: n_test"),
+        (("sets", "noise", "check"), "some", "sets.noise: check"),
         (("sets", "noise", "monitor"), "loss", "monitor must be one of"),
         (("methods", "probe", "gird"), {}, "'gird'.*grid"),
         (("methods", "probe", "options"), {"size": 1}, "'size'"),
@@ -473,7 +475,7 @@ def changed(images: Path, *path: str, value) -> dict:
         (("methods", "probe", "grid"), {"train.lr": [0.1, 0.1]}, "are the same"),
         (("methods", "probe", "grid"), {"train.lr": [0.1, -1]}, "lr must be a finite number above 0"),
         (("methods", "probe", "method"), "nothing", "must be one of"),
-        (("methods", "lion-8", "options"), {"gamma": "big"}, "gamma must be a number"),
+        (("methods", "lion-8", "options"), {"gamma": "big"}, "gamma"),
         (("backbones", "tiny"), {"img_size": 32}, "needs a name"),
         (("backbones", "tiny"), {"name": "x", "random": True, "weights": "y"}, "random goes with"),
         (("seeds",), [1, 1], "seeds must be"),
@@ -519,7 +521,7 @@ def test_settings_override_from_the_grid_to_the_configuration(images):
     given["sets"]["noise"] |= {"epochs": 7, "clip_norm": 2.0, "lr": 2.0, "weight_decay": 2.0}
     given["sets"]["noise"]["monitor"] = "balanced_accuracy"
     given["methods"]["lion-8"]["train"] = {"lr": 3.0, "weight_decay": 3.0}
-    given["methods"]["lion-8"]["grid"] = {"train.lr": ["4e0", 5.0]}
+    given["methods"]["lion-8"]["grid"] = {"train.lr": [4.0, 5.0]}
     grid = make_grid(given)
     config = grid.config("noise", "lion-8", 0, 9)
     assert (config.lr, config.weight_decay, config.clip_norm, config.epochs) == (4.0, 3.0, 2.0, 7)

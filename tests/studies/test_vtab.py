@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import statistics
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from training_helpers import TINY, tiny_backbone
 
 import lion_fast
@@ -19,10 +19,11 @@ from lion_fast.data import images as data_images
 from lion_fast.data import load_data, sources, transforms
 from lion_fast.errors import DataError, OptionError
 from lion_fast.methods import available
+from lion_fast.studies import work
+from lion_fast.studies.rows import Store, read_rows
 from lion_fast.studies.vtab import report, runner, tasks
 from lion_fast.studies.vtab.protocol import Protocol
-from lion_fast.studies.vtab.rows import Rows, read
-from lion_fast.training import TrainConfig, evaluate, fit, loop
+from lion_fast.training import TrainConfig, evaluate, fit
 from lion_fast.training.presets import NATURAL, VTAB, preset
 
 SPLITS = {"train800": 16, "val200": 8, "train800val200": 24, "test": 10}
@@ -30,7 +31,7 @@ SPLITS = {"train800": 16, "val200": 8, "train800val200": 24, "test": 10}
 TREE = {"cifar100": 3, "eurosat": 2, "kitti": 3}
 N_TEST, N_TASKS = SPLITS["test"], len(TREE)
 # what a clock or the machine's load decides
-VOLATILE = {"seconds", "peak_memory_bytes"}
+VOLATILE = {"seconds", "training_seconds", "peak_memory_bytes", "last_epoch"}
 
 
 def write_task(folder, classes, seed=0):
@@ -73,6 +74,11 @@ def run(root, out, **given):
     return runner.run(found, backbone(), protocol(**given), out, resume=resume)
 
 
+def read(out):
+    """The rows of runs."""
+    return [row for row in read_rows(out) if row.get("stage") != "draw"]
+
+
 def steady(rows):
     return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
 
@@ -104,43 +110,43 @@ class Reads:
 
 def test_the_protocol_from_the_first_image_to_the_report(root, tmp_path, monkeypatch):
     reads, seen = Reads(monkeypatch), []
-    add = Rows.add
+    add = Store.add
 
-    def noting(self, row):
-        tested = [path for path in reads.decoded + reads.looked if "/images/test/" in path]
-        seen.append((row["phase"], row["task"], {path.split("/images/")[0] for path in tested}))
-        add(self, row)
+    def noting(self, *rows):
+        paths = [path for path in reads.decoded + reads.looked if "/images/test/" in path]
+        tested = {path.split("/images/")[0] for path in paths}
+        seen.extend((row["stage"], row["set"], tested) for row in rows if row["stage"] != "draw")
+        add(self, *rows)
 
-    monkeypatch.setattr(Rows, "add", noting)
+    monkeypatch.setattr(Store, "add", noting)
     summary = run(root, tmp_path, train={"epochs": 6}, grid={"lr": (1e-7, 5e-2)})
-    header, rows = read(tmp_path / "rows.json")
-    assert [(r["phase"], r["task"]) for r in rows] == [
-        (phase, task) for task in ("cifar", "eurosat", "kitti") for phase in ("tune", "tune", "test")
+    rows = read(tmp_path)
+    assert [(r["stage"], r["set"]) for r in rows] == [
+        (stage, task) for task in ("cifar", "eurosat", "kitti") for stage in ("tune", "tune", "final")
     ]
     # no test image of a task is decoded, or looked at, before the choice on it is made
     folders = {"cifar": "cifar100"}
-    for phase, task, tested in seen:
-        own = str(root / folders.get(task, task))
-        assert (own in tested) == (phase == "test")
+    for stage, task, tested in seen:
+        assert (str(root / folders.get(task, task)) in tested) == (stage == "final")
     # each test image is read once
     assert sorted(reads.of("test")) == sorted(
         str(root / t / f"images/test/{i:06d}.png") for t in TREE for i in range(N_TEST)
     )
     # nor is a training image read twice in tuning: both rates train on the same rows of the frozen backbone
     assert len(reads.of("train800")) == len(set(reads.of("train800"))) == N_TASKS * SPLITS["train800"]
-    # the better rate was chosen on the validation images, and its row says so
+    # the better rate was chosen on the validation images, and the summary says so
     for task in ("cifar", "eurosat", "kitti"):
-        slow, fast, test = (r for r in rows if r["task"] == task)
-        assert fast["val_accuracy"] > slow["val_accuracy"] and test["train"]["lr"] == 5e-2
-        assert test["val_accuracy"] == fast["val_accuracy"] and test["tried"] == 2
-        assert test["train_images"] == 24 and test["test_images"] == N_TEST and test["seed"] == 5
-        assert fast["train"]["epochs"] == fast["epochs"] == 6 and fast["val_images"] == 8
-        assert "accuracy" not in fast  # a tuning row knows nothing of the test images
-    assert header["backbone"]["resize"] == "direct" and len(header["backbone"]["sha256"]) == 64
-    assert (
-        not list(tmp_path.glob("runs/*/*/checkpoints")) and (tmp_path / "accuracy.png").stat().st_size > 5000
-    )
-    assert summary == report.summarize(rows)
+        slow, fast, test = (r for r in rows if r["set"] == task)
+        assert fast["val"]["accuracy"] > slow["val"]["accuracy"] and test["train"]["lr"] == 5e-2
+        assert summary["tasks"][task]["val_accuracy"] == fast["val"]["accuracy"]
+        assert test["data"]["sizes"]["train"] == 24 and test["test"]["n"] == N_TEST and test["seed"] == 5
+        assert fast["train"]["epochs"] == fast["epochs"] == 6 and fast["val"]["n"] == 8
+        assert fast["test"] is None  # a tuning row knows nothing of the test images
+        backbone = test["protocol"]["backbone"]
+        assert backbone["resize"] == "direct" and len(backbone["sha256"]) == 64
+    assert not list(tmp_path.glob("runs/*/*/checkpoints"))
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000
+    assert summary == report.summarize(read_rows(tmp_path))
 
     text = (tmp_path / "report.md").read_text()
     assert "The mean is over 3 of 19 tasks" in text and "**natural** (1 of 7)" in text
@@ -151,10 +157,10 @@ def test_the_protocol_from_the_first_image_to_the_report(root, tmp_path, monkeyp
 
 def test_a_final_run_is_a_fit_on_the_thousand(root, tmp_path):
     run(root, tmp_path, tasks=["kitti"], method="vpt", options={"length": 2})
-    row = read(tmp_path / "rows.json")[1][-1]
+    row = read(tmp_path)[-1]
     frozen = backbone()
     splits = load_data(root / "kitti", val=0)
-    model = lion_fast.create(frozen, "vpt", num_classes=3, seed=5, **row["options"])
+    model = lion_fast.create(frozen, "vpt", num_classes=3, seed=5, length=2)
     settings = dict(preset("vpt", "common").train) | {
         "epochs": 2, "batch_size": 8, "warmup_epochs": 0.0, "device": "cpu",
         "lr": row["train"]["lr"], "seed": 5,
@@ -163,7 +169,8 @@ def test_a_final_run_is_a_fit_on_the_thousand(root, tmp_path):
     fit(model, splits, TrainConfig(**settings), tmp_path / "by hand", progress=False)
     view = transforms(frozen, resize="direct")
     found = evaluate(model, splits.test.with_transform(view), 8)
-    assert (row["accuracy"], row["loss"]) == (found.accuracy, found.loss)
+    assert row["test"]["accuracy"] == found.accuracy
+    assert row["test"]["loss"] == pytest.approx(found.loss, rel=1e-5)
     assert (
         row["parameters"]["kept"]
         == model.num_trainable()
@@ -171,8 +178,8 @@ def test_a_final_run_is_a_fit_on_the_thousand(root, tmp_path):
             p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")
         )
     )
-    assert row["parameters"]["with_head"] == row["parameters"]["kept"] + 3 * 32 + 3
-    again = lion_fast.load_adapter(tmp_path / row["adapter"], frozen)
+    assert row["parameters"]["kept_with_head"] == row["parameters"]["kept"] + 3 * 32 + 3
+    again = lion_fast.load_adapter(tmp_path / "adapters" / "kitti-seed5", frozen)
     assert evaluate(again, splits.test.with_transform(view), 8).loss == pytest.approx(found.loss, abs=1e-6)
 
 
@@ -181,48 +188,48 @@ def test_interrupted_and_resumed_is_the_same(root, tmp_path, monkeypatch, stop_a
     """Ctrl-C in a step of tuning or of the final run: rows stay, and the rest comes out alike."""
     given = {"tasks": ["eurosat", "kitti"], "method": "lion", "options": {"state_dim": 4}}
     run(root, tmp_path / "whole", **given)
-    _, whole = read(tmp_path / "whole" / "rows.json")
+    whole = read(tmp_path / "whole")
 
-    step, steps = loop._Run._step, [0]
+    steps = []
 
-    def interrupting(self, batches):
-        step(self, batches)
-        steps[0] += 1
-        if steps[0] == stop_at:
+    def interrupting(*_):
+        steps.append(1)
+        if len(steps) == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop._Run, "_step", interrupting)
+    hook = register_optimizer_step_post_hook(interrupting)
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt, match="interrupted") as stopped:
         run(root, out, **given)
     assert "--resume" in stopped.value.hint
-    before = read(out / "rows.json")[1] if (out / "rows.json").exists() else []
+    before = read(out)
     # 4, 4 and 6 steps of the three runs of a task: the finished ones have their rows
     assert len(before) == {3: 0, 9: 2, 13: 2, 20: 4}[stop_at]
     reads = Reads(monkeypatch)
     run(root, out, resume=True, **given)
-    _, resumed = read(out / "rows.json")
+    resumed = read(out)
     assert steady(resumed) == steady(whole)
     assert resumed[: len(before)] == before
-    assert steps[0] == 28  # no step twice
-    assert len(reads.of("test")) == N_TEST * sum(r["phase"] == "test" for r in resumed[len(before) :])
+    hook.remove()
+    assert len(steps) == 28  # no step twice
+    assert len(reads.of("test")) == N_TEST * sum(r["stage"] == "final" for r in resumed[len(before) :])
 
 
 def test_what_has_a_row_is_not_run_again_and_seeds_and_tasks_may_follow(root, tmp_path, monkeypatch):
     run(root, tmp_path, tasks=["kitti"])
-    _, first = read(tmp_path / "rows.json")
+    first = read(tmp_path)
     reads = Reads(monkeypatch)
     run(root, tmp_path, tasks=["kitti"], resume=True)
-    assert reads.decoded == [] and read(tmp_path / "rows.json")[1] == first
+    assert reads.decoded == [] and read(tmp_path) == first
     summary = run(root, tmp_path, tasks=["eurosat", "kitti"], seeds=(5, 6), resume=True)
-    _, rows = read(tmp_path / "rows.json")
+    rows = read(tmp_path)
     assert rows[:3] == first and len(rows) == 3 + 4 + 1
-    assert [(r["task"], r["phase"], r["seed"]) for r in rows[3:]] == [
-        ("eurosat", "tune", 5), ("eurosat", "tune", 5), ("eurosat", "test", 5), ("eurosat", "test", 6),
-        ("kitti", "test", 6),
+    assert [(r["set"], r["stage"], r["seed"]) for r in rows[3:]] == [
+        ("eurosat", "tune", 5), ("eurosat", "tune", 5), ("eurosat", "final", 5), ("eurosat", "final", 6),
+        ("kitti", "final", 6),
     ]  # fmt: skip
-    assert len(reads.of("test")) == 3 * N_TEST
-    own = [r["accuracy"] for r in rows if r["task"] == "kitti" and r["phase"] == "test"]
+    assert len(reads.of("test")) == 2 * N_TEST  # the seeds share one pass through the frozen backbone
+    own = [r["test"]["accuracy"] for r in rows if r["set"] == "kitti" and r["stage"] == "final"]
     assert summary["tasks"]["kitti"]["accuracy"] == pytest.approx(statistics.mean(own))
     assert summary["tasks"]["kitti"]["sd"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
     assert summary["tasks"]["kitti"]["seeds"] == [5, 6]
@@ -231,22 +238,26 @@ def test_what_has_a_row_is_not_run_again_and_seeds_and_tasks_may_follow(root, tm
 def test_rows_of_another_command_are_never_mixed_in(root, tmp_path):
     given = {"tasks": ["kitti"]}
     run(root, tmp_path, **given)
-    before = (tmp_path / "rows.json").read_bytes()
-    with pytest.raises(OptionError, match="holds rows of an earlier command: go on from them"):
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(OptionError, match="--resume"):
         run(root, tmp_path, **given)
-    with pytest.raises(OptionError, match=r'protocol.method is "probe" there and "ssf" here'):
-        run(root, tmp_path, method="ssf", resume=True, **given)
-    with pytest.raises(OptionError, match=r"protocol.train.epochs is 2 there and 3 here"):
-        run(root, tmp_path, train={"epochs": 3}, resume=True, **given)
-    with pytest.raises(OptionError, match=r"protocol.grid.lr is \[1e-07, 0.01\] there and \[0.1\] here"):
-        run(root, tmp_path, grid={"lr": (0.1,)}, resume=True, **given)
+    for changed, told in (
+        ({"method": "ssf"}, 'protocol.method is "probe" there and "ssf" here'),
+        ({"train": {"epochs": 3}}, "protocol.train.epochs is 2 there and 3 here"),
+        ({"grid": {"lr": (0.1,)}}, r"protocol.grid.lr is \[1e-07, 0.01\] there and \[0.1\] here"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            run(root, tmp_path, resume=True, **given, **changed)
     found = tasks.find_tasks(root, ["kitti"])
     with pytest.raises(OptionError, match=r'backbone.resize is "direct" there and "crop" here'):
         runner.run(found, tiny_backbone(), protocol(), tmp_path, resume=True)
-    assert (tmp_path / "rows.json").read_bytes() == before
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
     run(root, tmp_path, train={"num_workers": 1}, resume=True, **given)  # it decides no number
     (tmp_path / "rows.json").write_text('{"format": "other"}')
-    with pytest.raises(DataError, match="holds no rows of VTAB-1k"):
+    with pytest.raises(DataError, match="no rows"):
+        run(root, tmp_path, resume=True, **given)
+    (tmp_path / "rows.json").write_text('{"format": 1, "rows": [{"key": "of another study"}]}')
+    with pytest.raises(DataError, match="not of VTAB-1k"):
         run(root, tmp_path, resume=True, **given)
 
 
@@ -255,57 +266,57 @@ def test_other_images_than_those_of_the_rows(tmp_path):
     run(tmp_path / "root", tmp_path / "out", tasks=["kitti"])
     path = tmp_path / "root" / "kitti" / "test.txt"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
-    with pytest.raises(DataError, match="lists other images by now than those of the rows"):
+    with pytest.raises(DataError, match="other images"):
         run(tmp_path / "root", tmp_path / "out", seeds=(5, 6), resume=True)
 
 
 def test_a_configuration_that_diverges_does_not_end_the_rest(root, tmp_path):
     sgd = {"optimizer": "sgd"}
     summary = run(root, tmp_path, tasks=["kitti"], train=sgd, grid={"lr": (1e38, 1e-1)})
-    _, rows = read(tmp_path / "rows.json")
-    assert [row["status"] for row in rows] == ["diverged", "done", "done"] and rows[-1]["train"]["lr"] == 0.1
+    rows = read(tmp_path)
+    assert [bool(row["failed"]) for row in rows] == [True, False, False] and rows[-1]["train"]["lr"] == 0.1
     assert len(summary["diverged"]) == 1 and "kitti, tuning, seed 5: lr 1e+38" in summary["diverged"][0]
     assert "diverged, and so without a result: kitti, tuning" in (tmp_path / "report.md").read_text()
     none = run(root, tmp_path / "b", tasks=["kitti"], train=sgd, grid={"lr": (1e38, 2e38)})
     assert none["n"] == 0 and none["mean"] is None and none["mean_of_groups"] is None
-    assert len(read(tmp_path / "b" / "rows.json")[1]) == 2
+    assert len(read(tmp_path / "b")) == 2
     assert "mean is over 0 of 19" in (tmp_path / "b" / "report.md").read_text()
 
 
 def test_outputs_that_are_not_finite_are_a_divergence_too(root, tmp_path, monkeypatch):
-    real = runner.evaluate
+    real, calls = work.predict, itertools.count()
 
-    def evaluate(model, images, *args, **kwargs):
+    def predict(model, images, *args, **kwargs):
         found = real(model, images, *args, **kwargs)
-        if len(images) == SPLITS["val200"] and next(calls) == 0 or len(images) == N_TEST:
-            found = replace(found, loss=float("nan"))
+        if len(found) == SPLITS["val200"] and next(calls) == 0 or len(found) == N_TEST:
+            found[0] = float("nan")
         return found
 
-    calls = itertools.count()
-    monkeypatch.setattr(runner, "evaluate", evaluate)
+    monkeypatch.setattr(work, "predict", predict)
     run(root, tmp_path, tasks=["kitti"])
-    _, rows = read(tmp_path / "rows.json")
-    assert [row["status"] for row in rows] == ["diverged", "done", "diverged"]
-    assert rows[0]["reason"] == "the trained model's outputs are not finite" and "accuracy" not in rows[2]
+    rows = read(tmp_path)
+    assert [bool(row["failed"]) for row in rows] == [True, False, True]
+    assert "not finite" in rows[0]["failed"] and rows[2].get("test") is None
     assert not list(tmp_path.glob("adapters/*"))
     assert run(root, tmp_path, tasks=["kitti"], resume=True)["n"] == 0
 
 
-def test_ties_are_broken_by_loss_and_then_by_order(monkeypatch):
-    plan = protocol(grid={"lr": (0.1, 0.2, 0.3, 0.4)}).configurations("kitti")
+def test_ties_are_broken_by_loss_and_then_by_order():
+    grid = protocol(grid={"lr": (0.1, 0.2, 0.3, 0.4)}).on("kitti", "kitti")
+    cell = ("backbone", "kitti", "probe")
     found = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8)]
     rows = {
-        one.label(): {"status": "done", "val_accuracy": accuracy, "val_loss": loss}
-        for one, (accuracy, loss) in zip(plan, found, strict=True)
+        item.run: {"failed": None, "val": {"accuracy": accuracy, "loss": loss}}
+        for item, (accuracy, loss) in zip(grid.tuning(*cell), found, strict=True)
     }
-    monkeypatch.setattr(runner._Work, "_row", lambda self, task, one: rows[one.label()])
-    assert object.__new__(runner._Work)._best("kitti", plan) is plan[2]
+    assert grid.choose(*cell, rows) == 2
+    assert grid.choose(*cell, {run: {"failed": "diverged"} for run in rows}) is None
 
 
 def test_one_configuration_is_not_tuned(root, tmp_path):
     run(root, tmp_path, tasks=["kitti"], grid={"lr": (1e-2,)})
-    (row,) = read(tmp_path / "rows.json")[1]
-    assert (row["phase"], row["tried"], row["val_accuracy"]) == ("test", 1, None)
+    (row,) = read(tmp_path)
+    assert (row["stage"], row["val"]) == ("final", None)
     assert "(with one, nothing was chosen)" in (tmp_path / "report.md").read_text()
 
 
@@ -313,8 +324,8 @@ def test_an_unreadable_image_is_skipped_told_and_reported(tmp_path, capsys):
     folder = write_task(tmp_path / "root" / "kitti", 3)
     (folder / "images/test/000004.png").write_bytes(b"no image")
     run(tmp_path / "root", tmp_path / "out")
-    row = read(tmp_path / "out" / "rows.json")[1][-1]
-    assert (row["skipped"], row["test_images"]) == (1, N_TEST - 1)
+    row = read(tmp_path / "out")[-1]
+    assert (row["data"]["skipped"], row["test"]["n"]) == (1, N_TEST - 1)
     assert "images/test/000004.png" in capsys.readouterr().err
     assert "kitti: 1 unreadable images were skipped" in (tmp_path / "out" / "report.md").read_text()
 
@@ -324,10 +335,9 @@ def test_an_unreadable_image_is_skipped_told_and_reported(tmp_path, capsys):
 
 def a_row(task, accuracy, seed=0, parameters=100, head=30):
     return {
-        "phase": "test", "task": task, "seed": seed, "status": "done", "accuracy": accuracy,
-        "test_images": 100,
-        "val_accuracy": 0.5, "parameters": {"kept": parameters, "with_head": parameters + head},
-        "varied": {"lr": 0.1},
+        "stage": "final", "set": task, "seed": seed, "failed": None,
+        "test": {"accuracy": accuracy, "n": 100}, "configuration": {"train.lr": 0.1},
+        "parameters": {"kept": parameters, "kept_with_head": parameters + head},
     }  # fmt: skip
 
 
@@ -343,7 +353,7 @@ def test_means_by_hand():
     assert found["absent"] == [] and (found["parameters"], found["with_head"]) == (100, 130)
 
     some = report.summarize(
-        [r for r in rows if r["task"] in ("cifar", "svhn", "kitti")] + [a_row("kitti", 0.5, 1)]
+        [r for r in rows if r["set"] in ("cifar", "svhn", "kitti")] + [a_row("kitti", 0.5, 1)]
     )
     assert some["groups"]["natural"] == {"accuracy": pytest.approx(0.35), "tasks": 2, "of": 7}
     assert some["groups"]["specialized"] == {"accuracy": None, "tasks": 0, "of": 4}
@@ -363,6 +373,13 @@ def test_tasks_and_groups_are_the_benchmarks():
 # ---- configurations
 
 
+def plan(task, *args, **given):
+    """(options, training settings) of every configuration on a task."""
+    grid = Protocol(*args, **given).on(task, task)
+    (label,) = grid.methods
+    return [grid.settings(task, label, i) for i in range(len(grid.methods[label].configurations))]
+
+
 @pytest.mark.parametrize("method", sorted(available()))
 def test_six_configurations_for_every_method(method):
     # LION's default form wants a stronger decay than methods that tune blocks; six are six
@@ -370,30 +387,28 @@ def test_six_configurations_for_every_method(method):
     if method == "lion":
         rates, decays = (1e-3, 5e-3), (1e-4, 0.1, 0.3)
     for task in VTAB:
-        plan = Protocol(method).configurations(task)
-        assert [(c.train["lr"], c.train["weight_decay"]) for c in plan] == [
-            (lr, decay) for lr in rates for decay in decays
-        ]
-        assert all(c.train["keep"] == "last" and c.train["augment"] == "none" for c in plan)
-        assert len(Protocol(method, "paper").configurations(task)) == (3 if method == "dyt" else 6)
+        found = [train for _, train in plan(task, method)]
+        assert [(t["lr"], t["weight_decay"]) for t in found] == list(itertools.product(rates, decays))
+        assert all(t["keep"] == "last" and TrainConfig.from_dict(t).augment == "none" for t in found)
+        assert len(plan(task, method, "paper")) == (3 if method == "dyt" else 6)
 
 
 def test_the_paper_preset_by_task():
-    (slow, *_), plan = (Protocol("cvpt", "paper").configurations("kitti"),) * 2
-    assert slow.options["length"] == 20 and "seed" not in slow.train  # published seeds are not taken over
-    assert [(c.train["lr"], c.train["weight_decay"]) for c in plan] == [
+    found = plan("kitti", "cvpt", "paper")
+    assert found[0][0]["length"] == 20 and "seed" not in found[0][1]  # published seeds are not taken over
+    assert [(t["lr"], t["weight_decay"]) for _, t in found] == [
         (lr, decay) for lr in (0.00125, 0.005, 0.02) for decay in (0.005, 0.05)
     ]
-    assert [c.options["rate"] for c in Protocol("dyt", "paper").configurations("dtd")] == [0.5, 0.7, 0.9]
-    assert Protocol("vpt", "paper").configurations("clevr_dist")[0].options["length"] == 200
+    assert [options["rate"] for options, _ in plan("dtd", "dyt", "paper")] == [0.5, 0.7, 0.9]
+    assert plan("clevr_dist", "vpt", "paper")[0][0]["length"] == 200
 
 
 def test_fixed_settings_leave_the_grid():
-    plan = Protocol("vpt", options={"length": 3}, train={"lr": 0.5, "epochs": 7}).configurations("dtd")
-    assert [dict(c.varied) for c in plan] == [{"weight_decay": 1e-4}, {"weight_decay": 1e-2}]
-    assert all((c.train["lr"], c.train["epochs"], c.options["length"]) == (0.5, 7, 3) for c in plan)
-    (only,) = Protocol("vpt", train={"lr": 0.5, "weight_decay": 0.0}).configurations("dtd")
-    assert only.label() == "the only configuration"
+    found = plan("dtd", "vpt", options={"length": 3}, train={"lr": 0.5, "epochs": 7})
+    assert [(t["lr"], t["weight_decay"], t["epochs"], o["length"]) for o, t in found] == [
+        (0.5, 1e-4, 7, 3), (0.5, 1e-2, 7, 3),
+    ]  # fmt: skip
+    assert len(plan("dtd", "vpt", train={"lr": 0.5, "weight_decay": 0.0})) == 1
 
 
 @pytest.mark.parametrize(
@@ -408,7 +423,7 @@ def test_fixed_settings_leave_the_grid():
         ({"grid": {"lr": ()}}, "the grid needs values for lr"),
         ({"grid": {"lr": (0.1,)}, "train": {"lr": 0.2}}, "lr is both fixed and in the grid"),
         ({"options": {"lr": 1}}, "unknown option of vpt 'lr'"),
-        ({"seeds": (1, 1)}, "seeds must be different integers"),
+        ({"seeds": (1, 1)}, "seeds must be"),
     ],
 )
 def test_wrong_protocols(given, match):
@@ -419,7 +434,7 @@ def test_wrong_protocols(given, match):
 def test_a_value_out_of_range_is_refused_before_anything_is_run(root, tmp_path):
     with pytest.raises(OptionError, match="lr must be a"):
         run(root, tmp_path / "a", grid={"lr": (0.1, -1)})
-    with pytest.raises(OptionError, match="kitti, length=0:"):
+    with pytest.raises(OptionError, match="length"):
         run(root, tmp_path / "b", tasks=["kitti"], method="vpt", grid={"length": (1, 0)})
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
@@ -468,19 +483,20 @@ def test_the_command(root, tmp_path, capsys):
     given = ["--method", "vpt", "--set", "length=2", "--grid", "lr=1e-3,1e-2", "--tasks", "kitti", "eurosat"]
     assert main(command(root, tmp_path, *given)) == 0
     told = capsys.readouterr()
-    assert "[6/6] kitti, all 24 images, seed 42: lr=" in told.err and "2 of 19 tasks" in told.err
+    assert "[2/2] 3 done, 0 left: final vpt on kitti" in told.err and "2 of 19 tasks" in told.err
     assert "not run: cifar, caltech101" in told.err
     assert "| **mean** (2 of 19)" in told.out
-    header, rows = read(tmp_path / "rows.json")
-    assert header["backbone"]["resize"] == "direct" and header["protocol"]["options"] == {"length": 2}
+    rows = read(tmp_path)
+    about = rows[0]["protocol"]
+    assert about["backbone"]["resize"] == "direct" and about["protocol"]["options"] == {"length": 2}
     assert {row["train"]["epochs"] for row in rows} == {1} and {row["seed"] for row in rows} == {42}
 
     assert main(command(root, tmp_path, *given)) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(command(root, tmp_path, *given, "--resume", "--json")) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["n"] == 2 and summary["tasks"]["kitti"]["accuracy"] == rows[-1]["accuracy"]
-    assert read(tmp_path / "rows.json")[1] == rows
+    assert summary["n"] == 2 and summary["tasks"]["kitti"]["accuracy"] == rows[-1]["test"]["accuracy"]
+    assert read(tmp_path) == rows
 
 
 @pytest.mark.parametrize(
@@ -506,13 +522,13 @@ def test_the_command_interrupted(root, tmp_path, capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "evaluate", stop)
+    monkeypatch.setattr(work, "predict", stop)
     assert main(command(root, tmp_path, "--method", "probe", "--grid", "lr=0.1,0.2")) == 130
     told = capsys.readouterr().err
-    assert "interrupted" in told and f"rows so far are in {tmp_path / 'rows.json'}" in told
+    assert "interrupted" in told and f"rows so far are in {tmp_path}" in told
     monkeypatch.undo()
     assert main(command(root, tmp_path, "--method", "probe", "--grid", "lr=0.1,0.2", "--resume")) == 0
-    assert len(read(tmp_path / "rows.json")[1]) == 3 * N_TASKS
+    assert len(read(tmp_path)) == 3 * N_TASKS
 
 
 def test_several_processes_are_refused(root, tmp_path, capsys, monkeypatch):
@@ -528,9 +544,9 @@ def test_a_damaged_checkpoint_begins_the_run_again(root, tmp_path, capsys):
     run(root, tmp_path, tasks=["kitti"])
     assert "begun again, its checkpoint cannot be used" in capsys.readouterr().err
     run(root, tmp_path / "clean", tasks=["kitti"])
-    ours, clean = (read(folder / "rows.json")[1] for folder in (tmp_path, tmp_path / "clean"))
+    ours, clean = (read(folder) for folder in (tmp_path, tmp_path / "clean"))
     assert steady(ours) == steady(clean)
-    assert torch.isfinite(torch.tensor(ours[-1]["loss"]))
+    assert torch.isfinite(torch.tensor(ours[-1]["test"]["loss"]))
 
 
 @pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])
@@ -538,10 +554,45 @@ def test_rows_taken_with_other_defaults_are_refused(root, tmp_path, part, name, 
     """What no one gave is not in a row; a later version may mean something else by it."""
     given = {"method": "lion", "grid": {"lr": (1e-2,)}, "options": {"state_dim": 4}, "tasks": ["kitti"]}
     run(root, tmp_path, **given)
-    path = tmp_path / "rows.json"
-    body = json.loads(path.read_text())
-    assert body["protocol"]["protocol"]["defaults"][part].get(name) != value
-    body["protocol"]["protocol"]["defaults"][part][name] = value
-    path.write_text(json.dumps(body))
+    rows = read_rows(tmp_path)
+    for row in rows:
+        if row["stage"] != "draw":
+            defaults = row["protocol"]["protocol"]["defaults"][part]
+            assert defaults.get(name) != value
+            defaults[name] = value
+    with Store(tmp_path) as store:
+        store.add(*rows)
     with pytest.raises(OptionError, match=f"defaults.{part}.{name} is {value} there"):
         run(root, tmp_path, resume=True, **given)
+
+
+KEPT = ("seed", "seconds", "versions", "device", "device_name", "threads", "git", "git_code", "git_changed")
+
+
+def as_of_the_first_format(row):
+    old = {name: row[name] for name in KEPT}
+    old |= {"task": "kitti", "status": "done", "options": {}, "varied": {"lr": row["train"]["lr"]}}
+    old |= {"train": {k: v for k, v in row["train"].items() if k != "seed"}}
+    old |= {"data": row["data"]["fingerprint"]}
+    if row["stage"] == "tune":
+        old |= {"phase": "tune", "val_images": row["val"]["n"]}
+        return old | {f"val_{name}": row["val"][name] for name in ("accuracy", "loss")}
+    counts = row["parameters"]
+    old |= {"phase": "test", "train_images": 24, "test_images": N_TEST, "classes": 3, "skipped": 0}
+    old |= {"parameters": {"kept": counts["kept"], "with_head": counts["kept_with_head"]}}
+    return old | {name: row["test"][name] for name in ("accuracy", "balanced_accuracy", "loss")}
+
+
+def test_rows_of_the_first_format_go_on_to_count(root, tmp_path):
+    """What a folder of an earlier version holds is not run again, and is in the report."""
+    run(root, tmp_path, tasks=["kitti"])
+    new = read(tmp_path)
+    before, text = report.summarize(new), (tmp_path / "report.md").read_text()
+    rows = [as_of_the_first_format(row) for row in new]
+    body = {"format": "lion_fast.vtab/1", "protocol": new[0]["protocol"], "rows": rows}
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.json").write_text(json.dumps(body))
+    assert run(root, tmp_path, tasks=["kitti"], resume=True) == before
+    assert (tmp_path / "report.md").read_text() == text
+    again = run(root, tmp_path, tasks=["kitti"], resume=True, seeds=(5, 6))
+    assert again["tasks"]["kitti"]["seeds"] == [5, 6]

@@ -153,11 +153,15 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
     return True
 
 
-def _memory(row: Mapping[str, Any]) -> float | None:
+def kept_bytes(row: Mapping[str, Any]) -> int | None:
+    """Bytes that a step keeps for its backward, by whoever; None where they were not counted."""
     kept = row.get("activation_bytes")
-    if row["mode"] == "train":
-        return sum(v for k, v in kept.items() if k != "by_allocator") / 2**20 if kept else None
-    return row["peak_bytes"] / 2**20
+    return sum(v for k, v in kept.items() if k != "by_allocator") if kept else None
+
+
+def _memory(row: Mapping[str, Any]) -> float | None:
+    size = kept_bytes(row) if row["mode"] == "train" else row["peak_bytes"]
+    return None if size is None else size / 2**20
 
 
 def _name(row: Mapping[str, Any]) -> str:

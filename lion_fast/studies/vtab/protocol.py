@@ -1,14 +1,16 @@
 """What is run: a method, its configurations on each task, seeds; the same for every task and every resume."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, ClassVar
 
 from lion_fast.errors import OptionError
 from lion_fast.methods import available, method_options
-from lion_fast.methods.base import check_kinds
 from lion_fast.options import refuse_unknown
+from lion_fast.studies.grid import Grid, Item, make_grid, read_seeds
 from lion_fast.studies.vtab import DECIDED, SEEDS
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 from lion_fast.training.presets import TASKS, Preset, preset
@@ -20,21 +22,32 @@ SMALL_GRID = {"lr": (0.25, 1.0, 4.0), "weight_decay": (0.1, 1.0)}
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """Options of the method and training settings, complete; `varied` is what the grid gave it."""
+class TaskGrid(Grid):
+    """A method on one task: tuned on its 800 and 200 images, trained on the 1,000, then tested."""
 
-    options: Mapping[str, Any]
-    train: Mapping[str, Any]
-    varied: Mapping[str, Any]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    opens_late: ClassVar[bool] = True
 
-    def label(self) -> str:
-        """What the grid gave it, in words.
+    def named(self, set_label: str) -> dict[str, Any]:
+        return {"vtab": set_label}  # wherever its folder is
 
-        >>> Configuration({}, {}, {"lr": 0.001, "length": 10}).label()
-        'lr=0.001 length=10'
-        """
-        said = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.varied.items())
-        return said or "the only configuration"
+    def draw(self, stage: str, set_label: str, seed: int) -> dict[str, Any]:
+        # test=0: no test image is so much as opened before the choice is made. The seed draws nothing
+        return {**self.sets[set_label].data, **({"test": 0} if stage == "tune" else {"val": 0})}
+
+    def about(self, item: Item) -> dict[str, Any]:
+        return {"protocol": self.protocol}
+
+    def rank(self, rows: Sequence[Mapping[str, Any]], monitor: str) -> tuple[float, ...]:
+        (row,) = rows
+        return (-inf,) if row["failed"] else (row["val"]["accuracy"], -row["val"]["loss"])
+
+    def choose(self, backbone: str, set_label: str, label: str, rows: Mapping[str, Mapping]) -> int | None:
+        """As of a grid, with the lower loss before the earlier of equals; None where every one failed."""
+        index = super().choose(backbone, set_label, label, rows)
+        tuned = self.tuning(backbone, set_label, label)
+        failed = index is not None and bool(tuned) and all(rows[item.run]["failed"] for item in tuned)
+        return None if failed else index
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,9 @@ class Protocol:
         OptionError: An unknown method, preset or name, a value out of range, a name both fixed and in
             `grid`, or one that the protocol decides.
 
-    >>> [c.label() for c in Protocol("probe", train={"lr": 0.1}).configurations("cifar")]
-    ['weight_decay=0.0001', 'weight_decay=0.01']
+    >>> grid = Protocol("probe", train={"lr": 0.1}).on("cifar", "vtab-1k/cifar")
+    >>> grid.methods["probe"].configurations
+    [{'train.weight_decay': 0.0001}, {'train.weight_decay': 0.01}]
     """
 
     method: str
@@ -85,17 +99,24 @@ class Protocol:
             repeated = [v for i, v in enumerate(values) if v in list(values)[:i]]
             if repeated:
                 raise OptionError(f"the grid has {name}={repeated[0]} twice")
-        seeds = list(self.seeds)
-        if not seeds or len(set(seeds)) < len(seeds) or any(type(s) is not int or s < 0 for s in seeds):
-            raise OptionError(f"seeds must be different integers of at least 0; got {seeds}")
+        read_seeds({"seeds": list(self.seeds)}, "seeds")
 
     def source(self, task: str) -> Preset:
         """The preset with the values of the task where it has such."""
         by_task = self.preset == "paper" and self.method in TASKS
         return preset(self.method, self.preset, task if by_task else None)
 
-    def configurations(self, task: str) -> list[Configuration]:
-        """Everything that is tried on a task, checked, in the order in which it is tried."""
+    def on(
+        self,
+        task: str,
+        folder: str | os.PathLike,
+        backbone: Mapping[str, Any] | None = None,
+        **reading: Any,
+    ) -> TaskGrid:
+        """The grid of a task: every configuration that is tried, checked, in the order in which it is.
+
+        backbone: what stands for it in rows, with its "name". reading: `check` and `strict` of `load_data`.
+        """
         base = self.source(task)
         options = dict(base.options) | dict(self.options)
         train = dict(base.train) | dict(self.train) | {"keep": "last"}
@@ -110,15 +131,21 @@ class Protocol:
                     for name, multiples in SMALL_GRID.items()
                     if name not in fixed
                 }
-        found = []
-        for values in itertools.product(*grid.values()):
-            varied = dict(zip(grid, values, strict=True))
-            own = {k: v for k, v in varied.items() if k in method_options(available()[self.method])}
-            rest = {k: v for k, v in varied.items() if k not in own}
-            found.append(Configuration(options | own, train | rest, varied))
-            check_kinds(available()[self.method], found[-1].options)
-            TrainConfig.from_dict(dict(found[-1].train))
-        return found
+        known = method_options(available()[self.method])
+        named = {("options." if k in known else "train.") + k: list(values) for k, values in grid.items()}
+        backbone = dict(backbone or {"name": "backbone"})
+        made = make_grid(
+            {
+                "name": f"vtab-{self.method}",
+                "backbones": {backbone["name"]: backbone},
+                "sets": {task: {"source": str(folder), **reading}},
+                "seeds": list(self.seeds),
+                "tuning_seeds": list(self.seeds[:1]),
+                "methods": {self.method: {"options": options, "train": train, "grid": named or None}},
+            }
+        )
+        given = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "_items"}
+        return TaskGrid(**given, protocol={"protocol": self.describe(), "backbone": backbone})
 
     def describe(self) -> dict[str, Any]:
         """What must agree for two runs to share rows; JSON-able. More seeds or tasks may follow."""

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.studies.figures import figure_at, wilson
+from lion_fast.studies import markdown as common
+from lion_fast.studies.figures import figure_at
+from lion_fast.studies.rows import read_rows
+from lion_fast.studies.statistics import wilson
 from lion_fast.studies.vtab.protocol import LARGEST_GRID
-from lion_fast.studies.vtab.rows import Rows
-from lion_fast.studies.vtab.tasks import GROUPS, absent
+from lion_fast.studies.vtab.tasks import GROUPS, absent, differences
 from lion_fast.training.presets import VTAB
 
 REPORT_NAME, PLOT_NAME = "report.md", "accuracy.png"
@@ -18,7 +20,7 @@ _COLOURS = {"natural": "#009e73", "specialized": "#0072b2", "structured": "#d55e
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, Any]:
-    """Means of the test rows; JSON-able.
+    """Means of the final rows; JSON-able.
 
     Keys: `tasks` (by task: `accuracy`, the mean over seeds; `sd` over them, None for one; `seeds`,
     `val_accuracy`, `test_images`, `parameters`, `with_head`, `varied`), `groups` (by group: `accuracy`, the
@@ -27,61 +29,58 @@ def summarize(rows: Sequence[dict]) -> dict[str, Any]:
     means `parameters` and `with_head`. Accuracies are shares of 1.
     """
     found: dict[str, dict[str, Any]] = {}
-    tested = [row for row in rows if row["phase"] == "test"]
     for task in VTAB:
-        own = [row for row in tested if row["task"] == task and row["status"] == "done"]
+        own = [row for row in _of(rows, "final", task) if not row["failed"]]
         if not own:
             continue
-        values, last = [row["accuracy"] for row in own], own[-1]
+        values, last = [row["test"]["accuracy"] for row in own], own[-1]
+        tuned = [r for r in _of(rows, "tune", task) if r["configuration"] == last["configuration"]]
         found[task] = {
             "accuracy": statistics.fmean(values),
             "sd": statistics.stdev(values) if len(values) > 1 else None,
             "seeds": [row["seed"] for row in own],
-            "val_accuracy": last["val_accuracy"],
-            "test_images": last["test_images"],
+            "val_accuracy": tuned[0]["val"]["accuracy"] if tuned else None,
+            "test_images": last["test"]["n"],
             "parameters": last["parameters"]["kept"],
-            "with_head": last["parameters"]["with_head"],
-            "varied": last["varied"],
+            "with_head": last["parameters"]["kept_with_head"],
+            "varied": {name.partition(".")[2]: value for name, value in last["configuration"].items()},
         }
     groups = {}
     for group, tasks in GROUPS.items():
         values = [found[task]["accuracy"] for task in tasks if task in found]
-        groups[group] = {
-            "accuracy": statistics.fmean(values) if values else None,
-            "tasks": len(values),
-            "of": len(tasks),
-        }
+        mean = statistics.fmean(values) if values else None
+        groups[group] = {"accuracy": mean, "tasks": len(values), "of": len(tasks)}
     means = [group["accuracy"] for group in groups.values()]
 
-    def mean(name: str) -> float | None:
+    def mean_of(name: str) -> float | None:
         return statistics.fmean(one[name] for one in found.values()) if found else None
 
     return {
         "tasks": found,
         "groups": groups,
         "mean_of_groups": statistics.fmean(means) if None not in means else None,
-        "mean": mean("accuracy"),
+        "mean": mean_of("accuracy"),
         "n": len(found),
         "absent": absent(found),
         "diverged": [
-            f"{row['task']}, {'tuning' if row['phase'] == 'tune' else 'final run'}, seed {row['seed']}: "
-            + (_words(row["varied"]) or "the only configuration")
+            f"{row['set']}, {'tuning' if row['stage'] == 'tune' else 'final run'}, seed {row['seed']}: "
+            + (_words(row["configuration"]) or "the only configuration")
             for row in rows
-            if row["status"] == "diverged"
+            if row["stage"] != "draw" and row["failed"]
         ],
-        "parameters": mean("parameters"),
-        "with_head": mean("with_head"),
+        "parameters": mean_of("parameters"),
+        "with_head": mean_of("with_head"),
     }
 
 
-def write(folder: str | os.PathLike, rows: Rows, *, plot: bool = True) -> dict[str, Any]:
-    """Write report.md, and accuracy.png where there is a test row; returns the summary."""
+def write(folder: str | os.PathLike, *, plot: bool = True) -> dict[str, Any]:
+    """Write report.md of the rows in a folder, and accuracy.png where one is of a test; the summary."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows.rows)
-    (folder / REPORT_NAME).write_text(markdown(rows.protocol, rows.rows, summary), encoding="utf-8")
+    rows = [row for row in read_rows(folder) if row.get("stage") in ("tune", "final")]
+    summary = summarize(rows)
+    (folder / REPORT_NAME).write_text(markdown(rows, summary), encoding="utf-8")
     if plot and summary["n"]:
-        accuracy_by_task(summary, folder / PLOT_NAME, title=_title(rows.protocol))
+        accuracy_by_task(summary, folder / PLOT_NAME, title=_title(rows[0]["protocol"]))
     return summary
 
 
@@ -93,47 +92,27 @@ def table(summary: dict[str, Any]) -> str:
         for task in tasks:
             one = summary["tasks"].get(task)
             if one is None:
-                cells.append((task, "-", "-", "-", "-", "-", "not run"))
+                cells.append([task, *["-"] * 5, "not run"])
                 continue
             spread = "" if one["sd"] is None else f" ± {100 * one['sd']:.2f}"
-            cells.append(
-                (
-                    task,
-                    _percent(one["accuracy"]) + spread,
-                    _percent(one["val_accuracy"]),
-                    f"{one['test_images']:,}",
-                    f"{one['parameters']:,}",
-                    f"{one['with_head']:,}",
-                    _words(one["varied"]),
-                )
-            )
+            counts = (f"{one[name]:,}" for name in ("test_images", "parameters", "with_head"))
+            accuracies = (_percent(one["accuracy"]) + spread, _percent(one["val_accuracy"]))
+            cells.append([task, *accuracies, *counts, _words(one["varied"])])
         of = summary["groups"][group]
-        cells.append((f"**{group}** ({of['tasks']} of {of['of']})", _percent(of["accuracy"]), *[""] * 5))
-    counts = ("parameters", "with_head")
-    counted = ["-" if summary[name] is None else f"{summary[name]:,.0f}" for name in counts]
-    cells.append(("**mean of the groups**", _percent(summary["mean_of_groups"]), *[""] * 5))
+        cells.append([f"**{group}** ({of['tasks']} of {of['of']})", _percent(of["accuracy"]), *[""] * 5])
+    counted = ("-" if summary[n] is None else f"{summary[n]:,.0f}" for n in ("parameters", "with_head"))
+    cells.append(["**mean of the groups**", _percent(summary["mean_of_groups"]), *[""] * 5])
     name = f"**mean** ({summary['n']} of {len(VTAB)})"
-    cells.append((name, _percent(summary["mean"]), "", "", *counted, ""))
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    left = (0, len(head) - 1)
-
-    def line(values: Sequence[str]) -> str:
-        padded = (
-            v.ljust(w) if i in left else v.rjust(w)
-            for i, (v, w) in enumerate(zip(values, widths, strict=True))
-        )
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|".join("-" * (w + 2) if i in left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([line(head), f"|{rule}|", *map(line, cells)])
+    cells.append([name, _percent(summary["mean"]), "", "", *counted, ""])
+    return "\n".join(common.table(head, cells, left=(0, len(head) - 1), pad=True))
 
 
-def markdown(protocol: dict[str, Any], rows: Sequence[dict], summary: dict[str, Any]) -> str:
+def markdown(rows: Sequence[dict], summary: dict[str, Any]) -> str:
     """The report."""
-    plan, backbone = protocol["protocol"], protocol["backbone"]
-    tested = [row for row in rows if row["phase"] == "test"]
+    plan, backbone = rows[0]["protocol"]["protocol"], rows[0]["protocol"]["backbone"]
+    tested = _of(rows, "final")
     lines = [
-        f"# {_title(protocol)}",
+        f"# {_title(rows[0]['protocol'])}",
         "",
         f"Backbone: {backbone['name']} at {backbone['img_size']} px, frozen, weights: "
         f"{backbone['weights_source']}",
@@ -151,7 +130,7 @@ def markdown(protocol: dict[str, Any], rows: Sequence[dict], summary: dict[str, 
             f"{', '.join(summary['absent'])}.",
             "",
         ]
-    tried = sorted({row["tried"] for row in tested})
+    tried = sorted({len(_of(rows, "tune", row["set"])) or 1 for row in tested})
     lines += [
         "Accuracies in per cent, top-1. Trained parameters count the method alone, and with its linear head;",
         "their mean is over the tasks.",
@@ -169,18 +148,20 @@ def markdown(protocol: dict[str, Any], rows: Sequence[dict], summary: dict[str, 
         f"- grid: {_grid(plan)}",
         f"- seeds: tuning {plan['tuning_seed']}, final {sorted({row['seed'] for row in tested})}",
     ]
+    of_tasks = {row["set"]: row["data"] for row in tested}
     remarks = [
-        f"{row['task']}: {what}"
-        for row in tested
-        for what in row["differs"]
-        if row["seed"] == _first(row, tested)
+        f"{task}: {what}"
+        for task, data in of_tasks.items()
+        for what in differences(task, data["classes"], data["sizes"]["train"], data["sizes"]["test"])
     ]
-    skipped = {row["task"]: row["skipped"] for row in tested if row["skipped"]}
-    remarks += [f"{task}: {n} unreadable images were skipped" for task, n in skipped.items()]
+    remarks += [
+        f"{task}: {data['skipped']} unreadable images were skipped"
+        for task, data in of_tasks.items()
+        if data["skipped"]
+    ]
     remarks += [f"diverged, and so without a result: {one}" for one in summary["diverged"]]
-    remarks += _sources(rows)
-    if remarks:
-        lines += ["", "## Remarks", "", *(f"- {one}" for one in remarks)]
+    remarks += common.sources(rows)
+    lines += ["", "## Remarks", "", *(f"- {one}" for one in remarks)]
     if summary["n"]:
         lines += ["", f"![test accuracy by task]({PLOT_NAME})"]
     return "\n".join(lines) + "\n"
@@ -240,19 +221,8 @@ def _grid(plan: dict[str, Any]) -> str:
     )
 
 
-def _first(row: dict, tested: Sequence[dict]) -> int:
-    return next(other["seed"] for other in tested if other["task"] == row["task"])
-
-
-def _sources(rows: Sequence[dict]) -> list[str]:
-    """Where the rows come from: devices, versions, revisions."""
-    seen = {}
-    for row in rows:
-        versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items() if v)
-        revision = (row["git_code"] or "no checkout")[:12] + (" with changes" if row["git_changed"] else "")
-        said = f"run on {row['device_name']}, {row['threads']} threads; {versions}; revision {revision}"
-        seen[said] = seen.get(said, 0) + 1
-    return [f"{n} runs {said.removeprefix('run ')}" for said, n in seen.items()]
+def _of(rows: Sequence[dict], stage: str, task: str | None = None) -> list[dict]:
+    return [row for row in rows if row["stage"] == stage and task in (None, row["set"])]
 
 
 def _percent(share: float | None) -> str:
@@ -260,4 +230,5 @@ def _percent(share: float | None) -> str:
 
 
 def _words(varied: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in varied.items())
+    named = ((name.removeprefix("train.").removeprefix("options."), v) for name, v in varied.items())
+    return ", ".join(f"{name} {v:g}" if isinstance(v, float) else f"{name} {v}" for name, v in named)

@@ -10,57 +10,47 @@ import torch.nn.functional as F
 
 import lion_fast
 from lion_fast import create, load_backbone
-from lion_fast.backbones import Backbone, fp8
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import Backbone, cheaper, fp8, prefix_block
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.methods import available
-from lion_fast.studies.cost.memory import SavedTensors
+from lion_fast.studies.memory import SavedTensors
 
 SIZE = 32
+VIT = "vit_tiny_patch16_224"
 VITS = {
-    "plain": ("vit_tiny_patch16_224", {"depth": 2, "img_size": SIZE}),
-    "layerscale": ("vit_tiny_patch16_224", {"depth": 2, "img_size": SIZE, "init_values": 0.3}),
-    "qknorm": (
-        "vit_tiny_patch16_224",
-        {"depth": 2, "img_size": SIZE, "qk_norm": True, "scale_attn_norm": True},
-    ),
-    "registers": ("vit_tiny_patch16_224", {"depth": 2, "img_size": SIZE, "reg_tokens": 2, "qkv_bias": False}),
-    "respost": (
-        "vit_tiny_patch16_224",
-        {"depth": 2, "img_size": SIZE, "block_fn": timm.models.vision_transformer.ResPostBlock},
-    ),
-    "swiglu": ("vit_tiny_patch16_224", {"depth": 2, "img_size": SIZE, "mlp_layer": timm.layers.SwiGLU}),
+    "plain": {},
+    "layerscale": {"init_values": 0.3},
+    "qknorm": {"qk_norm": True, "scale_attn_norm": True},
+    "registers": {"reg_tokens": 2, "qkv_bias": False},
+    "respost": {"block_fn": timm.models.vision_transformer.ResPostBlock},
+    "swiglu": {"mlp_layer": timm.layers.SwiGLU},
 }
+SWIN = {"window_size": 7, "depths": (2, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 2)}
+
+
+def small(**options):
+    return load_backbone(VIT, pretrained=False, img_size=SIZE, depth=1, **options)
 
 
 def vit(kind="plain", dtype=torch.float64, **options):
     """The same random weights for the same kind, norms and scales moved off their starts."""
-    name, kwargs = VITS[kind]
     torch.manual_seed(3)
-    model = timm.create_model(name, num_classes=0, **kwargs)
+    model = timm.create_model(VIT, num_classes=0, img_size=SIZE, depth=2, **VITS[kind])
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm) and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
     backbone = Backbone(model.to(dtype), img_size=SIZE)
-    frozen.apply(backbone, **options)
+    cheaper.apply(backbone, **options)
     return backbone
 
 
 def swin(name="swin_tiny_patch4_window7_224", dtype=torch.float64, **options):
     torch.manual_seed(3)
-    model = timm.create_model(
-        name,
-        num_classes=0,
-        img_size=56,
-        window_size=7,
-        depths=(2, 1, 1, 1),
-        embed_dim=24,
-        num_heads=(1, 2, 2, 2),
-    )
+    model = timm.create_model(name, num_classes=0, img_size=56, **SWIN)
     backbone = Backbone(model.to(dtype), img_size=56)
-    frozen.apply(backbone, **options)
+    cheaper.apply(backbone, **options)
     return backbone
 
 
@@ -117,10 +107,10 @@ def test_saved_memory_changes_no_output_and_no_gradient(method, kind):
     """In float64 to 1e-12, so that it is the same formula and not just close."""
     try:
         plain = make(vit(kind), method)
-    except BackboneError as error:
+    except BackboneError:  # a method that needs other blocks says so alike
         with pytest.raises(BackboneError):
             make(vit(kind, memory="save"), method)
-        pytest.skip(str(error)[:80])
+        return
     save = make(vit(kind, memory="save"), method)
     assert_same(outputs_and_gradients(save), outputs_and_gradients(plain), 1e-12)
 
@@ -133,24 +123,21 @@ def test_saved_memory_in_float32(method):
     assert_same(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", methods_on("swin"))
-def test_saved_memory_on_a_swin(method):
-    assert_same(
-        outputs_and_gradients(make(swin(memory="save"), method)),
-        outputs_and_gradients(make(swin(), method)),
-        1e-12,
-    )
-
-
-def test_saved_memory_on_a_swin_v2():
-    name = "swinv2_tiny_window8_256"
-    expected = outputs_and_gradients(make(swin(name), "lion:residual"))
-    assert_same(outputs_and_gradients(make(swin(name, memory="save"), "lion:residual")), expected, 1e-12)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("swin_tiny_patch4_window7_224", method) for method in methods_on("swin")),
+        ("swinv2_tiny_window8_256", "lion:residual"),
+    ],
+)
+def test_saved_memory_on_a_swin(name, method):
+    expected = outputs_and_gradients(make(swin(name), method))
+    assert_same(outputs_and_gradients(make(swin(name, memory="save"), method)), expected, 1e-12)
 
 
 def test_rows_are_recomputed_in_chunks(monkeypatch):
     expected = outputs_and_gradients(make(vit(), "lion:residual"))
-    monkeypatch.setattr(frozen, "CHUNK_ROWS", 4)  # 15 rows: three whole chunks and a shorter one
+    monkeypatch.setattr(cheaper, "CHUNK_ROWS", 4)  # 15 rows: three whole chunks and a shorter one
     assert_same(outputs_and_gradients(make(vit(memory="save"), "lion:residual")), expected, 1e-12)
 
 
@@ -180,20 +167,12 @@ def test_what_a_block_keeps_by_hand():
         rows = torch.randn(B, N, D, requires_grad=True)
         with SavedTensors(backbone) as kept:
             out = backbone.model.blocks(rows)
-        small = h + 2 * norms
-        assert kept.bytes == {
-            "backbone": 4 * B * N * L * (wide * D + small),
-            "method": 0,
-            "head": 0,
-            "loss": 0,
-        }
+        assert kept.bytes["backbone"] == kept.total == 4 * B * N * L * (wide * D + h + 2 * norms)
         out.sum().backward()
 
 
 @pytest.mark.parametrize("method", ["lion:residual", "vpt", "full", "ssf", "lora"])
 def test_saved_memory_keeps_less_for_every_method(method):
-    if method.split(":")[0] not in available():
-        pytest.skip(f"{method} is not there")
     sizes = []
     for memory in ("plain", "save"):
         model = make(vit(dtype=torch.float32, memory=memory), method)
@@ -221,8 +200,6 @@ def test_vit_b_keeps_at_most_0_55_of_the_plain_step():
 @pytest.mark.parametrize("memory, wide", [("plain", 10), ("save", 5)])
 def test_what_a_block_keeps_with_a_prefix_by_hand(memory, wide):
     """P rows of keys and values for each image more, and no second copy of anything."""
-    from lion_fast.backbones import prefix_block
-
     B, N, P, D, h = 2, 5, 3, 192, 3
     backbone = vit(dtype=torch.float32, memory=memory)
     rows = torch.randn(B, N, D, requires_grad=True)
@@ -258,7 +235,7 @@ def test_second_derivatives_are_refused():
     block = vit(memory="save").blocks[0]  # alone: an equilibrium or torch's attention would refuse first
     weight = block.mlp.fc1.weight
     x, rows = (torch.randn(2, 5, weight.shape[1], dtype=weight.dtype).requires_grad_() for _ in range(2))
-    (grad,) = torch.autograd.grad(frozen.tail(block, x, rows).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(cheaper.tail(block, x, rows).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -266,7 +243,7 @@ def test_second_derivatives_are_refused():
 def test_copies_and_pickles_still_save():
     backbone = vit(memory="save")
     for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
-        assert other.memory == "save" and type(other.blocks[0]) is frozen.SavingBlock
+        assert other.memory == "save" and type(other.blocks[0]) is cheaper.SavingBlock
         x = images(backbone)
         assert torch.equal(other(x), backbone(x))
 
@@ -276,11 +253,9 @@ def test_saved_memory_refuses_what_it_does_not_know():
         load_backbone("resnet10t", pretrained=False, memory="save")
     parallel = timm.models.vision_transformer.ParallelScalingBlock
     with pytest.raises(BackboneError, match="ParallelScalingBlock"):
-        load_backbone(
-            "vit_tiny_patch16_224", pretrained=False, img_size=32, depth=1, block_fn=parallel, memory="save"
-        )
+        small(block_fn=parallel, memory="save")
     with pytest.raises(OptionError, match="memory must be one of plain, save"):
-        load_backbone("vit_tiny_patch16_224", pretrained=False, memory="small")
+        small(memory="small")
 
 
 # -- frozen means no gradients
@@ -313,14 +288,12 @@ def test_no_gradient_buffer_for_frozen_weights(method, options):
 # -- folding
 
 
-@pytest.mark.parametrize("method", [m for m in frozen.FOLDABLE if m in available()])
+@pytest.mark.parametrize("method", cheaper.FOLDABLE)
 @pytest.mark.parametrize("kind", ["plain", "layerscale", "qknorm", "registers"])
 def test_folding_changes_no_output_and_no_gradient(method, kind):
     expected = outputs_and_gradients(make(vit(kind), method))
     folded = make(vit(kind, fold=True), method)
-    assert not any(
-        "norm1" in name or "norm2" in name for name, _ in folded.backbone.blocks.named_parameters()
-    )
+    assert not any("norm1" in n or "norm2" in n for n, _ in folded.backbone.blocks.named_parameters())
     assert_same(outputs_and_gradients(folded), expected, 1e-11)
 
 
@@ -331,22 +304,18 @@ def test_folding_in_float32():
     assert_same(found, expected, 5e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in available() if m not in frozen.FOLDABLE])
+@pytest.mark.parametrize("method", [m for m in available() if m not in cheaper.FOLDABLE])
 def test_folding_is_refused_where_a_method_reads_in_between(method):
     with pytest.raises(OptionError, match=f"method {method} reads or trains"):
         make(vit(fold=True), method)
 
 
 def test_folding_refuses_other_backbones():
-    for backbone in (
-        lambda: swin(fold=True),
-        lambda: vit("respost", fold=True),
-        lambda: vit("swiglu", fold=True),
-    ):
+    for backbone in (swin(), vit("respost"), vit("swiglu")):
         with pytest.raises(BackboneError, match="fold=True knows"):
-            backbone()
+            cheaper.apply(backbone, fold=True)
     with pytest.raises(OptionError, match="fold"):
-        load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=1, fold="yes")
+        small(fold="yes")
 
 
 def test_the_hash_is_that_of_the_weights_as_loaded(tmp_path):
@@ -361,11 +330,11 @@ def test_the_hash_is_that_of_the_weights_as_loaded(tmp_path):
 # -- precision
 
 
-@pytest.mark.parametrize("method", [m for m in methods_on("vit") if m not in frozen.OWNERS])
+@pytest.mark.parametrize("method", [m for m in methods_on("vit") if m not in cheaper.OWNERS])
 def test_frozen_weights_in_bf16_with_fp32_adapters(method):
     exact = make(vit(dtype=torch.float32), method).eval()
     half = make(vit(dtype=torch.float32), method).eval()
-    frozen.apply(half.backbone, precision="bf16")
+    cheaper.apply(half.backbone, precision="bf16")
     x = images(exact.backbone)
     logits = half(x)
     assert logits.dtype == torch.float32
@@ -381,7 +350,7 @@ def test_frozen_weights_in_bf16_with_fp32_adapters(method):
             assert p.dtype == torch.float32 and p.grad.dtype == torch.float32, name
 
 
-@pytest.mark.parametrize("method", [m for m in frozen.OWNERS if m in available()])
+@pytest.mark.parametrize("method", cheaper.OWNERS)
 def test_weights_that_are_trained_are_not_held_in_half(method):
     with pytest.raises(OptionError, match="holds them in bfloat16"):
         make(vit(dtype=torch.float32, precision="bf16"), method)
@@ -410,7 +379,7 @@ def test_a_held_and_folded_backbone_can_be_cast_back():
 def test_fp8_is_refused_with_the_reason(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(BackboneError, match='precision="fp8" cannot run: there is no CUDA device'):
-            load_backbone("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=1, precision="fp8")
+            small(precision="fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A100")
@@ -457,7 +426,7 @@ def test_the_emulated_product_is_the_rounded_one(bias):
 
 def test_the_output_error_of_an_fp8_backbone_is_reported():
     exact, rough = vit(dtype=torch.float32), vit(dtype=torch.float32)
-    frozen.hold(rough, torch.bfloat16)
+    cheaper.hold(rough, torch.bfloat16)
     rough.precision = "fp8"
     fp8.convert(rough, emulate=True)
     assert len(fp8.linears(exact)) == 8  # qkv, proj, fc1, fc2 in two blocks

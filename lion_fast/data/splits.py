@@ -13,16 +13,7 @@ import torch
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
-from lion_fast.data.sources import (
-    BIRD_LISTS,
-    Raw,
-    read_birds,
-    read_csv,
-    read_dogs,
-    read_fgvc,
-    read_folder,
-    read_vtab,
-)
+from lion_fast.data.sources import PUBLISHED, Raw, collect, read_csv, read_folder, read_vtab
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir
 from lion_fast.options import CHECK
@@ -194,32 +185,22 @@ def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
     path = Path(source).expanduser()
-    own = {"check": check, "strict": strict}
+    names = ", ".join(OFFLINE)
     if path.is_dir():
-        if (path / "train800.txt").is_file() or (path / "train800val200.txt").is_file():
-            return read_vtab(path, val=val, test=test, **own)
-        if (path / "train.json").is_file():
-            return read_fgvc(path, **own)
-        if (path / BIRD_LISTS[0]).is_file() and (path / BIRD_LISTS[2]).is_file():
-            return read_birds(path, **own)
-        if any((path / where / "train_list.mat").is_file() for where in ("", "lists")):
-            return read_dogs(path, **own)
-        return read_folder(path, classes=classes, **own)
+        for reader, lists in PUBLISHED.items():
+            if any(all((path / name).is_file() for name in marks) for marks in lists):
+                more = {"val": val, "test": test} if reader is read_vtab else {}
+                return collect(reader(path, **more), path, check=check, strict=strict)
+        return collect(read_folder(path, classes), path, check=check, strict=strict, classes=classes)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return collect(read_csv(path, classes), path, check=check, strict=strict, classes=classes)
     if path.is_file():
-        if path.suffix.lower() != ".csv":
-            raise DataError(
-                f"{path} is a file but no .csv; expected a folder, a CSV file or one of: {_names()}"
-            )
-        return read_csv(path, classes=classes, **own)
+        raise DataError(f"{path} is a file but no .csv; expected a folder, a CSV file or one of: {names}")
     near = difflib.get_close_matches(str(source), OFFLINE, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise DataError(
-        f"{str(source)!r} is neither an existing folder or CSV file nor a built-in set ({_names()}){hint}"
+        f"{str(source)!r} is neither an existing folder or CSV file nor a built-in set ({names}){hint}"
     )
-
-
-def _names() -> str:
-    return ", ".join(OFFLINE)
 
 
 def _all_present(images: ImageSet, option: str) -> None:

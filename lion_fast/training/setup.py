@@ -1,0 +1,257 @@
+"""What a run works with: its images, accelerator, network and optimiser, checked before any of it trains."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lion_fast.errors import DataError, OptionError
+from lion_fast.pruning import RobustPruner
+from lion_fast.training.config import TrainConfig
+from lion_fast.training.features import FeaturesTooLarge, FeatureStore, features_are_constant
+from lion_fast.training.metrics import check_labels, with_transform
+from lion_fast.training.order import Plan, SeededItems, ShareSampler
+from lion_fast.training.stop import quiet_worker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from lion_fast.data import Splits
+    from lion_fast.methods import TunedModel
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is read: items (image or features, label); `val` may be None.
+
+    Attributes:
+        cached: They are features, computed once.
+        seconds: Time that computing those of `train` took.
+    """
+
+    train: Dataset
+    val: Dataset | None
+    cached: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with, and keeps.
+
+    Attributes:
+        plan: The images of every step.
+        items: What is read of them.
+        net: Maps items to logits; under data parallelism it averages gradients over the processes.
+        trained: The parameters that are trained, by name.
+        pruner: Makes the optimiser's steps where the run prunes, else None.
+    """
+
+    model: "TunedModel"
+    config: TrainConfig
+    accelerator: "Accelerator"
+    plan: Plan
+    items: Items
+    net: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: "AcceleratedOptimizer"
+    pruner: RobustPruner | None
+
+    @property
+    def precision(self) -> str:
+        """Of `net`: what stands behind features computes in its own dtype."""
+        return "no" if self.items.cached else self.config.mixed_precision
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that read items."""
+        return 0 if self.items.cached else self.config.num_workers
+
+    @property
+    def first_pruned(self) -> int:
+        """Index of the first epoch that ends with pruned weights; 0 where nothing is pruned."""
+        return self.pruner.hard // self.plan.steps_per_epoch if self.pruner is not None else 0
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step: linear up over the warm-up, then a half-cosine down to 0."""
+        plan, config = self.plan, self.config
+        warm = min(round(config.warmup_epochs * plan.steps_per_epoch), plan.steps)
+        if step < warm:
+            return config.lr * ((step + 1) / (warm + 1))
+        return config.lr * (0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, plan.steps - warm))))
+
+    def batches(self, step: int) -> Iterator:
+        """The batches of this process from a step on to the end of the run."""
+        cached, config = self.items.cached, self.config
+        loader = DataLoader(
+            SeededItems(self.items.train, None if cached else config.seed),
+            batch_sampler=ShareSampler(self.plan, self.accelerator.process_index, step),
+            num_workers=self.num_workers,
+            worker_init_fn=quiet_worker,
+            pin_memory=self.accelerator.device.type == "cuda" and not cached,
+        )
+        return iter(loader)
+
+
+def set_up(
+    model: "TunedModel",
+    splits: "Splits",
+    config: TrainConfig,
+    accelerator: "Accelerator",
+    store: FeatureStore,
+    *,
+    progress: bool,
+    check: Callable[[], None],
+) -> Setup:
+    """Move a model to its device, and make what trains it.
+
+    store: Features of earlier runs, for further ones. progress: Show a bar while features are computed.
+    check: Called after each batch of that; may raise to leave.
+    """
+    plan = Plan(
+        n=len(splits.train),
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        processes=accelerator.num_processes,
+        accumulation=config.grad_accumulation,
+    )
+    model.to(accelerator.device).train()
+    items = _read_items(model, splits, config, store, progress, check)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = accelerator.prepare(_make_optimizer(model, trained, config))
+    pruner = None
+    if config.prune is not None:
+        names = ("granularity", "block", "criterion", "scope", "decay")
+        options = {name: getattr(config, f"prune_{name}") for name in names}
+        pruner = RobustPruner(
+            model, optimizer, keep=config.prune, total_steps=plan.steps, seed=config.seed, **options
+        )
+    net = model.behind() if items.cached else model
+    if accelerator.num_processes > 1:
+        # Accelerate would also wrap the forward for autocast, which `take_step` does around the loss.
+        place = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
+        net = nn.parallel.DistributedDataParallel(net, place, broadcast_buffers=False)
+    return Setup(model, config, accelerator, plan, items, net, trained, optimizer, pruner)
+
+
+def _read_items(
+    model: "TunedModel",
+    splits: "Splits",
+    config: TrainConfig,
+    store: FeatureStore,
+    progress: bool,
+    check: Callable[[], None],
+) -> Items:
+    """Features where they do not change and fit into memory, else images as the model takes them."""
+    train = with_transform(model, splits.train, True, config.augment)
+    val = with_transform(model, splits.val) if splits.val else None
+    images = Items(train, val)
+    # a transform of the caller's may be random
+    if getattr(splits.train, "transform", None) is not None or not features_are_constant(model, config):
+        return images
+    read = functools.partial(
+        store.features,
+        model,
+        batch_size=config.eval_batch_size or config.batch_size,
+        num_workers=config.num_workers,
+        mixed_precision=config.mixed_precision,
+        progress=progress,
+        check=check,
+        worker_init_fn=quiet_worker,
+    )
+    try:
+        features, seconds = read(splits.train, train)
+        return Items(features, val and read(splits.val, val)[0], cached=True, seconds=seconds)
+    except FeaturesTooLarge:
+        return images
+
+
+def _make_optimizer(
+    model: "TunedModel", trained: dict[str, nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    head = {id(p) for p in model.head.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in trained.values():
+        scale = config.lr_head / config.lr if config.lr_head and id(parameter) in head else 1.0
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    settings = [
+        {"params": p, "weight_decay": decay, "lr_scale": scale} for (scale, decay), p in groups.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, momentum=0.9)
+    return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def make_accelerator(config: TrainConfig) -> "Accelerator":
+    """Accelerate's device and processes; `OptionError` for what does not run here."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    # The state is a singleton that would refuse a second run with another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
+    except ValueError as error:
+        raise OptionError(f"mixed_precision={config.mixed_precision!r} cannot run here: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would go on without a loss scaler
+        raise OptionError(
+            "mixed_precision='fp16' cannot run here: it needs an accelerator; a CPU has bf16 or no"
+        )
+    kind = accelerator.distributed_type
+    if kind not in [getattr(DistributedType, name) for name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")]:
+        raise OptionError(
+            f"{kind.value} is not supported: launch with data parallelism (the trained parameters are small, "
+            "the frozen backbone is not synchronised)"
+        )
+    accelerator.gradient_accumulation_steps = 1  # `take_step` accumulates, whatever the launcher says
+    return accelerator
+
+
+def check_splits(splits: "Splits", num_classes: int, config: TrainConfig) -> None:
+    """Refuse images that nothing can be learnt from, or that do not go with the options."""
+    if not splits.train:
+        raise DataError("there are no training images")
+    for name in ("train", "val"):
+        labels = getattr(getattr(splits, name), "labels", None)
+        if labels is not None and len(labels):
+            labels = torch.as_tensor(labels)
+            check_labels(labels, num_classes)
+            if name == "train" and len(labels.unique()) < 2:
+                raise DataError(
+                    "all training images are of one class; at least two are needed to learn anything"
+                )
+    if config.augment != "none" and getattr(splits.train, "transform", None) is not None:
+        raise OptionError(
+            f'augment="{config.augment}" goes with images that fit transforms itself; the training '
+            'images have a transform of their own. Put the augmentation there, or leave augment "none"'
+        )
+    if config.early_stop and not splits.val:
+        raise OptionError("early_stop needs validation images; this split has none (val=0)")
+
+
+def name_classes(model: "TunedModel", splits: "Splits") -> None:
+    """Give a model the data's class names; `DataError` where it has others already."""
+    names = getattr(splits, "classes", None)
+    if names is None:
+        return
+    if len(names) != model.num_classes:
+        raise DataError(
+            f"the data has {len(names)} classes and the model {model.num_classes} outputs; "
+            f"create the model with num_classes={len(names)}"
+        )
+    if model.classes is not None and list(model.classes) != list(names):
+        raise DataError(
+            f"the model's classes are {', '.join(model.classes[:6])}, the data's {', '.join(names[:6])}; "
+            "make a new model, or set model.classes where they mean the same"
+        )
+    model.classes = list(names)

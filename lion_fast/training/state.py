@@ -1,0 +1,134 @@
+"""How far a run is, and what of it a checkpoint holds, so that it goes on with the same bits."""
+
+import collections
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lion_fast.training.checkpoints import Checkpoint
+from lion_fast.training.config import TrainConfig
+from lion_fast.training.metrics import exact_dtype
+from lion_fast.training.setup import Setup
+
+if TYPE_CHECKING:
+    from lion_fast.data import Splits
+    from lion_fast.methods import TunedModel
+
+_PRUNER_TENSORS = ("masks", "scores", "growth")
+_PROGRESS = ("step", "history", "seconds", "epoch_seconds", "diagnostics")
+
+
+class Sums:
+    """Running totals of one epoch on this process; on the device, so that adding does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=exact_dtype(device), device=device)
+        self.correct = torch.zeros_like(self.loss)
+        self.images = 0  # of all processes
+
+
+@dataclass
+class State:
+    """What changes in a run, beside the model, its optimiser and its pruner.
+
+    Attributes:
+        sums: Totals of the epoch that is going on.
+        step: Optimiser steps done.
+        history: One dict per epoch, the rows of metrics.csv.
+        seconds: Time in the steps of whole epochs, and in computing features once.
+        epoch_seconds: Time in the steps of the epoch that is going on.
+        diagnostics: The model's diagnostics in that epoch, by name.
+        best: Weights of the best epoch; None before there is one.
+    """
+
+    sums: Sums
+    step: int = 0
+    history: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    diagnostics: dict[str, list[float]] = field(default_factory=dict)
+    best: dict[str, Tensor] | None = None
+
+
+def pack(setup: Setup, state: State) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the JSON-able rest of a checkpoint; every process has to call it."""
+    sums, accelerator = state.sums, setup.accelerator
+    loss, correct = accelerator.reduce(sums.loss), accelerator.reduce(sums.correct)
+    pruner = setup.pruner.state_dict() if setup.pruner is not None else {}
+    parts = {"model": setup.model.adapter_state_dict(), "best": state.best or {}}
+    states = setup.optimizer.optimizer.state
+    for name, parameter in setup.trained.items():
+        found = {k: torch.as_tensor(v) for k, v in states.get(parameter, {}).items() if v is not None}
+        parts[f"optimizer/{name}"] = found
+    parts |= {f"pruner/{part}": pruner[part] for part in _PRUNER_TENSORS if pruner}
+    tensors = {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+    return tensors, {
+        "pruner": {k: v for k, v in pruner.items() if k not in _PRUNER_TENSORS},
+        "progress": {name: getattr(state, name) for name in _PROGRESS},
+        "sums": {"loss": loss.item(), "correct": correct.item(), "images": sums.images},
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+
+
+def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
+    """The state in a checkpoint, after its tensors have gone to the model, the optimiser and the pruner."""
+    parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+    for name, tensor in checkpoint.tensors.items():
+        part, key = name.rsplit("/", 1)
+        parts[part][key] = tensor.to(setup.accelerator.device, copy=True)
+    setup.model.load_adapter_state_dict(parts["model"])
+    for name, parameter in setup.trained.items():
+        for key, tensor in parts[f"optimizer/{name}"].items():
+            # Adam counts its steps on the CPU
+            setup.optimizer.optimizer.state[parameter][key] = tensor.cpu() if key == "step" else tensor
+    told = checkpoint.state
+    if setup.pruner is not None:
+        found = {part: parts[f"pruner/{part}"] for part in _PRUNER_TENSORS}
+        setup.pruner.load_state_dict(told["pruner"] | found)
+    if told["scaler"]:
+        setup.accelerator.scaler.load_state_dict(told["scaler"])
+    sums = Sums(setup.accelerator.device)
+    if setup.accelerator.is_main_process:  # sums are added up over the processes
+        sums.loss += told["sums"]["loss"]
+        sums.correct += told["sums"]["correct"]
+    sums.images = told["sums"]["images"]
+    return State(sums, **told["progress"], best=parts["best"] or None)
+
+
+def fingerprint(model: "TunedModel", splits: "Splits", config: TrainConfig) -> dict:
+    """What a run must have in common with a checkpoint to go on from it; JSON-able."""
+    backbone = model.backbone
+    return {
+        "method": model.method,
+        "options": _plain(model.options),
+        "num_classes": model.num_classes,
+        "backbone": {
+            "name": backbone.name,
+            "sha256": backbone.weights_sha256,
+            "img_size": _plain(backbone.img_size),
+            # as it was before there was a choice, so that checkpoints of then still resume
+            **({"resize": "direct"} if getattr(backbone, "resize", "crop") == "direct" else {}),
+        },
+        "data": {name: _digest(getattr(splits, name)) for name in ("train", "val")},
+        "config": config.to_fingerprint(),
+    }
+
+
+def _digest(items) -> dict | None:
+    if not items:
+        return None
+    labels = torch.as_tensor(items.labels).tolist() if hasattr(items, "labels") else []
+    content = repr((len(items), labels, list(getattr(items, "names", [])))).encode()
+    return {"images": len(items), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _plain(value: object) -> object:
+    """As it comes back from JSON."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
