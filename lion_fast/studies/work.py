@@ -153,7 +153,7 @@ class Workshop:
                 "fingerprint": splits.description["fingerprint"],
                 "sizes": splits.description["sizes"],
                 "classes": len(splits.classes),
-                "skipped": splits.description["skipped"]["count"],
+                "skipped": splits.description.get("skipped", {}).get("count", 0),
                 "settings": dict(self.grid.sets[item.set].data),
             },
             "backbone_settings": {name: getattr(backbone, name) for name in BACKBONE},

@@ -347,18 +347,6 @@ def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, m
     assert cli.main(["experiment", str(grid), "--out", str(out), "--report-only"]) == 0
 
 
-def test_ctrl_c_is_130_and_a_report_of_nothing_is_none(images, tmp_path, monkeypatch, capsys):
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump(small_grid(images)))
-
-    def run(self, item):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work.Workshop, "run", run)
-    assert cli.main(["experiment", str(grid), "--out", str(tmp_path / "out")]) == 130
-    assert "goes on from there" in capsys.readouterr().err
-
-
 # -- processes
 
 
