@@ -66,7 +66,7 @@ def setting(default: Any, help: str, *, choices: Iterable = (), default_is: str 
     return field(default=default, metadata=about)
 
 
-def kind(option: Field) -> type:
+def kind(option: Field) -> Any:
     """The type of an option's value, None apart."""
     return next((t for t in typing.get_args(option.type) if t is not types.NoneType), option.type)
 

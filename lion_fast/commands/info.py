@@ -9,6 +9,7 @@ examples:
 import argparse
 import json
 import sys
+from typing import Any
 
 from lion_fast.commands.common import add_adapter, load_run, sample_images
 
@@ -62,7 +63,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
 
     model, _, folder = load_run(args.adapter, weights=args.weights)
     images, measured_on = sample_images(args.images, model.backbone, 32 if args.images else 8)
-    result = {
+    result: dict[str, Any] = {
         "adapter": str(folder),
         "method": model.method,
         "options": model.options,

@@ -10,6 +10,7 @@ One shot, without training. To train while pruning: lion-fast finetune photos/ -
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lion_fast.commands.common import add_adapter, add_device, load_run
 from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> dict:
     for name in ("config.yaml", "splits.json"):
         if (folder.parent / name).is_file():
             shutil.copyfile(folder.parent / name, out / name)
-    result = {
+    result: dict[str, Any] = {
         "adapter": str(out / "adapter"),
         "kept_shares": shares,
         "units": {name: {"before": before, "now": now} for name, (before, now) in units.items()},

@@ -62,8 +62,8 @@ class Logs:
             print(f"{line} ({row['seconds']:.1f} s)", file=sys.stderr, flush=True)
 
     def _draw(self, what: str, row: dict) -> None:
-        for name in row if self.board is not None else ():
-            if name not in ("step", "epoch"):
+        for name in row:
+            if self.board is not None and name not in ("step", "epoch"):
                 self.board.add_scalar(f"{what}/{name}", row[name], row["step"])
 
 

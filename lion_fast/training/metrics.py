@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -218,13 +218,16 @@ def predict(
         torch.Size([5, 2])
     """
     _check_loading(batch_size, num_workers)
-    device = next(model.parameters()).device
     loader = DataLoader(with_transform(model, dataset), batch_size, num_workers=num_workers)
-    out = []
+    bar = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
+    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in bar)
+    return _probabilities(model, images, mixed_precision)
+
+
+def _probabilities(model: nn.Module, batches: Iterable[torch.Tensor], mixed_precision: str) -> torch.Tensor:
+    device = next(model.parameters()).device
     with evaluating(model), autocast(device, mixed_precision):
-        for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            out.append(model(images.to(device)).float().softmax(1).cpu())
+        out = [model(images.to(device)).float().softmax(1).cpu() for images in batches]
     return torch.cat(out) if out else torch.empty(0, 0)
 
 
@@ -273,20 +276,21 @@ def predict_files(
     from lion_fast.data import transforms
 
     _check_loading(batch_size, num_workers)
-    device = next(model.parameters()).device
     files = _Files(paths, transforms(model.backbone))
     loader = DataLoader(files, batch_size, num_workers=num_workers, collate_fn=list)
-    read, failed, out = [], [], []
-    with evaluating(model), autocast(device, mixed_precision):
+    read, failed = [], []
+
+    def images() -> Iterator[torch.Tensor]:
         for batch in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
             for place, image, fault in batch:
-                if image is None and strict:
-                    raise DataError(fault)
-                if image is None:
-                    failed.append((paths[place], fault))
-                else:
+                if image is not None:
                     read.append(paths[place])
-            images = [image for _, image, _ in batch if image is not None]
-            if images:
-                out.append(model(torch.stack(images).to(device)).float().softmax(1).cpu())
-    return read, torch.cat(out) if out else torch.empty(0, 0), failed
+                elif strict:
+                    raise DataError(fault)
+                else:
+                    failed.append((paths[place], fault))
+            found = [image for _, image, _ in batch if image is not None]
+            if found:
+                yield torch.stack(found)
+
+    return read, _probabilities(model, images(), mixed_precision), failed

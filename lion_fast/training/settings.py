@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lion_fast.errors import OptionError
 from lion_fast.files import write_atomically
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lion_fast.backbones import Backbone
     from lion_fast.data import Splits
     from lion_fast.methods import TunedModel
+
+_Part = TypeVar("_Part", bound=Options)
 
 
 @documented
@@ -52,7 +54,7 @@ class DataSettings(Options):
         from lion_fast.data import load_data
 
         given = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_seed")}
-        return load_data(self.data, seed=seed if self.data_seed is None else self.data_seed, **given)
+        return load_data(self.data or "", seed=seed if self.data_seed is None else self.data_seed, **given)
 
 
 @documented
@@ -140,15 +142,15 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     train: TrainConfig = field(default_factory=TrainConfig)
-    out: str | None = None
-    layers: Mapping[str, Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)
+    out: str = ""
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.out, (str, type(None))):
+        if not isinstance(self.out, str):
             raise OptionError(f"out must be a text; got {self.out!r}")
-        if self.out is None:
+        if not self.out:
             object.__setattr__(self, "out", f"runs/{self.model.method}")
-        if self.layers is None:
+        if not self.layers:
             given = {n: v for n, v in self.to_dict().items() if n != "out" and v != DEFAULTS[n]}
             object.__setattr__(self, "layers", {"given": given})
 
@@ -164,7 +166,9 @@ class Settings:
         The mappings of `options` and `backbone_options` are joined. `OptionError` for an unknown name, and
         for a value out of its range.
         """
-        known, merged, kept = cls.names(), {}, {}
+        known = cls.names()
+        merged: dict[str, Any] = {"out": ""}
+        kept: dict[str, dict[str, Any]] = {}
         for origin, layer in layers.items():
             refuse_unknown(layer, known, "setting" if origin == "given" else f"setting in {origin}")
             kept[origin] = given = {name: value for name, value in layer.items() if value is not None}
@@ -172,11 +176,11 @@ class Settings:
                 if isinstance(given.get(name), Mapping) and isinstance(merged.get(name), Mapping):
                     given = {**given, name: {**merged[name], **given[name]}}
             merged |= given
-        parts = {
-            part: kind.from_dict({n: merged[n] for n in kind.names() if n in merged})
-            for part, kind in PARTS.items()
-        }
-        return cls(**parts, out=merged.get("out"), layers=kept)
+
+        def part(kind: type[_Part]) -> _Part:
+            return kind.from_dict({name: merged[name] for name in kind.names() if name in merged})
+
+        return cls(part(DataSettings), part(ModelSettings), part(TrainConfig), merged["out"], kept)
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Settings":
@@ -221,7 +225,7 @@ class Settings:
             del defaults[part]
         defaults |= {f"options.{name}": value for name, value in known.items()}
         return {
-            name: {"value": value, "default": defaults.get(name), "from": self.origin(name)}
+            name: {"value": value, "default": defaults.get(name), "from": self.origin(name) or "given"}
             for name, value in values.items()
             if name not in ("data", "out", "preset") and (name not in defaults or value != defaults[name])
         }
@@ -256,10 +260,16 @@ class Settings:
             return self
         chosen = preset(self.model.method, name)
         left_out = {"seed", "keep"} if self.train.early_stop else {"seed"}
-        values = {key: value for key, value in chosen.train.items() if key not in left_out}
+        values = {
+            key: value
+            for key, value in chosen.train.items()
+            if key not in left_out and self.origin(key) is None and getattr(self.train, key) == DEFAULTS[key]
+        }
         below = {f"preset {name}": {**values, "options": dict(chosen.options)}}
-        found = Settings.from_layers({**below, **self.layers})
-        return replace(found, model=replace(found.model, preset=name), out=self.out)
+        model = replace(self.model, preset=name, options={**chosen.options, **self.model.options})
+        return replace(
+            self, model=model, train=replace(self.train, **values), layers={**below, **self.layers}
+        )
 
     def load_data(self) -> "Splits":
         """The images, split and drawn."""

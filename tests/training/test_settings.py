@@ -1,7 +1,7 @@
 """Settings: from files, flags and Python alike; what was given, what a preset set, what is a default."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -122,6 +122,9 @@ def test_lion_starts_from_the_preset_of_its_number_of_images(images, name):
     assert Settings.from_dict(settings.to_dict()).with_preset(images, 3) == settings
     python = Settings(DataSettings("x"), train=TrainConfig(lr=0.5)).with_preset(images, 3)
     assert python == settings and python.origin("lr") == "given"
+    changed = Settings.from_dict({"data": "x"})
+    changed = replace(changed, train=replace(changed.train, lr=0.5)).with_preset(images, 3)
+    assert changed == settings and changed.changed()["lr"]["from"] == "given"
 
 
 @pytest.mark.parametrize(
