@@ -143,6 +143,12 @@ def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
     assert splits.description["fingerprint"] == row["data"]["fingerprint"]
 
 
+def test_a_set_that_names_no_unreadable_files_has_none(images):
+    home = work.Workshop(grid := make_grid(small_grid(images)))
+    del home.splits("final", "noise", 1).description["skipped"]  # as of a built-in set
+    assert home.run(grid.item("final", "tiny", "noise", "probe", 0, 1))["data"]["skipped"] == 0
+
+
 def test_a_row_says_the_device_that_was_asked_for(images, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert work.Workshop(make_grid(small_grid(images))).circumstances("cpu")["device"] == "cpu"
