@@ -25,13 +25,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "bench", ROOT / "kernels"):
+for folder in (ROOT, ROOT / "bench", ROOT / "kernels"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 import facts  # noqa: E402, I001
 import sass  # noqa: E402
 from facts import Facts  # noqa: E402
+from lion_fast.files import write_atomically  # noqa: E402
 from shipped import Shipped, shipped  # noqa: E402
 
 CACHE = ROOT / "build" / "aot.json"
@@ -100,16 +101,14 @@ def expected_tensor(spec: Shipped) -> tuple[str, ...]:
     return ("HGMMA",) if wgmma else ("HMMA", "HGMMA", "UTCHMMA")
 
 
-def uses_products(spec: Shipped) -> bool:
-    """Whether the kernel multiplies matrices at all: those that do say in which precision."""
-    return "PRECISION" in spec.constexprs
-
-
 def wants_tensor_cores(spec: Shipped) -> bool:
-    """Whether some product of a configuration has operands that the tensor cores take."""
+    """Whether some product of a configuration has operands that the tensor cores take.
+
+    The kernels that multiply matrices say in which precision.
+    """
     given = spec.constexprs
     halves = {given.get("INPUT"), given.get("LOOP")} & {"fp16", "bf16"}
-    return uses_products(spec) and (bool(halves) or given["PRECISION"] == "tf32")
+    return "PRECISION" in given and (bool(halves) or given["PRECISION"] == "tf32")
 
 
 def release_of(version: str) -> str:
@@ -192,10 +191,9 @@ def _load_cache() -> dict[str, Facts]:
 
 def _save_cache(cache: dict[str, Facts]) -> None:
     CACHE.parent.mkdir(parents=True, exist_ok=True)
-    partial = CACHE.with_suffix(f".{os.getpid()}.tmp")
     # A failure to compile may be this machine's; it is tried again.
-    partial.write_text(json.dumps({key: asdict(found) for key, found in cache.items() if not found.error}))
-    partial.replace(CACHE)
+    kept = {key: asdict(found) for key, found in cache.items() if not found.error}
+    write_atomically(CACHE, json.dumps(kept))
 
 
 def quick(specs: list[Shipped]) -> list[Shipped]:

@@ -13,7 +13,8 @@ from lion_fast import create, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.backbones import fp8, prefix_block, prefix_kv
 from lion_fast.methods import available
-from lion_fast.studies.cost.measure import distance, forms_of, move_off_start
+from lion_fast.studies.cost.models import forms_of, move_off_start
+from lion_fast.studies.measuring import distance
 
 B, NAME, SIZE, DEPTH = 4, "vit_small_patch16_224", 224, 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

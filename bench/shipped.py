@@ -70,18 +70,10 @@ def _whole() -> list[Shipped]:
             found.append(_loop(op, capability, 48, torch.bfloat16, width=100, **cheap))
         found += [_weights(capability, *tile) for tile in tiles]
         pointers = ("partial_ptr", "da_ptr", "dv_ptr", "dc_ptr", "dw_ptr", "db_ptr")
-        found.append(
-            Shipped(
-                name=f"sum sm_{capability}",
-                module="lion_kernels.adjoint",
-                kernel="_sum_splits_kernel",
-                capability=capability,
-                signature=dict.fromkeys(pointers, "*fp32") | {"splits": "i32"},
-                constexprs={"D": WIDTH, "R": 64, "BLOCK": launch.SUM_BLOCK},
-                num_warps=4,
-                num_stages=1,
-            )
-        )
+        signature = dict.fromkeys(pointers, "*fp32") | {"splits": "i32"}
+        constants = {"D": WIDTH, "R": 64, "BLOCK": launch.SUM_BLOCK}
+        sums = ("_sum_splits_kernel", capability, signature, constants)
+        found.append(Shipped(f"sum sm_{capability}", "lion_kernels.adjoint", *sums, 4, 1))
     return found
 
 
@@ -111,24 +103,16 @@ def _loop(
         own = {"ONES": launch.ONES, "floor": ADJOINT_FLOOR}
         names = ("grad_ptr", "p_ptr", "a_ptr", "v_ptr", "dx_ptr", "t_ptr", "z_ptr")
         pointers = dict.fromkeys(names, tokens) | {"w_ptr": word, "change_ptr": word}
-    steps = "max_iter" if op == "solve" else "terms"
+    steps, kernel = {"solve": ("max_iter", "_solve_fwd_kernel"), "adjoint": ("terms", "_adjoint_kernel")}[op]
     detail = [f"R{state}", _arithmetic_name(dtype, kinds), activation]
     detail += ["damped"] * (damping != 1) + [f"D{width}"] * (width != WIDTH)
+    pointers |= {"count_ptr": "*i32", "T": "i32", "tol": "fp32", "damping": "fp32", steps: "i32"}
+    constants = launch.loop_constants(chosen, width, state, kinds, activation, damping, RESIDUAL=True, **own)
+    asked = (op, capability, launch.padded_state(state), launch.arithmetic(dtype, tf32))
     return Shipped(
-        name=" ".join([op, f"sm_{capability}", *detail]),
-        module=f"lion_kernels.{op}",
-        kernel="_solve_fwd_kernel" if op == "solve" else "_adjoint_kernel",
-        capability=capability,
-        signature=pointers
-        | {"count_ptr": "*i32", "T": "i32", "tol": "fp32", "damping": "fp32", steps: "i32"},
-        constexprs=launch.loop_constants(
-            chosen, width, state, kinds, activation, damping, RESIDUAL=True, **own
-        ),
-        **chosen.resources,
-        spills_in=SPILLING.get(
-            (op, capability, launch.padded_state(state), launch.arithmetic(dtype, tf32)), ()
-        ),
-    )
+        " ".join([op, f"sm_{capability}", *detail]), f"lion_kernels.{op}", kernel, capability, pointers,
+        constants, **chosen.resources, spills_in=SPILLING.get(asked, ()),
+    )  # fmt: skip
 
 
 def _weights(capability: int, state: int, dtype: torch.dtype, tf32: bool) -> Shipped:
@@ -136,15 +120,12 @@ def _weights(capability: int, state: int, dtype: torch.dtype, tf32: bool) -> Shi
     chosen = launch.config("weights", 1 << 16, WIDTH, state, dtype, divmod(capability, 10), tf32)
     kinds = launch.numerics(dtype, tf32)
     pointers = dict.fromkeys(("grad_ptr", "x_ptr", "t_ptr", "z_ptr"), TRITON_TYPES[dtype])
+    pointers |= {"partial_ptr": "*fp32", "T": "i32"}
+    constants = launch.weights_constants(chosen, WIDTH, state, kinds, rows=512)
     return Shipped(
-        name=f"weights sm_{capability} R{state} {_arithmetic_name(dtype, kinds)}",
-        module="lion_kernels.adjoint",
-        kernel="_weight_grads_kernel",
-        capability=capability,
-        signature=pointers | {"partial_ptr": "*fp32", "T": "i32"},
-        constexprs=launch.weights_constants(chosen, WIDTH, state, kinds, rows=512),
-        **chosen.resources,
-    )
+        f"weights sm_{capability} R{state} {_arithmetic_name(dtype, kinds)}", "lion_kernels.adjoint",
+        "_weight_grads_kernel", capability, pointers, constants, **chosen.resources,
+    )  # fmt: skip
 
 
 # (arithmetic, state, damping): the step launches that are compiled. The activation is gelu, whose code is the
@@ -266,13 +247,9 @@ def _products(capability: int, arithmetic: str, block: int) -> list[Shipped]:
         chosen = launch_sparse.config(op, block, dtype, tf32)
         found.append(
             Shipped(
-                name=f"sparse {op} sm_{capability} {arithmetic} {block}",
-                module="lion_kernels.sparse_kernels",
-                kernel=kernels[op],
-                capability=capability,
-                signature=signature,
-                constexprs=constants[op](chosen, (WIDTH, WIDTH), kinds),
+                f"sparse {op} sm_{capability} {arithmetic} {block}", "lion_kernels.sparse_kernels",
+                kernels[op], capability, signature, constants[op](chosen, (WIDTH, WIDTH), kinds),
                 **chosen.resources,
             )
-        )
+        )  # fmt: skip
     return found

@@ -12,13 +12,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import problems
 import rows as stage
 import sparse
 import torch
-from measure import relative
 
+from lion_fast.studies.measuring import distance
 from lion_kernels import ops, present, reference
 from lion_kernels.blocks import to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
@@ -88,7 +89,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     zero, another rounding would be another slope.
     """
     shape = problems.Shape(1, case.width, case.state, "hard", tokens=case.rows)
-    tokens = sparse.draw_tokens(shape, dtype, device, 0)
+    tokens = problems.draw_tokens(shape, dtype, device, 0)
     x, upstream = tokens[0][0], tokens[1][0]
     patterns = {}
     if case.block:
@@ -115,9 +116,9 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
         backend = _backend(device)
         got_out, got_p, _, _ = ops.solve(x, A, W, b, V, c, *options, True, backend)
         got = ops.adjoint(upstream, x, given, A, W, V, *back, backend)
-    found = {"out": relative(got_out.double() - x_, out - x_), "p": relative(got_p, p)}
+    found = {"out": distance(got_out.double() - x_, out - x_), "p": distance(got_p, p)}
     for name, ours, target in zip(GRADIENTS, got, right, strict=False):
-        found[name] = relative(ours, patterns[name].gather(target) if name in patterns else target)
+        found[name] = distance(ours, patterns[name].gather(target) if name in patterns else target)
     return found
 
 
@@ -167,18 +168,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="few small shapes, for compute-sanitizer")
     options, rows, deadline = stage.begin(parser, argv)
     dtype, bound = problems.DTYPES[options.dtype], BOUNDS[options.dtype]
-    chosen = list(cases(options.rest, options.small))
+    chosen, states = list(cases(options.rest, options.small)), (64, 16, 128)
     if options.dry_run:
-        chosen = [Case(37, 40, 24, "relu"), Case(20, 16, 8, "tanh", 0.7)]
-    todo = (
-        []
-        if options.small
-        else [
-            (f"integers R={state}", lambda state=state: integers_exact(state, dtype, options.device), 0.0)
-            for state in ((16,) if options.dry_run else (64, 16, 128))
-        ]
-    )
-    todo += [(str(case), lambda case=case: errors(case, dtype, options.device), bound) for case in chosen]
+        chosen, states = [Case(37, 40, 24, "relu"), Case(20, 16, 8, "tanh", 0.7)], (16,)
+    todo = [(str(case), partial(errors, case, dtype, options.device), bound) for case in chosen]
+    if not options.small:
+        exact = [(f"integers R={R}", partial(integers_exact, R, dtype, options.device), 0.0) for R in states]
+        todo = exact + todo
     wrong = 0
     # Under a sanitizer everything is run, whatever is known.
     kind = "sanitized" if options.small else "check"

@@ -13,6 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT / "kernels")]
+
+from lion_fast.studies.figures import figure_at, styles_of  # noqa: E402
+from lion_fast.studies.rows import read_rows  # noqa: E402
+
 TARGET = ROOT / "lion_fast" / "pruning" / "crossovers.json"
 DENSE = "dense fused"
 # The contender that stands for each granularity, and its key in the file.
@@ -22,15 +27,12 @@ STORAGES = {
     "element": ("CSR loop", "element"),
     "2:4": ("2:4 form", "2:4"),
 }
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 CASE = ("device", "dtype", "width", "state", "granularity", "block", "sparsity", "mode", "batch", "revision")
 
 
-def read_rows(paths: Iterable[Path]) -> list[dict]:
+def measured(paths: Iterable[Path]) -> list[dict]:
     """The sparse rows of JSON-lines files; dry runs and a CPU's are no measurements and are left out."""
-    rows = []
-    for path in paths:
-        rows += [json.loads(line) for line in path.read_text().splitlines() if line]
+    rows = [row for path in paths for row in read_rows(path)]
     return [r for r in rows if r["kind"] == "sparse" and not r.get("dry_run") and r["device"] != "cpu"]
 
 
@@ -107,9 +109,6 @@ def plot(rows: Iterable[dict], path: Path, mode: str = "forward", dtype: str = "
 
     Returns the number of panels; draws nothing and returns 0 where no row can be compared.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: dict[tuple, dict[str, list[dict]]] = {}
     for found in compare(r for r in rows if r["dtype"] == dtype and r["mode"] == mode):
         suffix = f" {found['block']}" if found["block"] else ""
@@ -120,37 +119,28 @@ def plot(rows: Iterable[dict], path: Path, mode: str = "forward", dtype: str = "
         return 0
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    names = sorted({name for panel in panels.values() for name in panel})
-    grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, ((device, state, width), forms) in zip(grid, sorted(panels.items()), strict=False):
-        for name, points in sorted(forms.items()):
-            points = sorted(points, key=lambda p: p["dead"])
-            i = names.index(name)
-            axes.plot(
-                [100 * p["dead"] for p in points],
-                [p["ratio"] for p in points],
-                "os^Dv"[i // len(COLOURS) % 5] + "-",
-                color=COLOURS[i % len(COLOURS)],
-                markersize=4,
-                label=name,
-            )
-        axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-        axes.set(title=f"R = {state}, D = {width}\n{device}", xlabel="zeros of W (%)")
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlim(-3, 100)
-        axes.set_ylabel("dense time / time")
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    handles = {}
-    for axes in figure.axes:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(f"Sparse storage against the dense fused solve, {mode}, {dtype}")
+    styles = {
+        name: more for name, *more in styles_of(sorted({n for panel in panels.values() for n in panel}))
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with figure_at(path, (4.6 * columns, 3.6 * lines + 1.2)) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False).flatten()
+        handles = {}
+        for axes, ((device, state, width), forms) in zip(grid, sorted(panels.items()), strict=False):
+            for name, points in sorted(forms.items()):
+                points = sorted(points, key=lambda p: p["dead"])
+                (colour, marker), xs = styles[name], [100 * p["dead"] for p in points]
+                ys = [p["ratio"] for p in points]
+                (handles[name],) = axes.plot(xs, ys, marker=marker, color=colour, markersize=4)
+            axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
+            axes.set(title=f"R = {state}, D = {width}\n{device}", xlabel="zeros of W (%)", xlim=(-3, 100))
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_ylabel("dense time / time")
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+        figure.suptitle(f"Sparse forms against the dense fused solve, {mode}, {dtype}")
     return len(panels)
 
 
@@ -162,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bf16", help="rows of this dtype (default bf16)")
     parser.add_argument("--plot", type=Path, help="also draw the crossovers into this file")
     options = parser.parse_args(argv)
-    rows = read_rows(options.rows)
+    rows = measured(options.rows)
     found = find_crossovers(rows, options.dtype)
     if not found["devices"]:
         parser.error(

@@ -8,6 +8,8 @@ kinds "ceilings" and "time". `--compile-only` fills the cache of torch's compile
 contenders run on, and times nothing.
 """
 
+import dataclasses
+import functools
 import gc
 import sys
 
@@ -60,44 +62,21 @@ def shares(row: dict) -> dict:
     }
 
 
-def key(shape: problems.Shape, mode: str) -> dict:
-    """What tells the rows of a shape and mode from others."""
-    return {
-        "kind": "time",
-        "mode": mode,
-        "batch": shape.batch,
-        "tokens": shape.tokens,
-        "width": shape.width,
-        "state": shape.state,
-        "problem": shape.problem,
-    }
-
-
-def measure_shape(shape, chosen, rows: stage.Rows, roof: dict, dtype, device: str, seconds: float) -> None:
+def measure_shape(shape, chosen, bench: timing.Bench, roof: dict, dtype) -> None:
     """All chosen contenders of one shape, mode by mode; rows that are known are left alone."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 16
-    built: list[problems.Problem] = []
-
-    def problem() -> problems.Problem:
-        if not built:
-            built.append(problems.build(shape, dtype, device, cache))
-        return built[0]
-
+    cache = problems.cache_bytes(bench.device)
+    problem = functools.cache(lambda: problems.build(shape, dtype, bench.device, cache))
     modes = measure.MODES
     if any(c.compiled for c in chosen):
         torch._dynamo.reset()
         # A host's compiler takes many seconds for each.
-        modes = modes[:1] if rows.common.get("dry_run") else modes
+        modes = modes[:1] if bench.dry else modes
     for mode in modes:
-        known = key(shape, mode)
-        timing.time_beside(
-            rows, known, chosen, problem, mode, device, seconds,
-            lambda c, p, mode=mode: describe(c, p, mode, roof), shares,
-        )  # fmt: skip
-        timing.report(rows, known, f"B={shape.batch} D={shape.width} R={shape.state} {shape.problem} {mode}")
-    built.clear()
+        known = {"kind": "time", "mode": mode, **dataclasses.asdict(shape)}
+        bench.time(known, chosen, problem, lambda c, p, mode=mode: describe(c, p, mode, roof), shares)
+    problem.cache_clear()
     gc.collect()
-    if device == "cuda":
+    if bench.device == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -126,14 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     todo = passes(options.rest, options.dry_run)
     if options.compile_only:
         compile_all(todo, dtype, device, deadline)
-        return 0
+        return stage.end(rows, deadline)
     if (roof := rows.known(kind="ceilings")) is None:
         rows.add({"kind": "ceilings", **measure.ceilings(device, small=options.dry_run)})
         roof = rows.known(kind="ceilings")
     print({name: f"{roof[name]:.3g}" for name in ("copy", "bf16", "tf32")}, f"device {rows.common['device']}")
+    bench = timing.Bench(rows, device, options.seconds)
     for shape, chosen in todo:
         if not deadline.passed(str(shape)):
-            measure_shape(shape, chosen, rows, roof, dtype, device, options.seconds)
+            measure_shape(shape, chosen, bench, roof, dtype)
     return stage.end(rows, deadline)
 
 

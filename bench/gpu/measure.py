@@ -3,10 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch._functorch.config
 from torch import Tensor
+
+from lion_fast.studies.measuring import distance, timer_of, wait
 
 MODES = ("forward", "backward", "both")
 # Runs in one captured graph at most, each on tokens of its own: launching a graph costs the host some
@@ -16,50 +19,21 @@ RUNS = 32
 LEAST_SAMPLES = 4
 
 
+def seconds_of(work: Callable[[], object], device: str, times: int = 1) -> float:
+    """Seconds each of some calls takes the device, one behind the other."""
+    timer = timer_of(device)
+    start = timer.read()
+    for _ in range(times):
+        work()
+    end = timer.read()
+    wait(device)
+    return timer.between(start, end) / times
+
+
 class NotCaptured(RuntimeError):
     """A capture broke off. Torch's allocator and current stream stay as they were within it, so that nothing
     more can be captured in this process.
     """
-
-
-class Clock:
-    """Seconds between two points of a device's queue."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        if self.cuda:
-            self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def start(self) -> None:
-        if self.cuda:
-            self.begin.record()
-        else:
-            self.begin = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.cuda:
-            self.end.record()
-        else:
-            self.end = time.perf_counter()
-
-    def seconds(self) -> float:
-        if self.cuda:
-            self.end.synchronize()
-            return self.begin.elapsed_time(self.end) / 1e3
-        return self.end - self.begin
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    """|got - exact| / |exact|; infinite where got is not finite."""
-    if not torch.isfinite(got).all():
-        return float("inf")
-    exact = exact.double()
-    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 class Subject:
@@ -79,7 +53,6 @@ class Subject:
             torch._functorch.config.donated_buffer = False
         self.call = torch.compile(ready.call) if compiled else ready.call
         self.turn = 0
-        self.clock = Clock(device)
         self.graph = self._capture() if captured and device == "cuda" else None
 
     @property
@@ -152,35 +125,26 @@ class Subject:
         graph, kept, _ = self.graph
         graph.replay()
         if self.mode == "forward":
-            return relative(kept[0], self.output()) <= 1e-2
-        return all(relative(a, b) <= 1e-2 for a, b in zip(kept[0], self.gradients(), strict=True))
+            return distance(kept[0], self.output()) <= 1e-2
+        return all(distance(a, b) <= 1e-2 for a, b in zip(kept[0], self.gradients(), strict=True))
 
     def sample(self, calls: int, eager: bool = False) -> float:
         """Seconds a run over some runs, or an eager call; an eager backward is timed behind each forward."""
         if self.graph and not eager:
             graph, kept, _ = self.graph
             replays = max(1, round(calls / len(kept)))
-            self.clock.start()
-            for _ in range(replays):
-                graph.replay()
-            self.clock.stop()
-            return self.clock.seconds() / (replays * len(kept))
-        total = 0.0
+            return seconds_of(graph.replay, self.device, replays) / len(kept)
         if self.mode == "backward":
-            for _ in range(calls):
-                self.turn = (self.turn + 1) % len(self.problem.x)
-                x, out = self._forward(self.turn, True)
-                self.clock.start()
-                self._backward(self.turn, x, out)
-                self.clock.stop()
-                total += self.clock.seconds()
-            return total / calls
-        self.clock.start()
-        for _ in range(calls):
-            self.turn = (self.turn + 1) % len(self.problem.x)
-            self._once(self.turn)
-        self.clock.stop()
-        return self.clock.seconds() / calls
+            return statistics.fmean(
+                seconds_of(partial(self._backward, i, *self._forward(i, True)), self.device)
+                for i in (self._next() for _ in range(calls))
+            )
+        return seconds_of(lambda: self._once(self._next()), self.device, calls)
+
+    def _next(self) -> int:
+        """The tokens whose turn it is."""
+        self.turn = (self.turn + 1) % len(self.problem.x)
+        return self.turn
 
     def host_seconds(self, calls: int = 20) -> float:
         """Seconds of the host for an eager call, until it has handed its work to the device.
@@ -189,24 +153,24 @@ class Subject:
         """
         spent = 0.0
         for _ in range(calls):
-            synchronize(self.device)
+            wait(self.device)
             made = self._forward(0, True) if self.mode == "backward" else None
-            synchronize(self.device)
+            wait(self.device)
             begin = time.perf_counter()
             self._backward(0, *made) if made else self._once(0)
             spent += time.perf_counter() - begin
-        synchronize(self.device)
+        wait(self.device)
         return spent / calls
 
     def peak_bytes(self) -> int | None:
         """Memory that one eager call allocates above what was there; None on a CPU."""
         if self.device != "cuda":
             return None
-        synchronize(self.device)
+        wait(self.device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._once(0)
-        synchronize(self.device)
+        wait(self.device)
         return torch.cuda.max_memory_allocated() - before
 
     def saved_bytes(self) -> int | None:
@@ -246,29 +210,9 @@ def interleaved(subjects: list[Subject], seconds: float, rounds: int) -> list[li
     return samples
 
 
-def quantiles(samples: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % in microseconds."""
-    ordered = sorted(samples)
-
-    def at(q: float) -> float:
-        return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
-
-    return {
-        "us": statistics.median(ordered) * 1e6,
-        "us_20": at(0.2) * 1e6,
-        "us_80": at(0.8) * 1e6,
-    }
-
-
 def best_rate(work: float, run: Callable[[], object], device: str, repeats: int) -> float:
     """work / seconds of the fastest of some repeats."""
-    clock, seconds = Clock(device), []
-    for _ in range(repeats + 2):
-        clock.start()
-        run()
-        clock.stop()
-        seconds.append(clock.seconds())
-    return work / min(seconds[2:])
+    return work / min([seconds_of(run, device) for _ in range(repeats + 2)][2:])
 
 
 def ceilings(device: str, small: bool = False) -> dict[str, float]:

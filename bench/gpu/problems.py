@@ -81,9 +81,9 @@ class Problem:
         return self.known[recurrence]
 
 
-def weights(shape: Shape, device: str, seed: int = 0) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def weights(shape: Shape, device: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A, W, b, V, c of the free recurrence, and of the tied one, whose W is A V."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     D, R, rate = shape.width, shape.state, RATES[shape.problem]
 
     def draw(*size: int) -> Tensor:
@@ -126,19 +126,27 @@ def integers(rows: int, width: int, state: int, device: str) -> tuple[Tensor, ..
     return tuple(t.to(device, torch.float64) for t in tensors)
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str, cache_bytes: int, seed: int = 0) -> Problem:
-    """A problem whose rotating tokens exceed three times the device's last cache."""
-    free, tied = weights(shape, device, seed)
+def cache_bytes(device: str) -> int:
+    """The size of a device's last cache; of a CPU's a small number, for dry runs."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 16
+
+
+def draw_tokens(
+    shape: Shape, dtype: torch.dtype, device: str, cache: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """x and upstream gradients in rotation, together three times as large as the device's last cache."""
     size = shape.rows * shape.width * dtype.itemsize
-    sets = max(2, min(512, -(-3 * cache_bytes // (2 * size))))
+    sets = max(2, min(512, -(-3 * cache // (2 * size))))
     # The generator of the device: half a gigabyte drawn on a host takes seconds.
-    generator = torch.Generator(device).manual_seed(seed)
+    new = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
+    x, upstream = ([torch.randn(shape.rows, shape.width, **new) for _ in range(sets)] for _ in range(2))
+    return x, upstream
 
-    def draw() -> list[Tensor]:
-        new = {"device": device, "dtype": dtype, "generator": generator}
-        return [torch.randn(shape.rows, shape.width, **new) for _ in range(sets)]
 
-    x, upstream = draw(), draw()
+def build(shape: Shape, dtype: torch.dtype, device: str, cache: int) -> Problem:
+    """A problem with tokens in rotation."""
+    free, tied = weights(shape, device)
+    x, upstream = draw_tokens(shape, dtype, device, cache)
     applications, steps = {}, {}
     for name, given in (("free", free), ("tied", tied)):
         count = reference.solve(x[0].float(), *given, ACTIVATION, MAX_ITER, TOL, 1.0, True)[3]

@@ -1,9 +1,9 @@
 """The rows of the GPU run: where they were taken, their file, and when to stop.
 
-A row is a JSON line, on disk as soon as it is known. It counts as known to a later run on the same device
-with the same versions and the same code, wherever its file lies: in the folder of this run or among the
-committed results. The code is `CODE`, so committing rows or documents does not make them unknown. A failed
-row is known to the run that it failed in, and tried again by the next.
+A row counts as known to a later run on the same device with the same versions and the same code, wherever
+its file lies: in the folder of this run or among the committed results. The code is `CODE`, so committing
+rows or documents does not make them unknown. A failed row is known to the run that it failed in, and tried
+again by the next.
 """
 
 import argparse
@@ -11,16 +11,20 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT / "kernels")]
+
+from lion_fast.studies.environment import context, git_revision  # noqa: E402
+from lion_fast.studies.rows import Store, read_rows  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 CODE = ("kernels", "lion_fast", "bench/gpu")
 # Begins the name of code that has no history.
@@ -39,87 +43,52 @@ def revision() -> str:
     LION_FAST_REVISION names it for a copy without history; where nothing does it is a digest of the files,
     so that rows of other code are not taken for rows of this one.
     """
-    if named := os.environ.get("LION_FAST_REVISION"):
-        return named
-
-    def git(*words: str) -> str:
-        command = ["git", *words, "--", *CODE]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    found = git("log", "-1", "--format=%h", "--abbrev=12") if shutil.which("git") else ""
-    if not found:
+    found = git_revision(ROOT, CODE)
+    if found["git_code"] is None:
         digest = hashlib.sha256()
         for path in sorted(path for place in CODE for path in (ROOT / place).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
         return f"{DIGEST}{digest.hexdigest()[:12]}"
-    return found + ("-changed" if git("status", "--porcelain", "--untracked-files=no") else "")
+    if found["git_changed"] is None:
+        return found["git_code"]
+    return found["git_code"][:12] + ("-changed" if found["git_changed"] else "")
 
 
 def environment(device: str, dtype: str) -> dict[str, object]:
     """What every row says about where it was taken."""
-    import torch
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
+    where = context(torch.device(device))
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": where["device_name"] if device == "cuda" else "cpu",
         "dtype": dtype,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton_version,
-        "python": platform.python_version(),
+        **where["versions"],
         "revision": revision(),
         # Those that one call of the driver starts share it.
         "run": os.environ.get("LION_FAST_RUN") or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
     }
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a file; what a process that was killed left of its last line is not one."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 class Rows:
-    """A file of rows that is appended to, and the rows known from it and from `earlier` folders."""
+    """A `Store` that is appended to, and the rows known from it and from `earlier` folders."""
 
     def __init__(self, folder: Path, common: dict[str, object], earlier: tuple[Path, ...] = (RESULTS,)):
-        folder.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", str(common["device"]).lower()).strip("-")
-        self.path = folder / f"gpu-{slug}-{common['dtype']}.jsonl"
-        self.common = common
-        self.rows: list[dict] = []
+        self.store = Store(folder / f"gpu-{slug}-{common['dtype']}.jsonl")
+        self.path, self.common = self.store.path, common
         places = {p.resolve(): p for place in (*earlier, folder) for p in sorted(place.glob("gpu-*.jsonl"))}
-        for path in places.values():
-            found = read_lines(path)
-            self.rows += [row for row in found if all(row.get(k) == common[k] for k in SAME)]
-        if self.path.exists():  # half a line would swallow the next one
-            text = self.path.read_text(encoding="utf-8")
-            if text and not text.endswith("\n"):
-                self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        found = [row for path in places.values() for row in read_rows(path)]
+        self.rows = [row for row in found if all(row.get(k) == common[k] for k in SAME)]
         self.begun = self.path.with_suffix(".begun")
-        for left in read_lines(self.begun) if self.begun.exists() else ():
-            for key in left["keys"] if left["run"] == common["run"] else ():
+        if self.begun.exists():
+            left = json.loads(self.begun.read_text(encoding="utf-8") or "{}")
+            for key in left["keys"] if left.get("run") == common["run"] else ():
                 self.add({**key, "failed": "the process died of it"})
-        self.begun.unlink(missing_ok=True)
+            self.begun.unlink()
 
     def add(self, row: dict) -> None:
         """Keep a row; it is on disk when this returns."""
         row = {**row, **self.common, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.store.add(row)
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     @contextlib.contextmanager
     def attempt(self, *keys: dict) -> Iterator[None]:
@@ -192,8 +161,6 @@ def begin(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, Rows, Deadline]:
     """The options, the rows and the deadline of a stage; refuses what would give no result."""
-    import torch
-
     options = parser.parse_args(argv)
     refuse_no_result(parser, options)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -208,7 +175,8 @@ def begin(
 
 
 def end(rows: Rows, deadline: Deadline, wrong: int = 0) -> int:
-    """Say what there is; the exit status."""
+    """Say what there is, and let others write; the exit status."""
+    rows.store.close()
     print(
         f"{len(rows.rows)} rows known, {rows.path.name}; {len(deadline.left_out)} left out for time",
         flush=True,
@@ -226,8 +194,6 @@ def leave_if_lost(device: str) -> None:
     """End the process where a CUDA error has made its context useless: all that followed would fail."""
     if device != "cuda":
         return
-    import torch
-
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:

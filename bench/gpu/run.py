@@ -32,7 +32,7 @@ STAGES = ("warm", "first", "tests", "rest", "accuracy")
 GRID = ROOT / "bench" / "accuracy" / "gpu.yaml"
 PACK = ROOT / "build" / "gpu-pack"
 # Rows of the methods and of the experiments.
-ROW_FILES = (Path("methods-gpu", "rows.json"), Path("accuracy", "gpu", "rows.jsonl"))
+ROW_FILES = (Path("methods-gpu", "rows.jsonl"), Path("accuracy", "gpu", "rows.jsonl"))
 # A step that is interrupted has so long to write what it knows.
 GRACE_SECONDS = 8
 # With less than this left no step begins.

@@ -8,10 +8,11 @@ in float64 before it is timed. Rows are of kind "sparse".
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import contenders
 import problems
@@ -101,15 +102,6 @@ def draw_masks(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
         name: expand_blocks(keep(-(-n // size), -(-k // size)), size, torch.Size((n, k)))
         for name, (n, k) in shapes.items()
     }
-
-
-def draw_tokens(shape: problems.Shape, dtype: torch.dtype, device: str, cache_bytes: int):
-    """x and upstream gradients in rotation, as `problems.build` draws them."""
-    size = shape.rows * shape.width * dtype.itemsize
-    sets = max(2, min(512, -(-3 * cache_bytes // (2 * size))))
-    generator = torch.Generator(device).manual_seed(0)
-    new = {"device": device, "dtype": dtype, "generator": generator}
-    return tuple([torch.randn(shape.rows, shape.width, **new) for _ in range(sets)] for _ in range(2))
 
 
 def build(case: Case, shape: problems.Shape, tokens) -> SparseProblem:
@@ -311,43 +303,17 @@ def describe(problem: SparseProblem, mode: str) -> dict:
     }
 
 
-def key(case: Case, shape: problems.Shape, mode: str) -> dict:
-    """What tells the rows of a case and mode from others."""
-    return {
-        "kind": "sparse",
-        "mode": mode,
-        "batch": shape.batch,
-        "tokens": shape.tokens,
-        "width": case.width,
-        "state": case.state,
-        "granularity": case.granularity,
-        "block": case.block,
-        "sparsity": case.sparsity,
-    }
-
-
-def measure_case(case, shape, tokens, device: str, rows: stage.Rows, seconds: float, rest: bool) -> None:
+def measure_case(case, shape, tokens, bench: timing.Bench, rest: bool) -> None:
     """All contenders of a case, forward and backward; rows that are known are left alone.
 
     tokens() -> x and upstream gradients in rotation.
     """
-    built: list[SparseProblem] = []
-
-    def problem() -> SparseProblem:
-        if not built:
-            built.append(build(case, shape, tokens()))
-        return built[0]
-
+    problem = functools.cache(lambda: build(case, shape, tokens()))
     for mode in MODES:
-        known = key(case, shape, mode)
+        known = {"kind": "sparse", "mode": mode, "batch": shape.batch, "tokens": shape.tokens, **asdict(case)}
         # 2:4 is for inference here.
         competing = [c for c in chosen(case, rest) if mode == "forward" or not c.name.startswith("2:4")]
-        timing.time_beside(
-            rows, known, competing, problem, mode, device, seconds,
-            lambda c, p, mode=mode: describe(p, mode),
-        )  # fmt: skip
-        form = f"D={case.width} R={case.state} {case.form} {case.sparsity:.0%}"
-        timing.report(rows, known, f"{form} {mode}")
+        bench.time(known, competing, problem, lambda c, p, mode=mode: describe(p, mode))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -355,26 +321,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage.arguments(__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.12, help="per contender, mode and case")
     options, rows, deadline = stage.begin(parser, argv)
-    device, dtype = options.device, problems.DTYPES[options.dtype]
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 1 << 16
+    bench = timing.Bench(rows, options.device, options.seconds)
+    dtype, device = problems.DTYPES[options.dtype], options.device
     todo = cases() if options.rest else cases(*FIRST)
     if options.dry_run:
         todo = cases(widths=((64, 64),), sparsities=(0.5,))
-    drawn: dict[problems.Shape, tuple] = {}
+    batch, count = (2, 9) if options.dry_run else (BATCH, problems.TOKENS_PER_IMAGE)
+
+    @functools.lru_cache(maxsize=1)
+    def tokens(shape: problems.Shape):
+        return problems.draw_tokens(shape, dtype, device, problems.cache_bytes(device))
+
     for case in todo:
         if deadline.passed(str(case)):
             continue
-        batch, count = (2, 9) if options.dry_run else (BATCH, problems.TOKENS_PER_IMAGE)
         shape = problems.Shape(batch, case.width, case.state, "sparse", tokens=count)
-
-        def tokens(shape=shape):
-            if shape not in drawn:
-                drawn.clear()
-                drawn[shape] = draw_tokens(shape, dtype, device, cache)
-            return drawn[shape]
-
-        rest = options.rest or options.dry_run
-        measure_case(case, shape, tokens, device, rows, options.seconds, rest)
+        measure_case(case, shape, functools.partial(tokens, shape), bench, options.rest or options.dry_run)
         if device == "cuda":
             torch.cuda.empty_cache()
     return stage.end(rows, deadline)

@@ -10,13 +10,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT), str(ROOT / "kernels")]
 
 from aot import write_between  # noqa: E402
 
+from lion_fast.studies.markdown import table  # noqa: E402
+
 MARKERS = ("<!-- gpu-table:start -->", "<!-- gpu-table:end -->")
 OURS = "lion-fast"
+HEAD = (
+    "D",
+    "R",
+    "B",
+    "problem",
+    "mode",
+    "contender",
+    "applications",
+    "us (20 %, 80 %)",
+    "% copy",
+    "% matrix",
+)
+HEAD += ("timed", "eager us", "host us", "peak MB", "saved MB", "times ours")
 NOTHING = "No time has been measured yet."
 
 
@@ -40,19 +54,18 @@ def checked(rows: list[dict]) -> str:
     }
     if not newest:
         return ""
-    lines = [
-        "| device, dtype, revision | check | largest relative error | of | allowed |",
-        "|" + " --- |" * 5,
-    ]
-    for (device, dtype, revision, what), row in newest.items():
-        start = f"| {device}, {dtype}, {revision} | {what} |"
-        if "errors" not in row:
-            lines.append(f"{start} failed: {row['failed']} | | |")
-            continue
-        name = max(row["errors"], key=row["errors"].get)
-        wrong = "" if row["right"] else " **wrong**"
-        lines.append(f"{start} {row['errors'][name]:.1e}{wrong} | {name} | {row['bound']:g} |")
-    return "\n".join(lines)
+    lines = []
+    for (*where, what), row in newest.items():
+        cells = [", ".join(where), what]
+        if "errors" in row:
+            name = max(row["errors"], key=row["errors"].get)
+            wrong = "" if row["right"] else " **wrong**"
+            cells += [f"{row['errors'][name]:.1e}{wrong}", name, f"{row['bound']:g}"]
+        else:
+            cells += [f"failed: {row['failed']}", "", ""]
+        lines.append(cells)
+    head = ("device, dtype, revision", "check", "largest relative error", "of", "allowed")
+    return "\n".join(table(head, lines, left=range(5)))
 
 
 def _amount(size: int | None) -> str:
@@ -63,6 +76,22 @@ def _shape(row: dict) -> tuple:
     return tuple(
         row[k] for k in ("device", "dtype", "revision", "width", "state", "batch", "problem", "mode")
     )
+
+
+def _cells(row: dict, ours: float | None) -> list[str]:
+    return [
+        *(str(row[name]) for name in ("width", "state", "batch", "problem", "mode", "contender")),
+        f"{row['applications']:.1f}",
+        f"{row['us']:.1f} ({row['us_20']:.1f}, {row['us_80']:.1f})",
+        f"{row['copy_percent']:.0f}",
+        f"{row['matrix_percent']:.0f}",
+        row["how"],
+        f"{row['eager_us']:.1f}",
+        f"{row['host_us']:.1f}",
+        _amount(row.get("peak_bytes")),
+        _amount(row.get("saved_bytes")),
+        f"{row['us'] / ours:.1f}" if ours else "",
+    ]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -87,22 +116,10 @@ def markdown(rows: list[dict]) -> str:
             roof = ceilings[0]
             text += f" Measured: copy {roof['copy'] / 1e12:.2f} TB/s, bf16 {roof['bf16'] / 1e12:.0f} TFLOP/s,"
             text += f" tf32 {roof['tf32'] / 1e12:.0f} TFLOP/s."
-        head = ("D", "R", "B", "problem", "mode", "contender", "applications", "us (20 %, 80 %)", "% copy")
-        head += ("% matrix", "timed", "eager us", "host us", "peak MB", "saved MB", "times ours")
-        lines = [text, "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-        for row in sorted(group, key=lambda r: (_shape(r), r["us"])):
-            mine = ours.get(_shape(row))
-            cells = [row["width"], row["state"], row["batch"], row["problem"], row["mode"], row["contender"]]
-            cells += [
-                f"{row['applications']:.1f}",
-                f"{row['us']:.1f} ({row['us_20']:.1f}, {row['us_80']:.1f})",
-            ]
-            cells += [f"{row['copy_percent']:.0f}", f"{row['matrix_percent']:.0f}"]
-            cells += [row["how"], f"{row['eager_us']:.1f}", f"{row['host_us']:.1f}"]
-            cells += [_amount(row.get("peak_bytes")), _amount(row.get("saved_bytes"))]
-            cells += [f"{row['us'] / mine:.1f}" if mine else ""]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        parts.append("\n".join(lines))
+        lines = [
+            _cells(row, ours.get(_shape(row))) for row in sorted(group, key=lambda r: (_shape(r), r["us"]))
+        ]
+        parts.append("\n".join([text, "", *table(HEAD, lines, left=range(len(HEAD)))]))
     return "\n\n".join(parts)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import measure
 import rows as stage
 from contenders import Contender, NotInstalled
-from measure import relative
 from problems import Problem
+
+from lion_fast.studies.measuring import distance, quantiles
 
 # Errors of out - x and of dx, relative to their norms, that no contender in half precision may exceed.
 OUT_ERROR, DX_ERROR = 3e-2, 6e-2
@@ -20,10 +21,10 @@ ROUNDS, DRY_ROUNDS = 11, 3
 def errors(subject: measure.Subject, problem: Problem, recurrence: str) -> tuple[float, float | None]:
     """The relative errors of out - x and, but for the mode forward, of dx, against float64."""
     moved, dx = problem.exact(recurrence)
-    error_out = relative(subject.output().double() - problem.x[0].double(), moved)
+    error_out = distance(subject.output().double() - problem.x[0].double(), moved)
     if subject.mode == "forward":
         return error_out, None
-    return error_out, relative(subject.gradients()[0], dx)
+    return error_out, distance(subject.gradients()[0], dx)
 
 
 def prepare(
@@ -62,75 +63,90 @@ def prepare(
         return None, {"failed": stage.reason(error)}
 
 
-def time_beside(
-    rows: stage.Rows,
-    known: dict,
-    chosen: list[Contender],
-    problem: Callable[[], Problem],
-    mode: str,
-    device: str,
-    seconds: float,
-    describe: Callable[[Contender, Problem], dict],
-    finish: Callable[[dict], dict] = lambda row: {},
-) -> None:
-    """The rows of the chosen contenders that are not known yet, in one interleaved run.
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where rows go, on which device, and about how many seconds a contender is timed."""
 
-    known: what tells these rows from others, `contender` apart. problem() is asked for only where something
-    is left to do. describe: a row before it is timed; finish: what its times add to it.
-    """
-    todo = [c for c in chosen if rows.known(contender=c.name, **known) is None]
-    if not todo:
-        return
-    # The first is ours: it stands beside whatever is timed, and shows how far the device has drifted since.
-    if chosen[0] not in todo and "us" in rows.known(contender=chosen[0].name, **known):
-        todo.insert(0, chosen[0])
-    subjects, bases = [], []
+    rows: stage.Rows
+    device: str
+    seconds: float
 
-    def fail(keys: list[dict], error: Exception, **more) -> None:
-        for key in keys:
-            rows.add({**key, "failed": stage.reason(error), **more})
-        stage.leave_if_lost(device)
+    @property
+    def dry(self) -> bool:
+        """Whether this is a rehearsal."""
+        return bool(self.rows.common.get("dry_run"))
 
-    keys = [{**known, "contender": contender.name, "note": contender.note} for contender in todo]
-    try:
-        with rows.attempt(*keys):
-            built = problem()
-    except Exception as error:
-        return fail(keys, error)
-    for contender, key in zip(todo, keys, strict=True):
-        # What could not be captured in this run is not tried so again, at the cost of a process each time.
-        if rows.matching(contender=contender.name, mode=mode, run=rows.common["run"], uncaptured=True):
-            contender = dataclasses.replace(contender, captured=False)
+    def time(
+        self,
+        known: dict,
+        chosen: list[Contender],
+        problem: Callable[[], Problem],
+        describe: Callable[[Contender, Problem], dict],
+        finish: Callable[[dict], dict] = lambda row: {},
+    ) -> None:
+        """The rows of the chosen contenders that are not known yet, in one interleaved run; says all of them.
+
+        known: what tells these rows from others, `contender` apart, with their "mode". problem() is asked for
+        only where something is left to do. describe: a row before it is timed; finish: what its times add.
+        """
+        rows = self.rows
+        todo = [c for c in chosen if rows.known(contender=c.name, **known) is None]
+        # The first is ours: it stands beside whatever is timed, and shows how far the device has drifted.
+        if todo and chosen[0] not in todo and "us" in rows.known(contender=chosen[0].name, **known):
+            todo.insert(0, chosen[0])
+        if todo:
+            self._time(known, todo, problem, describe, finish)
+        report(rows, known)
+
+    def _time(self, known, todo, problem, describe, finish) -> None:
+        rows = self.rows
+        subjects, bases = [], []
+        keys = [{**known, "contender": contender.name, "note": contender.note} for contender in todo]
         try:
-            with rows.attempt(key):
-                base = {**key, **describe(contender, built)}
-                subject, told = prepare(contender, built, mode, device, seconds)
-        except measure.NotCaptured as error:
-            fail([key], error, uncaptured=True)
-            stage.leave(error)
+            with rows.attempt(*keys):
+                built = problem()
         except Exception as error:
-            fail([key], error)
-            continue
-        if subject is None:
-            rows.add({**base, **told})
-            stage.leave_if_lost(device)
-        else:
-            subjects.append(subject)
-            bases.append({**base, **told})
-    rounds = DRY_ROUNDS if rows.common.get("dry_run") else ROUNDS
-    try:
-        with rows.attempt(*bases):
-            measured = measure.interleaved(subjects, seconds, rounds)
-    except Exception as error:
-        return fail(bases, error)
-    for base, samples in zip(bases, measured, strict=True):
-        row = {**base, **measure.quantiles(samples)}
-        rows.add({**row, **finish(row)})
+            return self._fail(keys, error)
+        for contender, key in zip(todo, keys, strict=True):
+            # What could not be captured in this run is not tried so again: it costs a process each time.
+            run = rows.common["run"]
+            if rows.matching(contender=contender.name, mode=known["mode"], run=run, uncaptured=True):
+                contender = dataclasses.replace(contender, captured=False)
+            try:
+                with rows.attempt(key):
+                    base = {**key, **describe(contender, built)}
+                    subject, told = prepare(contender, built, known["mode"], self.device, self.seconds)
+            except measure.NotCaptured as error:
+                self._fail([key], error, uncaptured=True)
+                stage.leave(error)
+            except Exception as error:
+                self._fail([key], error)
+                continue
+            if subject is None:
+                rows.add({**base, **told})
+                stage.leave_if_lost(self.device)
+            else:
+                subjects.append(subject)
+                bases.append({**base, **told})
+        try:
+            with rows.attempt(*bases):
+                measured = measure.interleaved(subjects, self.seconds, DRY_ROUNDS if self.dry else ROUNDS)
+        except Exception as error:
+            return self._fail(bases, error)
+        for base, samples in zip(bases, measured, strict=True):
+            times = quantiles([1e6 * seconds for seconds in samples])
+            row = {**base, **dict(zip(("us", "us_20", "us_80"), times, strict=True))}
+            rows.add({**row, **finish(row)})
+
+    def _fail(self, keys: list[dict], error: Exception, **more) -> None:
+        for key in keys:
+            self.rows.add({**key, "failed": stage.reason(error), **more})
+        stage.leave_if_lost(self.device)
 
 
-def report(rows: stage.Rows, known: dict, title: str) -> None:
+def report(rows: stage.Rows, known: dict) -> None:
     """Print the newest row of every contender."""
-    print(f"{title}, device {rows.common['device']}")
+    print(", ".join(f"{k} {v}" for k, v in {**known, "device": rows.common["device"]}.items()))
     for name, row in {row["contender"]: row for row in rows.matching(**known)}.items():
         text = row.get("skipped") or row.get("failed")
         if "us" in row:

@@ -33,36 +33,13 @@ def power_of_two(size):
 
 @triton.jit(do_not_specialize=["T", "terms"])
 def _adjoint_kernel(
-    grad_ptr,
-    p_ptr,
-    a_ptr,
-    w_ptr,
-    v_ptr,
-    dx_ptr,
-    t_ptr,
-    z_ptr,
-    change_ptr,
-    count_ptr,
-    T,
-    terms,
-    tol,
-    damping,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    FLOOR: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACT: tl.constexpr,
-    MATH: tl.constexpr,
-    INPUT: tl.constexpr,
-    LOOP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DAMPED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ONES: tl.constexpr,
+    grad_ptr, p_ptr, a_ptr, w_ptr, v_ptr, dx_ptr, t_ptr, z_ptr, change_ptr, count_ptr,
+    T, terms, tol, damping,
+    D: tl.constexpr, R: tl.constexpr, FLOOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACT: tl.constexpr, MATH: tl.constexpr, INPUT: tl.constexpr, LOOP: tl.constexpr,
+    PRECISION: tl.constexpr, DAMPED: tl.constexpr, RESIDUAL: tl.constexpr, ONES: tl.constexpr,
     CHECK_EVERY: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     i = tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
@@ -135,21 +112,11 @@ def _adjoint_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _weight_grads_kernel(
-    grad_ptr,
-    x_ptr,
-    t_ptr,
-    z_ptr,
-    partial_ptr,
+    grad_ptr, x_ptr, t_ptr, z_ptr, partial_ptr,
     T,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    D: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Sums over ROWS rows: dA, dV and dc of BLOCK_D columns; after these, dW and db of BLOCK_D columns.
 
     One split's partial sums are dA [R, D], dV [D, R], dc [D], dW [R, R] and db [R], one after the other.
@@ -201,17 +168,10 @@ def _weight_grads_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _sum_splits_kernel(
-    partial_ptr,
-    da_ptr,
-    dv_ptr,
-    dc_ptr,
-    dw_ptr,
-    db_ptr,
+    partial_ptr, da_ptr, dv_ptr, dc_ptr, dw_ptr, db_ptr,
     splits,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The partial sums of `_weight_grads_kernel` added split after split."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size: tl.constexpr = 2 * R * D + D + R * R + R
@@ -275,46 +235,22 @@ def weight_grads_by_splits(
     constants = launch.weights_constants(config, width, state, kinds, rows_per_split)
     columns = triton.cdiv(width, config.block_d) + triton.cdiv(state, config.block_d)
     _weight_grads_kernel[(columns, splits)](
-        grad_ptr=grad_out,
-        x_ptr=x,
-        t_ptr=t,
-        z_ptr=z,
-        partial_ptr=partial,
+        grad_ptr=grad_out, x_ptr=x, t_ptr=t, z_ptr=z, partial_ptr=partial,
         T=rows,
-        **constants,
-        **config.resources,
-    )
+        **constants, **config.resources,
+    )  # fmt: skip
     _sum_splits_kernel[(triton.cdiv(size, launch.SUM_BLOCK),)](
-        partial_ptr=partial,
-        da_ptr=dA,
-        dv_ptr=dV,
-        dc_ptr=dc,
-        dw_ptr=dW,
-        db_ptr=db,
-        splits=splits,
-        D=width,
-        R=state,
-        BLOCK=launch.SUM_BLOCK,
-        num_warps=4,
-    )
+        partial_ptr=partial, da_ptr=dA, dv_ptr=dV, dc_ptr=dc, dw_ptr=dW, db_ptr=db,
+        splits=splits, D=width, R=state, BLOCK=launch.SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
     return dA, dW, db, dV, dc
 
 
 def adjoint(
-    grad_out: Tensor,
-    x: Tensor,
-    p: Tensor,
-    A: Tensor,
-    W: Tensor,
-    V: Tensor,
-    activation: str,
-    terms: int,
-    tol: float,
-    damping: float,
-    residual: bool,
-    config: launch.Config | None = None,
-    rows_per_split: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, x: Tensor, p: Tensor, A: Tensor, W: Tensor, V: Tensor,
+    activation: str, terms: int, tol: float, damping: float, residual: bool,
+    config: launch.Config | None = None, rows_per_split: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.adjoint`: dx in x's dtype; dA, dW, db, dV, dc in float32; residual and steps per row.
 
     `rows_per_split` fuses the weights' gradients in splits of so many rows, 0 takes matrix products,
@@ -341,23 +277,11 @@ def adjoint(
     with present.on_device(x):
         if rows > 0:
             _adjoint_kernel[(triton.cdiv(rows, config.block_t),)](
-                grad_ptr=grad_out,
-                p_ptr=p,
-                a_ptr=A,
-                w_ptr=W,
-                v_ptr=V,
-                dx_ptr=dx,
-                t_ptr=t,
-                z_ptr=z,
-                change_ptr=change,
-                count_ptr=count,
-                T=rows,
-                terms=terms,
-                tol=float(tol),
-                damping=float(damping),
-                **constants,
-                **config.resources,
-            )
+                grad_ptr=grad_out, p_ptr=p, a_ptr=A, w_ptr=W, v_ptr=V, dx_ptr=dx, t_ptr=t, z_ptr=z,
+                change_ptr=change, count_ptr=count,
+                T=rows, terms=terms, tol=float(tol), damping=float(damping),
+                **constants, **config.resources,
+            )  # fmt: skip
         if rows_per_split:
             weights_config = tuned.choose("weights", rows, width, state, x.dtype, x.device)
             grads = weight_grads_by_splits(grad_out, x, t, z, weights_config, rows_per_split)

@@ -113,20 +113,10 @@ def _solve_fwd_kernel(
 
 
 def solve(
-    x: Tensor,
-    A: Tensor,
-    W: Tensor,
-    b: Tensor,
-    V: Tensor,
-    c: Tensor,
-    activation: str,
-    max_iter: int,
-    tol: float,
-    damping: float,
-    residual: bool,
-    save: bool = True,
+    x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
+    activation: str, max_iter: int, tol: float, damping: float, residual: bool, save: bool = True,
     config: launch.Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.solve` in one launch: out [T, D], p [T, R] ([0, R] unless `save`), residual and steps [T].
 
     Raises ValueError for a dtype or state width that `launch.why_not` refuses.
@@ -142,35 +132,16 @@ def solve(
     change = x.new_empty(rows, dtype=torch.float32)
     count = x.new_empty(rows, dtype=torch.int32)
     kinds = present.numerics(x.dtype)
+    constants = launch.loop_constants(
+        config, width, state, kinds, activation, damping, STATE_FLOOR,
+        RESIDUAL=residual, SAVE=save, CARRY=config.carry,
+    )  # fmt: skip
     if rows > 0:
         with present.on_device(x):
             _solve_fwd_kernel[(triton.cdiv(rows, config.block_t),)](
-                x_ptr=x,
-                a_ptr=A,
-                w_ptr=W,
-                b_ptr=b,
-                v_ptr=V,
-                c_ptr=c,
-                out_ptr=out,
-                p_ptr=p,
-                change_ptr=change,
-                count_ptr=count,
-                T=rows,
-                max_iter=max_iter,
-                tol=float(tol),
-                damping=float(damping),
-                **launch.loop_constants(
-                    config,
-                    width,
-                    state,
-                    kinds,
-                    activation,
-                    damping,
-                    STATE_FLOOR,
-                    RESIDUAL=residual,
-                    SAVE=save,
-                    CARRY=config.carry,
-                ),  # fmt: skip
-                **config.resources,
-            )
+                x_ptr=x, a_ptr=A, w_ptr=W, b_ptr=b, v_ptr=V, c_ptr=c, out_ptr=out, p_ptr=p,
+                change_ptr=change, count_ptr=count,
+                T=rows, max_iter=max_iter, tol=float(tol), damping=float(damping),
+                **constants, **config.resources,
+            )  # fmt: skip
     return out, p, change, count

@@ -15,20 +15,10 @@ SPLIT_ROWS, MAX_SPLITS = 2048, 64
 
 @device_function
 def sparse_product(
-    acc,
-    a_ptr,
-    a_rows,
-    a_mask,
-    values_ptr,
-    starts_ptr,
-    columns_ptr,
-    row,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    acc, a_ptr, a_rows, a_mask, values_ptr, starts_ptr, columns_ptr, row,
+    K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """acc + a w^T for the rows of a at offsets `a_rows` and row block `row` of a block-sparse w [N, K].
 
     One loop over slices of BLOCK_K of all listed blocks, so that the loads of the next overlap the product.
@@ -50,21 +40,11 @@ def sparse_product(
 
 @triton.jit(do_not_specialize=["T"])
 def _sparse_matmul_kernel(
-    x_ptr,
-    values_ptr,
-    starts_ptr,
-    columns_ptr,
-    out_ptr,
+    x_ptr, values_ptr, starts_ptr, columns_ptr, out_ptr,
     T,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    N: tl.constexpr, K: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """out = x w^T for x [T, K] and a block-sparse w [N, K]: one block of [BLOCK_T, BLOCK] a program."""
     row = tl.program_id(0) % ROW_BLOCKS
     start = (tl.program_id(0) // ROW_BLOCKS).to(tl.int64) * BLOCK_T
@@ -81,20 +61,11 @@ def _sparse_matmul_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _sampled_kernel(
-    a_ptr,
-    b_ptr,
-    rows_ptr,
-    columns_ptr,
-    partial_ptr,
-    T,
-    SPLIT,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUT: tl.constexpr,
+    a_ptr, b_ptr, rows_ptr, columns_ptr, partial_ptr,
+    T, SPLIT,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, INPUT: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One kept block of a^T b over SPLIT rows; partial is [splits, kept, BLOCK, BLOCK]."""
     e = tl.program_id(0)
     split = tl.program_id(1)
@@ -125,15 +96,11 @@ def matmul(x: Tensor, weight: BlockSparse) -> Tensor:
     constants = launch_sparse.matmul_constants(config, pattern.shape, present.numerics(x.dtype))
     with present.on_device(x):
         _sparse_matmul_kernel[(triton.cdiv(len(x), config.block_t) * constants["ROW_BLOCKS"],)](
-            x_ptr=x.contiguous(),
-            values_ptr=weight.to(x.dtype).values,
-            starts_ptr=pattern.starts,
-            columns_ptr=pattern.columns,
-            out_ptr=out,
+            x_ptr=x.contiguous(), values_ptr=weight.to(x.dtype).values, starts_ptr=pattern.starts,
+            columns_ptr=pattern.columns, out_ptr=out,
             T=len(x),
-            **constants,
-            **config.resources,
-        )
+            **constants, **config.resources,
+        )  # fmt: skip
     return out
 
 
@@ -150,14 +117,9 @@ def sampled(a: Tensor, b: Tensor, pattern: BlockPattern) -> Tensor:
     partial = a.new_empty(splits, pattern.kept, block, block, dtype=torch.float32)
     with present.on_device(a):
         _sampled_kernel[(pattern.kept, splits)](
-            a_ptr=a.contiguous(),
-            b_ptr=b.to(a.dtype).contiguous(),
-            rows_ptr=pattern.rows,
-            columns_ptr=pattern.columns,
-            partial_ptr=partial,
-            T=rows,
-            SPLIT=per_split,
-            **constants,
-            **config.resources,
-        )
+            a_ptr=a.contiguous(), b_ptr=b.to(a.dtype).contiguous(), rows_ptr=pattern.rows,
+            columns_ptr=pattern.columns, partial_ptr=partial,
+            T=rows, SPLIT=per_split,
+            **constants, **config.resources,
+        )  # fmt: skip
     return partial[0] if splits == 1 else partial.sum(0)

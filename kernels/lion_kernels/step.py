@@ -77,33 +77,19 @@ def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
     )  # fmt: skip
     weight = _Weight.of(weight, x.dtype, x.new_empty(1, dtype=torch.int32))
     step_kernels.read_out_kernel[(triton.cdiv(rows, config.block_t) * constants["BLOCKS"],)](
-        h_ptr=h,
-        **weight._asdict(),
-        c_ptr=weight.weight_ptr if c is None else c,
-        x_ptr=x,
-        out_ptr=out,
+        h_ptr=h, **weight._asdict(), c_ptr=weight.weight_ptr if c is None else c, x_ptr=x, out_ptr=out,
         T=rows,
-        **constants,
-        **config.resources,
-    )
+        **constants, **config.resources,
+    )  # fmt: skip
     return out
 
 
 def solve_wide(
-    x: Tensor,
-    A: Tensor | BlockSparse,
-    W: Tensor | BlockSparse,
-    b: Tensor,
-    V: Tensor | BlockSparse,
+    x: Tensor, A: Tensor | BlockSparse, W: Tensor | BlockSparse, b: Tensor, V: Tensor | BlockSparse,
     c: Tensor,
-    activation: str,
-    max_iter: int,
-    tol: float,
-    damping: float,
-    residual: bool,
-    save: bool = True,
+    activation: str, max_iter: int, tol: float, damping: float, residual: bool, save: bool = True,
     config: launch_step.StepConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.solve` by max_iter step launches: out [T, D], p [T, R] ([0, R] unless `save`),
     residual [T] and steps [T].
 
@@ -134,34 +120,19 @@ def solve_wide(
         for k in range(1, max_iter + 1):
             first, last = k == 1, k == max_iter
             step_kernels.step_fwd_kernel[grid](
-                x_ptr=x,
-                **(inject if first else recur)._asdict(),
-                b_ptr=b,
-                q_ptr=q,
-                z_ptr=z,
-                u_ptr=u,
-                p_ptr=p,
-                h_ptr=h,
-                **records.pointers(),
-                done_ptr=records.done,
-                T=rows,
-                k=k,
-                tol=tol,
-                damping=damping,
+                x_ptr=x, **(inject if first else recur)._asdict(), b_ptr=b, q_ptr=q, z_ptr=z, u_ptr=u,
+                p_ptr=p, h_ptr=h, **records.pointers(), done_ptr=records.done,
+                T=rows, k=k, tol=tol, damping=damping,
                 **launch_step.step_constants(*given, FIRST=first, LAST=last, SAVE=save, SPLIT=u is not z),
                 SPARSE=_is_sparse(A if first else W),
                 **config.resources,
-            )
+            )  # fmt: skip
         step_kernels.step_finish_kernel[grid](
-            z_ptr=z,
-            p_ptr=p,
-            h_ptr=h,
-            **records.pointers(),
-            T=rows,
-            k=max_iter,
+            z_ptr=z, p_ptr=p, h_ptr=h, **records.pointers(),
+            T=rows, k=max_iter,
             **launch_step.finish_constants(config, state, numerics, activation, STATE_FLOOR, SAVE=save),
             num_warps=config.num_warps,
-        )
+        )  # fmt: skip
         out = _read_out(h, V, c, x, config, residual)
     return out, p, records.change, records.count
 
@@ -189,19 +160,11 @@ def _sum_products(a: Tensor, b: Tensor, weight: Tensor | BlockSparse) -> Tensor:
 
 
 def adjoint_wide(
-    grad_out: Tensor,
-    x: Tensor,
-    p: Tensor,
-    A: Tensor | BlockSparse,
-    W: Tensor | BlockSparse,
+    grad_out: Tensor, x: Tensor, p: Tensor, A: Tensor | BlockSparse, W: Tensor | BlockSparse,
     V: Tensor | BlockSparse,
-    activation: str,
-    terms: int,
-    tol: float,
-    damping: float,
-    residual: bool,
+    activation: str, terms: int, tol: float, damping: float, residual: bool,
     config: launch_step.StepConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.adjoint` by terms + 1 step launches: dx [T, D] in x's dtype, dA, dW, db, dV, dc in
     float32, residual [T] and steps [T].
 
@@ -227,38 +190,23 @@ def adjoint_wide(
             given = (config, width, state, numerics, activation, damping, ADJOINT_FLOOR)
             for k in range(terms + 1):
                 step_kernels.step_bwd_kernel[grid](
-                    grad_ptr=grad_out,
-                    **(inject if k == 0 else recur)._asdict(),
-                    scale_ptr=scale,
-                    p_ptr=p,
-                    g_ptr=g,
-                    y_ptr=y,
-                    u_ptr=u,
-                    **records.pointers(),
-                    done_ptr=records.done,
-                    T=rows,
-                    k=k,
-                    tol=tol,
-                    damping=damping,
+                    grad_ptr=grad_out, **(inject if k == 0 else recur)._asdict(), scale_ptr=scale, p_ptr=p,
+                    g_ptr=g, y_ptr=y, u_ptr=u, **records.pointers(), done_ptr=records.done,
+                    T=rows, k=k, tol=tol, damping=damping,
                     **launch_step.step_constants(*given, FIRST=k == 0, CHECK=k > 1),
                     SPARSE=_is_sparse(V if k == 0 else W),
                     **config.resources,
-                )
-            step_kernels.step_bwd_finish_kernel[grid](
-                p_ptr=p,
-                scale_ptr=scale,
-                u_ptr=u,
-                t_ptr=t,
-                h_ptr=h,
-                **records.pointers(),
-                done_ptr=records.done,
-                T=rows,
-                k=terms,
-                **launch_step.finish_constants(
-                    config, state, numerics, activation, ADJOINT_FLOOR, STEPS=terms > 0
-                ),
-                num_warps=config.num_warps,
+                )  # fmt: skip
+            finish = launch_step.finish_constants(
+                config, state, numerics, activation, ADJOINT_FLOOR, STEPS=terms > 0
             )
+            step_kernels.step_bwd_finish_kernel[grid](
+                p_ptr=p, scale_ptr=scale, u_ptr=u, t_ptr=t, h_ptr=h, **records.pointers(),
+                done_ptr=records.done,
+                T=rows, k=terms,
+                **finish,
+                num_warps=config.num_warps,
+            )  # fmt: skip
             dx = _read_out(t, A.T, None, grad_out, config, residual)
     else:
         dx = torch.empty_like(x)

@@ -20,23 +20,10 @@ DONE = tl.constexpr(-1.0)
 
 @device_function
 def _product(
-    acc,
-    a_ptr,
-    a_rows,
-    a_mask,
-    b_ptr,
-    starts_ptr,
-    columns_ptr,
-    block,
-    n,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
+    acc, a_ptr, a_rows, a_mask, b_ptr, starts_ptr, columns_ptr, block, n,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
     """acc + a b^T for the rows of a at offsets `a_rows` and the rows n of b [N, K], row block `block` of it.
 
     A SPARSE b is its kept blocks of BLOCK_N x BLOCK_N with their lists.
@@ -95,43 +82,14 @@ def _tile(T, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr)
 
 @triton.jit(do_not_specialize=["T", "k"])
 def step_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    starts_ptr,
-    columns_ptr,
-    b_ptr,
-    q_ptr,
-    z_ptr,
-    u_ptr,
-    p_ptr,
-    h_ptr,
-    part_ptr,
-    change_ptr,
-    count_ptr,
-    done_ptr,
-    T,
-    k,
-    tol,
-    damping,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    FLOOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACT: tl.constexpr,
-    MATH: tl.constexpr,
-    INPUT: tl.constexpr,
-    LOOP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DAMPED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SAVE: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
+    x_ptr, weight_ptr, starts_ptr, columns_ptr, b_ptr, q_ptr, z_ptr, u_ptr, p_ptr, h_ptr, part_ptr,
+    change_ptr, count_ptr, done_ptr,
+    T, k, tol, damping,
+    D: tl.constexpr, R: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, MATH: tl.constexpr,
+    INPUT: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr, DAMPED: tl.constexpr,
+    SPLIT: tl.constexpr, SAVE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
     """Application k of z -> phi(z W^T + q); the FIRST one forms q = x A^T + b, the LAST one keeps p.
 
     u is z in the dtype of the products, in planes of its own where SPLIT; converting z on its way into a
@@ -207,23 +165,11 @@ def step_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "k"])
 def step_finish_kernel(
-    z_ptr,
-    p_ptr,
-    h_ptr,
-    part_ptr,
-    change_ptr,
-    count_ptr,
-    T,
-    k,
-    R: tl.constexpr,
-    FLOOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ACT: tl.constexpr,
-    MATH: tl.constexpr,
-    SAVE: tl.constexpr,
-):
+    z_ptr, p_ptr, h_ptr, part_ptr, change_ptr, count_ptr,
+    T, k,
+    R: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACT: tl.constexpr, MATH: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
     """After the last application k: residual and steps of its rows; rows not finite fall back to z."""
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     change, took_part = _row_change(part_ptr, T, start + i, valid, k, BLOCKS, FLOOR)
@@ -247,26 +193,12 @@ def step_finish_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def read_out_kernel(
-    h_ptr,
-    weight_ptr,
-    starts_ptr,
-    columns_ptr,
-    c_ptr,
-    x_ptr,
-    out_ptr,
+    h_ptr, weight_ptr, starts_ptr, columns_ptr, c_ptr, x_ptr, out_ptr,
     T,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
+    D: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
     """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]."""
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     own = i[:, None] * D + n[None, :]
@@ -285,40 +217,14 @@ def read_out_kernel(
 
 @triton.jit(do_not_specialize=["T", "k"])
 def step_bwd_kernel(
-    grad_ptr,
-    weight_ptr,
-    starts_ptr,
-    columns_ptr,
-    scale_ptr,
-    p_ptr,
-    g_ptr,
-    y_ptr,
-    u_ptr,
-    part_ptr,
-    change_ptr,
-    count_ptr,
-    done_ptr,
-    T,
-    k,
-    tol,
-    damping,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    FLOOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACT: tl.constexpr,
-    MATH: tl.constexpr,
-    INPUT: tl.constexpr,
-    LOOP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DAMPED: tl.constexpr,
-    FIRST: tl.constexpr,
-    CHECK: tl.constexpr,
-    SPARSE: tl.constexpr,
-):
+    grad_ptr, weight_ptr, starts_ptr, columns_ptr, scale_ptr, p_ptr, g_ptr, y_ptr, u_ptr, part_ptr,
+    change_ptr, count_ptr, done_ptr,
+    T, k, tol, damping,
+    D: tl.constexpr, R: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, MATH: tl.constexpr,
+    INPUT: tl.constexpr, LOOP: tl.constexpr, PRECISION: tl.constexpr, DAMPED: tl.constexpr,
+    FIRST: tl.constexpr, CHECK: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
     """Application k of y -> g + (phi'(p) y) W; the FIRST launch, k = 0, forms g = grad V and y = damping g.
 
     u = phi'(p) y is the operand of the next product. CHECK is off for k = 1, before which no row can be
@@ -375,26 +281,11 @@ def step_bwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "k"])
 def step_bwd_finish_kernel(
-    p_ptr,
-    scale_ptr,
-    u_ptr,
-    t_ptr,
-    h_ptr,
-    part_ptr,
-    change_ptr,
-    count_ptr,
-    done_ptr,
-    T,
-    k,
-    R: tl.constexpr,
-    FLOOR: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ACT: tl.constexpr,
-    MATH: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    p_ptr, scale_ptr, u_ptr, t_ptr, h_ptr, part_ptr, change_ptr, count_ptr, done_ptr,
+    T, k,
+    R: tl.constexpr, FLOOR: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACT: tl.constexpr, MATH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """After the last application k: t = phi'(p) y of every row's last finite y, and h = phi(p)."""
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     used = tl.zeros([BLOCK_T], tl.int32)

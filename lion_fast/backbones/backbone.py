@@ -2,12 +2,12 @@
 
 Every method sees the same three stages, and their composition is timm's own forward:
 
-    images -> enter -> token rows -> body (frozen blocks and last norm) -> feature rows -> pool -> (B, F)
+    images -> enter -> tokens -> body (frozen blocks and last norm) -> tokens -> pool -> features (B, F)
 
-| family | timm classes                             | rows of `enter` | rows of `body` |
-| ------ | ---------------------------------------- | --------------- | -------------- |
-| vit    | VisionTransformer, its distilled DeiT    | (B, N, D)       | (B, N, D)      |
-| swin   | SwinTransformer, SwinTransformerV2       | (B, H, W, C)    | (B, H', W', C')|
+| family | timm classes                             | tokens of `enter` | tokens of `body` |
+| ------ | ---------------------------------------- | ----------------- | ---------------- |
+| vit    | VisionTransformer, its distilled DeiT    | (B, N, D)         | (B, N, D)        |
+| swin   | SwinTransformer, SwinTransformerV2       | (B, H, W, C)      | (B, H', W', C')  |
 | cnn    | ResNet, EfficientNet, MobileNetV3, ConvNeXt | images (B, 3, H, W) | (B, H', W', C') channels last |
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.weights import OWN_WEIGHTS
-from lion_fast.errors import BackboneError, OptionError, check_choice
+from lion_fast.errors import BackboneError, check_choice
 from lion_fast.options import RESIZE, sides
 
 SUPPORTED = {
@@ -71,8 +71,8 @@ class Backbone(nn.Module):
     Its parameters have no gradient, it stays in evaluation mode whatever `train` is told, so dropout and
     stochastic depth are off and normalisation statistics do not move. Gradients still flow through it.
 
-    Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the rows of
-    `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
+    Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the tokens
+    of `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
     square), `mean`, `std`, `interpolation`, `crop_pct`, `resize` (what the images need), `weights_source`
     (where the weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
     `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
@@ -128,15 +128,15 @@ class Backbone(nn.Module):
 
         if self.family == "vit":
             self.width_in = self.width_out = model.embed_dim
-            rows = (1, self.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
+            shape = (1, self.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
         else:
             self.width_in = model.patch_embed.proj.out_channels if self.family == "swin" else 3
             self.width_out = model.num_features
-            rows = (1, 2, 2, self.width_out)
+            shape = (1, 2, 2, self.width_out)
         some = next(model.parameters())
         with torch.no_grad():
             # asked of the model itself: pooling may double the width (CNN) or a conv head may follow it
-            self.num_features = self.pool(some.new_zeros(rows)).shape[-1]
+            self.num_features = self.pool(some.new_zeros(shape)).shape[-1]
 
     @property
     def weights_sha256(self) -> str:
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
 
     @works_for_first
     def enter(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the rows in front of the first frozen block.
+        """Images (B, 3, H, W) to the tokens in front of the first frozen block.
 
         vit: patches with position embedding, prefix tokens (class, distillation, registers) in front, and
         the norm that some models have before their blocks; swin: the embedded patches (B, H', W', C);
@@ -170,9 +170,9 @@ class Backbone(nn.Module):
 
     @works_for_first
     def body(self, x: Tensor) -> Tensor:
-        """Rows of `enter` through the frozen blocks and the last norm.
+        """Tokens of `enter` through the frozen blocks and the last norm.
 
-        Where a ViT norms after pooling instead (`fc_norm`) the rows are not normed yet; `pool` does it.
+        Where a ViT norms after pooling instead (`fc_norm`) the tokens are not normed yet; `pool` does it.
         """
         model = self.model
         if self.family == "vit":
@@ -192,7 +192,7 @@ class Backbone(nn.Module):
     def body_and_map(self, x: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """`body(x)`, and the map (B, H, W, C) that left block or stage `at` on the way, C = `map_widths[at]`.
 
-        A ViT's map holds its patch rows behind block `at`, without prefix tokens and norm; a Swin's is what
+        A ViT's map holds its patch tokens behind block `at`, without prefix tokens and norm; a Swin's is what
         stage `at` gives, a CNN's the same by timm's `feature_info`.
         """
         model = self.model
@@ -205,22 +205,22 @@ class Backbone(nn.Module):
             found = x if i == at else found
         return model.norm(x), self.map_of(found) if self.family == "vit" else found
 
-    def map_of(self, rows: Tensor) -> Tensor:
-        """Token rows (B, N, D) of a ViT to the map (B, H, W, D) of its patches, without prefix tokens."""
-        rows = rows[:, self.num_prefix_tokens :]
+    def map_of(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D) of a ViT to the map (B, H, W, D) of its patches, without prefix tokens."""
+        tokens = tokens[:, self.num_prefix_tokens :]
         height, width = self.model.patch_embed.dynamic_feat_size(sides(self.img_size))
-        if height * width != rows.shape[1]:
+        if height * width != tokens.shape[1]:
             raise BackboneError(
-                f"{self.name} gave {rows.shape[1]} patch rows; "
+                f"{self.name} gave {tokens.shape[1]} patch tokens; "
                 f"images of {self.img_size} pixels make {height} x {width}"
             )
-        return rows.unflatten(1, (height, width))
+        return tokens.unflatten(1, (height, width))
 
     @works_for_first
     def pool(self, y: Tensor, how: str = "backbone") -> Tensor:
-        """Rows of `body` to features (B, F), as the backbone pools or as `how` says.
+        """Tokens of `body` to features (B, F), as the backbone pools or as `how` says.
 
-        `how`: "backbone"; "mean" over all patch rows; for ViTs with a class token also "cls" and
+        `how`: "backbone"; "mean" over all patch tokens; for ViTs with a class token also "cls" and
         "cls+mean" (concatenated, 2 D wide). Prefix tokens never enter a mean. `OptionError` otherwise.
         """
         self.check_pool(how)
@@ -243,10 +243,7 @@ class Backbone(nn.Module):
         valid = ["backbone", "mean"]
         if self.family == "vit" and self.model.cls_token is not None:
             valid += ["cls", "cls+mean"]
-        if how not in valid:
-            raise OptionError(
-                f"pool of {self.name} ({self.family}) must be one of {', '.join(valid)}; got {how!r}"
-            )
+        check_choice(f"pool of {self.name} ({self.family})", how, valid)
 
     def pooled_width(self, how: str = "backbone") -> int:
         """Width of `pool(y, how)`."""

@@ -1,4 +1,4 @@
-"""Frozen ViT attention with rows of keys and values in front: what prompt methods reduce to."""
+"""Frozen ViT attention with keys and values in front of its own: what prompt methods reduce to."""
 
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
@@ -14,23 +14,23 @@ def takes_prefix(block: nn.Module) -> bool:
 
 
 @works_for_first
-def prefix_kv(block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, each (h, P, D/h), that token rows (P, D) would have in a ViT block.
+def prefix_kv(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, each (h, P, D/h), that tokens (P, D) would have in a ViT block.
 
     They depend on no image: one product for the batch. The block's first norm and its key norm are applied.
     """
     attn = block.attn
     if isinstance(block, Block):
-        rows = block.norm1(rows)
+        tokens = block.norm1(tokens)
     inner = attn.proj.in_features
     bias = None if attn.qkv.bias is None else attn.qkv.bias[inner:]
-    kv = F.linear(rows, attn.qkv.weight[inner:], bias)  # the query third of the projection is not needed
-    k, v = kv.reshape(rows.shape[0], 2, attn.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
+    kv = F.linear(tokens, attn.qkv.weight[inner:], bias)  # the query third of the projection is not needed
+    k, v = kv.reshape(tokens.shape[0], 2, attn.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     return attn.k_norm(k), v
 
 
 @works_for_first
 def prefix_block(block: nn.Module, x: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
-    """One frozen ViT block on rows (B, N, D) that also attend to P rows of keys and values (h, P, D/h)."""
-    rows = x if isinstance(block, ResPostBlock) else block.norm1(x)
-    return tail(block, x, heads(block.attn, rows, k_prefix, v_prefix))
+    """One frozen ViT block on tokens (B, N, D) that also attend to P keys and values (h, P, D/h)."""
+    tokens = x if isinstance(block, ResPostBlock) else block.norm1(x)
+    return tail(block, x, heads(block.attn, tokens, k_prefix, v_prefix))

@@ -5,17 +5,17 @@ examples:
   lion-fast bench --full --minutes 25             the plan for a GPU, as much as fits; again to go on
   lion-fast bench --plan first --rows-only        a GPU's first minutes; exit code 4: run again to go on
   lion-fast bench --backbones resnet50 --modes infer --batch-sizes 1 16 --out runs/bench-resnet
-  lion-fast bench --compare old/rows.json         exit code 1 if something got slower or larger
+  lion-fast bench --compare old                   exit code 1 if something got slower or larger
 
 Rows that --out holds already (same versions, device and revision) are not measured again.
 """
 
 import argparse
-import functools
+from contextlib import closing
 from pathlib import Path
 
-from lion_fast.commands.common import add_device, add_progress, find_device, flag, say, shows_progress
-from lion_fast.errors import OptionError, check_whole
+from lion_fast.commands import common
+from lion_fast.errors import DataError, OptionError, check_whole
 
 DEFAULT_OUT = "runs/bench"
 EXIT_LOST = 4
@@ -44,18 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", nargs="+", metavar="HOW", help="plain, save [plain]")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="[what the backbone is made for]")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="P", help="prompts per layer [10]")
-    add_device(parser)
+    common.add_device(parser)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
     parser.add_argument("--again", action="store_true", help="measure also what --out holds already")
-    parser.add_argument("--rows-only", action="store_true", help="write rows.json, no table, report or plots")
+    parser.add_argument("--rows-only", action="store_true", help="write rows, no table, report or plots")
     parser.add_argument(
         "--report-only",
         action="store_true",
         help="write table, report and plots of the rows in --out, measure nothing",
     )
     parser.add_argument("--list", action="store_true", help="say what would be measured, and stop")
-    parser.add_argument("--compare", metavar="OLD", help="rows.json to compare with")
+    parser.add_argument("--compare", metavar="OLD", help="rows to compare with: their folder or file")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="rise of a time that is a regression [0.1]",
     )
-    add_progress(parser)
+    common.add_progress(parser)
 
 
 _OWN_PLAN = (
@@ -77,7 +77,9 @@ def make_plan(args: argparse.Namespace):
 
     own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name) is not None}
     if args.plan and own:
-        raise OptionError(f"--plan {args.plan} is a plan of its own; leave out {', '.join(map(flag, own))}")
+        raise OptionError(
+            f"--plan {args.plan} is a plan of its own; leave out {', '.join(map(common.flag, own))}"
+        )
     if not own:
         return plans.PLANS[args.plan or "small"]()
     return plans.custom(own.pop("backbones", ["vit_tiny_patch16_224"]), **own)
@@ -90,70 +92,63 @@ def run(args: argparse.Namespace) -> dict:
     the device, or None.
     """
     from lion_fast.studies.cost import plan as plans
-    from lion_fast.studies.cost import report
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.report import write
+    from lion_fast.studies.cost.run import run as measure
+    from lion_fast.studies.rows import Store
 
     check_whole("--rounds", args.rounds)
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     if args.report_only:
         return _report_only(args)
-    device, plan = find_device(args.device), make_plan(args)
+    device, plan = common.find_device(args.device), make_plan(args)
     if args.list:
         for line in plans.describe(plan):
             print(line)
         return {"plan": plans.describe(plan)}
     plans.check_device(plan, device)
-    old = read(args.compare) if args.compare else None  # before an hour is spent
-    store = Store(args.out)
-    try:
-        told = plans.run(
-            plan,
-            store,
-            device=device,
-            rounds=args.rounds,
-            minutes=args.minutes,
-            again=args.again,
-            say=functools.partial(say, passing=True) if shows_progress(args) else lambda text: None,
-        )
-    except KeyboardInterrupt as error:
-        if store.rows and not args.rows_only:
-            write_report(store)
-        error.args = ("interrupted",)
-        error.hint = f"what was measured is in {store.folder}; the same command goes on from there"
-        raise
-    if not args.rows_only:
-        write_report(store)
-    failed = [row["key"] for row in store.rows if row["status"] == "failed"]
-    result = told | {"out": str(store.folder), "failed": failed, "regressions": []}
+    old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
+    how = {name: getattr(args, name) for name in ("rounds", "minutes", "again")}
+    with (
+        common.interruptible(f"what was measured is in {args.out}; the same command goes on from there"),
+        closing(Store(args.out)) as store,
+    ):
+        try:
+            told = measure(plan, store, device=device, say=common.progress_line(args), **how)
+        except KeyboardInterrupt:
+            if store.rows and not args.rows_only:
+                write(store.rows, args.out)
+            raise
+        if not args.rows_only:
+            write(store.rows, args.out)
+    failed = [row for row in store.rows if row["status"] == "failed"]
+    result = told | {"out": args.out, "failed": [row["key"] for row in failed], "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
-        written = store.path if args.rows_only else store.folder / "report.md"
+        written = store.path if args.rows_only else Path(args.out) / "report.md"
         print(f"{told['measured']} rows measured, {told['held']} held{left}: {written}")
-        for row in store.rows:
-            if row["status"] == "failed":
-                print(f"failed: {row['key']}: {row['reason']}")
+        for row in failed:
+            print(f"failed: {row['key']}: {row['reason']}")
     if told["lost"]:
-        say(
+        common.say(
             f"the device failed in {told['lost']} and can do nothing more in this process; rows are written: "
             "run the same command again to go on with the others"
         )
-    if old is not None:
-        mine = {f"{s.key()}/{c.label()}" for s, wanted in plan for c in wanted} | {
-            f"{s.key()}/floor" for s, _ in plan
-        }
-        worse, remarks = report.compare(
-            [r for r in old if r["key"] in mine], [r for r in store.rows if r["key"] in mine], args.threshold
-        )
-        result |= {"regressions": worse, "remarks": remarks}
-        if not args.json:
-            for line in remarks:
-                print(line)
-            for line in worse:
-                print(f"regression: {line}")
-            if not worse:
-                print("no regressions")
-    return result
+    return result if old is None else result | _compare(args, plan, old, store.rows)
+
+
+def _compare(args: argparse.Namespace, plan, old: list[dict], rows: list[dict]) -> dict:
+    """What got worse than in old rows, of what the plan measures."""
+    from lion_fast.studies.cost.compare import compare
+    from lion_fast.studies.cost.setting import keys
+
+    mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
+    both = ([row for row in some if row["key"] in mine] for some in (old, rows))
+    worse, remarks = compare(*both, args.threshold)
+    if not args.json:
+        for line in [*remarks, *(f"regression: {line}" for line in worse)] + ["no regressions"] * (not worse):
+            print(line)
+    return {"regressions": worse, "remarks": remarks}
 
 
 def exit_code(result: dict) -> int:
@@ -164,22 +159,18 @@ def exit_code(result: dict) -> int:
 
 
 def _report_only(args: argparse.Namespace) -> dict:
-    from lion_fast.studies.cost.rows import Store, read
+    from lion_fast.studies.cost.report import write
 
-    read(args.out)  # says what is wrong where there are no rows
-    path = write_report(Store(args.out))
+    path = write(_rows_of(args.out), args.out)
     if not args.json:
         print(path)
     return {"out": str(args.out), "report": str(path)}
 
 
-def write_report(store) -> Path:
-    """rows.csv, report.md and the plots beside the rows of a `Store`."""
-    from lion_fast.studies.cost import plots, report
-    from lion_fast.studies.cost.rows import CSV_NAME, write_csv
+def _rows_of(path: str) -> list[dict]:
+    from lion_fast.studies.rows import read_rows
 
-    write_csv(store.rows, store.folder / CSV_NAME)
-    drawn = plots.draw_all(store.rows, store.folder)
-    path = store.folder / "report.md"
-    path.write_text(report.markdown(store.rows, drawn), encoding="utf-8")
-    return path
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"there are no rows at {path}; measure some with lion-fast bench")
+    return rows

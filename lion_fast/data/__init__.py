@@ -2,8 +2,8 @@
 
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total, long_tail_counts
 from lion_fast.data.images import ArrayImages, FileImages, ImageSet, read_image, to_rgb
-from lion_fast.data.loading import Splits, load_data, load_images
 from lion_fast.data.offline import OFFLINE
+from lion_fast.data.splits import Splits, load_data, load_images
 from lion_fast.data.transforms import transforms
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Image sets: where pixels come from, and the torch Dataset over them."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,13 +186,9 @@ class ImageSet(Dataset):
         return self._copy(torch.as_tensor(indices, dtype=torch.int64), self.transform)
 
     def _copy(self, indices: Tensor, transform) -> "ImageSet":
-        new = object.__new__(ImageSet)
-        new.labels = self.labels[indices]
-        new.classes = list(self.classes)
-        new.names = [self.names[i] for i in indices.tolist()]
-        new.transform = transform
-        new._store = self._store
-        new._where = self._where[indices]
+        new = copy.copy(self)
+        new.labels, new._where, new.classes = self.labels[indices], self._where[indices], list(self.classes)
+        new.names, new.transform = [self.names[i] for i in indices.tolist()], transform
         return new
 
     def counts(self) -> dict[str, int]:

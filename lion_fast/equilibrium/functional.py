@@ -69,18 +69,9 @@ def _check_shapes(A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> None
 
 @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "backend")
 def equilibrium(
-    x: Tensor,
-    A: Tensor,
-    W: Tensor,
-    b: Tensor,
-    V: Tensor,
-    c: Tensor,
-    *,
-    activation: str = "relu",
-    residual: bool = True,
-    return_info: bool = False,
-    **solve,
-) -> Tensor | tuple[Tensor, SolveInfo]:
+    x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
+    *, activation: str = "relu", residual: bool = True, return_info: bool = False, **solve,
+) -> Tensor | tuple[Tensor, SolveInfo]:  # fmt: skip
     """out = x + Z V^T + c with the equilibrium Z = phi(Z W^T + x A^T + b), rows independent.
 
     x [..., D] of any float dtype and leading shape; A [R, D], W [R, R], b [R], V [D, R], c [D]. W is
@@ -111,19 +102,10 @@ def equilibrium(
 
 
 def solve_tokens(
-    x: Tensor,
-    A: Tensor,
-    W: Tensor,
-    b: Tensor,
-    V: Tensor,
-    c: Tensor,
-    activation: str,
-    options: SolveOptions,
-    *,
-    residual: bool = True,
-    return_info: bool = False,
+    x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
+    activation: str, options: SolveOptions, *, residual: bool = True, return_info: bool = False,
     hint: Callable[[], str] = str,
-) -> tuple[Tensor, SolveInfo | None]:
+) -> tuple[Tensor, SolveInfo | None]:  # fmt: skip
     """`equilibrium` of checked tensors and options, with its info where `return_info` asks for it.
 
     `hint` says what to do about a failure that `on_failure` tells.

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,22 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_revision() -> dict[str, Any]:
+def git_revision(root: Path | None = None, code: Sequence[str] = ("lion_fast", "kernels")) -> dict[str, Any]:
     """The revision of the running sources and whether they differ from it.
 
+    root: the checkout; default, that of this package. code: whose last change is "git_code": documents may
+    change between two runs.
     LION_FAST_REVISION names it where it is set: a copy of the tree has no history, or one of its own. Else
     git is asked; None where the sources are in no checkout, or in one that does not know them.
     """
     if named := os.environ.get("LION_FAST_REVISION"):
         return {"git": named, "git_code": named, "git_changed": None}
+    root = root or SOURCES
 
     def git(*args: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(SOURCES), *args],
+                ["git", "-C", str(root), *args],
                 capture_output=True,
                 text=True,
                 timeout=30,
@@ -74,12 +77,11 @@ def git_revision() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    code = ("--", "lion_fast", "kernels")  # documents may change between two runs
     # installed packages may lie inside somebody else's checkout
-    revision = git("log", "-1", "--format=%H", *code) if (SOURCES / ".git").exists() else None
+    revision = git("log", "-1", "--format=%H", "--", *code) if (root / ".git").exists() else None
     if not revision:
         return {"git": None, "git_code": None, "git_changed": None}
-    changed = git("status", "--porcelain", "--untracked-files=no", *code)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return {
         "git": git("rev-parse", "HEAD"),
         "git_code": revision,

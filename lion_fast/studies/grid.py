@@ -1,23 +1,22 @@
 """What an experiment is: backbones x sets x methods, the configurations of each, seeds; read from YAML."""
 
 import hashlib
-import inspect
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lion_fast.data import load_data
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
 from lion_fast.options import read_settings, refuse_unknown
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
+from lion_fast.training.settings import DataSettings
 
 STAGES = ("tune", "final")
 MONITORS = ("accuracy", "balanced_accuracy")
@@ -26,8 +25,8 @@ _GRID = [
     "pairs",
 ]  # fmt: skip
 _METHOD = ["method", "options", "train", "grid", "fixed", "fewer", "note"]
-_DATA = [p.name for p in inspect.signature(load_data).parameters.values() if p.name != "seed"]
-_TRAIN = [f.name for f in fields(TrainConfig) if f.name not in ("seed", "monitor")]
+_DATA = ["source", "classes", *(name for name in DataSettings.names() if name not in ("data", "data_seed"))]
+_TRAIN = [name for name in TrainConfig.names() if name not in ("seed", "monitor")]
 
 
 @dataclass(frozen=True)
@@ -292,6 +291,10 @@ def _set(label: str, given: object) -> SetSpec:
     monitor = given.get("monitor", "accuracy")
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)
     data = {k: v for k, v in given.items() if k in _DATA}
+    try:
+        DataSettings(**{k: v for k, v in data.items() if k not in ("source", "classes")})
+    except OptionError as error:
+        raise OptionError(f"sets.{label}: {error}") from error
     return SetSpec(label, data, {k: v for k, v in given.items() if k in _TRAIN}, monitor)
 
 

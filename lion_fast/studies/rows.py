@@ -22,9 +22,9 @@ NAME = "rows.jsonl"
 class Store:
     """The rows of a folder's `rows.jsonl`, and appending to it. One writer at a time.
 
-    A row whose key is there takes the place of the earlier one. Rows of an older `rows.json` beside the file
-    count, and are left where they are. A last line that a killed run left half written is cut off, with a
-    notice.
+    A row whose key is there takes the place of the earlier one; rows without a key all stay. Rows of an older
+    `rows.json` beside the file count, and are left where they are. A last line that a killed run left half
+    written is cut off, with a notice.
 
     path: the folder, or a file ending in .json or .jsonl. Raises `DataError` for another line that is no
     row, `OptionError` for a place that cannot be written or that another process writes to.
@@ -42,7 +42,7 @@ class Store:
                 ) from error
             opened.enter_context(lock(self.path))
             lines, whole = _parse(self.path)
-            self._rows = _latest([*_read_old(old), *lines])
+            self._rows = _put({}, [*_read_old(old), *lines])
             if whole < self.path.stat().st_size:
                 self._file.truncate(whole)
             self.close = opened.pop_all().close  # lets another writer have the file
@@ -60,13 +60,11 @@ class Store:
         return key in self._rows
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows, each with its "key"; they are on the disk when this returns."""
+        """Append rows; they are on the disk when this returns."""
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         self._file.flush()
         os.fsync(self._file.fileno())
-        for row in rows:
-            self._rows.pop(row["key"], None)  # so that they stand in the order in which they were taken
-            self._rows[row["key"]] = dict(row)
+        _put(self._rows, map(dict, rows))
 
     def __enter__(self) -> "Store":
         return self
@@ -82,7 +80,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     row. Raises `DataError` for anything else.
     """
     old, new = _files(path)
-    return list(_latest([*_read_old(old), *(_parse(new)[0] if new.exists() else ())]).values())
+    return list(_put({}, [*_read_old(old), *(_parse(new)[0] if new.exists() else ())]).values())
 
 
 def _files(path: str | os.PathLike) -> tuple[Path, Path]:
@@ -92,13 +90,13 @@ def _files(path: str | os.PathLike) -> tuple[Path, Path]:
     return path.with_suffix(".json"), path.with_suffix(".jsonl")
 
 
-def _latest(rows: Iterable[dict]) -> dict[Any, dict]:
-    found: dict[Any, dict] = {}
-    for number, row in enumerate(rows):
-        key = row.get("key", number)
-        found.pop(key, None)
-        found[key] = row
-    return found
+def _put(into: dict[Any, dict], rows: Iterable[dict]) -> dict[Any, dict]:
+    """Rows by their keys, of each the latest, in the order in which they were taken."""
+    for row in rows:
+        key = row.get("key", object())
+        into.pop(key, None)
+        into[key] = row
+    return into
 
 
 def _read_old(path: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from lion_fast import create, load_backbone
 from lion_fast.backbones import Backbone, cheaper, fp8, prefix_block
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.methods import available
-from lion_fast.studies.cost.memory import SavedTensors
+from lion_fast.studies.memory import SavedTensors
 
 SIZE = 32
 VIT = "vit_tiny_patch16_224"

@@ -43,15 +43,8 @@ def entries(rows, key="block-sparse"):
 def test_a_form_pays_from_where_it_never_loses_again():
     rows = curve({0.0: 150, 0.25: 90, 0.5: 105, 0.75: 60, 0.95: 20})
     rows += curve({0.5: 130, 0.75: 110, 0.95: 70}, mode="backward", dense=100.0)
-    assert entries(rows) == [
-        {
-            "state_dim": 192,
-            "width": 192,
-            "block": 32,
-            "from_sparsity": 0.75,
-            "backward_from_sparsity": 0.95,
-        }
-    ]
+    place = {"state_dim": 192, "width": 192, "block": 32}
+    assert entries(rows) == [{**place, "from_sparsity": 0.75, "backward_from_sparsity": 0.95}]
     # Within the spread of the samples nothing is won.
     assert entries(curve({0.5: 98.0, 0.75: 97.0})) == []
     assert entries(curve({0.5: 98.0, 0.75: 95.0}))[0]["from_sparsity"] == 0.75
@@ -118,7 +111,7 @@ def test_choose_storage_reads_the_file_that_was_written(tmp_path, monkeypatch, c
     assert pruning.choose_storage(half, crossovers=table).name == "2:4"
     assert pruning.choose_storage(half, crossovers={DEVICE: {}}).name == "dense"
     out.write_text('{"devices": {}}')
-    with pytest.raises(OptionError, match="no crossovers of format 1"):
+    with pytest.raises(OptionError, match="format 1"):
         pruning.measured_crossovers(out)
 
 

@@ -40,19 +40,15 @@ present.capability = lambda device: (8, 0)
 hits = []
 knobs.compilation.listener = lambda src, cache_hit, **_: hits.append((src.name, cache_hit))
 
-def draw(*shape):
-    return torch.randn(shape)
-
-D, R, x = 48, 24, draw(70, 48).bfloat16()
-A, W, b, V, c = draw(R, D), draw(R, R), draw(R), draw(D, R), draw(D)
-adjoint.adjoint(x, x, draw(70, R).bfloat16(), A, W, V, "gelu", 3, 0.0, 1.0, True)
+D, R, x, p = 48, 24, torch.randn(70, 48).bfloat16(), torch.randn(70, 24).bfloat16()
+A, W, b, V, c = (torch.randn(shape) for shape in ((R, D), (R, R), (R,), (D, R), (D,)))
+adjoint.adjoint(x, x, p, A, W, V, "gelu", 3, 0.0, 1.0, True)
 solve.solve(x, A, W, b, V, c, "gelu", 50, 1e-3, 1.0, True, True)
 there = dict(hits)
 hits.clear()
 solve.solve(x, A, W, b, V, c, "relu", 50, 1e-3, 1.0, True, True)
 print(json.dumps([there, dict(hits)]))
 """
-OPTIONS = ["--device", "cpu"]
 SMALL = {"width": 48, "state": 24, "activation": "gelu"}
 
 
@@ -139,12 +135,9 @@ def test_what_a_kernel_depends_on(worker):
 def test_tuned_tiles_are_those_that_are_compiled(worker):
     tile = launch.Config(16, 32, 4, 2)
     other = warm.Worker(warm.Setting(90, {tuned.key("solve", 768, 64, torch.bfloat16, False): tile}, False))
-    try:
-        ours = other.ask(warm.find, warm.Call("solve", 131))
-        assert ours != worker.ask(warm.find, warm.Call("solve", 131))
-        assert "'num_stages': 2" in ours[0][0].key
-    finally:
-        other.stop()
+    ours, plain = (w.ask(warm.find, warm.Call("solve", 131)) for w in (other, worker))
+    other.stop()
+    assert ours != plain and "'num_stages': 2" in ours[0][0].key
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(cache):
@@ -163,7 +156,7 @@ def test_a_compiler_that_dies_takes_one_kernel_with_it(worker):
 
 
 def test_no_kernel_begins_after_the_time(cache, capsys):
-    assert warm.main([*OPTIONS, "--minutes", "0", "--jobs", "1", "--capability", "80"]) == 0
+    assert warm.main(["--device", "cpu", "--minutes", "0", "--jobs", "1", "--capability", "80"]) == 0
     printed = capsys.readouterr().out
     assert "0 kernels compiled, 0 were there, 0 failed, " in printed
     assert not list(cache.rglob("*.cubin"))

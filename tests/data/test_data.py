@@ -506,15 +506,20 @@ def test_transform_options(how, options, word):
 # ---- lists of published benchmarks
 
 
+def vtab(root, labels, images=True):
+    """A task folder of VTAB-1k: {list: its labels}."""
+    for split, numbers in labels.items():
+        names = [f"images/{split}/{i:06d}.jpg" for i in range(len(numbers))]
+        for i, name in enumerate(names if images else ()):
+            write_image(root / name, i)
+        lines = [f"{name} {k}{' ' * (k % 2)}\r\n" for name, k in zip(names, numbers, strict=True)]
+        (root / f"{split}.txt").write_bytes("".join([*lines, "\r\n"]).encode())
+
+
 def test_vtab_task_folder(tmp_path):
     root = tmp_path / "vtab-1k" / "cifar"
-    for split, n in (("train800", 8), ("val200", 4), ("train800val200", 12), ("test", 6)):
-        lines = []
-        for i in range(n):
-            name = f"images/{split}/{i:06d}.jpg"
-            write_image(root / name, i)
-            lines.append(f"{name} {i % 3} " if i % 2 else f"{name} {i % 3}")
-        (root / f"{split}.txt").write_bytes(("\r\n".join(lines) + "\r\n\r\n").encode())
+    parts = {"train800": 8, "val200": 4, "train800val200": 12, "test": 6}
+    vtab(root, {split: [i % 3 for i in range(n)] for split, n in parts.items()})
     splits = load_data(root)
     assert sizes(splits) == [8, 4, 6] and splits.classes == ["0", "1", "2"]
     assert splits.train.names[3] == "images/train800/000003.jpg" and splits.train.labels[3] == 0
@@ -542,18 +547,14 @@ def test_fgvc_folder(tmp_path):
 
 def test_vtab_without_its_test_list(tmp_path):
     root = tmp_path / "task"
-    for split, labels in (("train800", [0, 1, 0]), ("val200", [1, 0]), ("test", [0, 1, 2])):
-        names = [f"images/{split}/{i}.jpg" for i in range(len(labels))]
-        for name in names if split != "test" else ():
-            write_image(root / name)
-        lines = [f"{n} {k}" for n, k in zip(names, labels, strict=True)]
-        (root / f"{split}.txt").write_text("\n".join(lines))
+    vtab(root, {"train800": [0, 1, 0], "val200": [1, 0]})
+    vtab(root, {"test": [0, 1, 2]}, images=False)
     tune = load_data(root, test=0)  # none of the test images exists
     assert sizes(tune) == [3, 2, 0]
     assert tune.description["lists"] == {"train": "train800.txt", "val": "val200.txt"}
     assert tune.classes == ["0", "1", "2"]  # a class that only the test list has is a class
     assert len(load_images(root, split="val")) == 2
-    refuses("3 of the 8 images listed by .* do not exist: images/test/0.jpg", root)
+    refuses("3 of the 8 images listed by .* do not exist: images/test/000000.jpg", root)
     (root / "test.txt").write_text("\n")
     refuses("test.txt lists no images", root, test=0)
 

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import gc
 import inspect
-import io
 import pickle
 import weakref
 
@@ -287,14 +286,12 @@ def test_autocast_changes_nothing(cls, recurrence, backward):
 # Module behaviour
 
 
-def test_copies_survive():
+def test_copies_survive(tmp_path):
     layer, x = rough(LionLayer(D, R)), torch.randn(4, D)
     expected = layer(x)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
     loaded = LionLayer(D, R)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    loaded.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
         assert torch.equal(other(x), expected)
         other(x).sum().backward()

@@ -30,9 +30,10 @@ def test_config_is_read_off_the_table(op, state, dtype, capability, expected):
 @pytest.mark.parametrize("capability, table", [((7, 5), 80), ((8, 9), 80), ((9, 0), 90), ((12, 0), 100)])
 def test_other_chips_take_the_newest_older_table(capability, table):
     for state in (16, 256):
-        assert launch.config("solve", 1, 768, state, HALF, capability) == launch.config(
-            "solve", 1, 768, state, HALF, divmod(table, 10)
+        found, expected = (
+            launch.config("solve", 1, 768, state, HALF, c) for c in (capability, divmod(table, 10))
         )
+        assert found == expected
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -58,11 +59,9 @@ def test_the_batch_does_not_choose_the_tile():
         assert len(found) == 1
 
 
-@pytest.mark.parametrize(
-    "state, padded", [(1, 16), (16, 16), (17, 32), (48, 64), (64, 64), (65, 128), (200, 256)]
-)
-def test_padded_state(state, padded):
-    assert launch.padded_state(state) == padded
+def test_padded_state():
+    padded = {1: 16, 16: 16, 17: 32, 48: 64, 64: 64, 65: 128, 200: 256}
+    assert {state: launch.padded_state(state) for state in padded} == padded
 
 
 def test_why_not():
@@ -77,11 +76,8 @@ def test_why_not():
 
 def test_numerics():
     assert launch.numerics(HALF, True) == {
-        "MATH": "ptx",
-        "INPUT": "bf16",
-        "LOOP": "fp16",
-        "PRECISION": "ieee",
-    }
+        "MATH": "ptx", "INPUT": "bf16", "LOOP": "fp16", "PRECISION": "ieee"
+    }  # fmt: skip
     assert launch.numerics(FLOAT, True)["PRECISION"] == "tf32"
     assert launch.numerics(FLOAT, False) == {
         "MATH": "exact", "INPUT": "fp32", "LOOP": "fp32", "PRECISION": "ieee"

@@ -464,6 +464,8 @@ def changed(images: Path, *path: str, value) -> dict:
         (("train", "seed"), 1, "'seed'"),
         (("sets", "noise", "n_tests"), 1, "'n_tests'.*n_test"),
         (("sets", "noise", "seed"), 1, "'seed'"),
+        (("sets", "noise", "n_test"), 0, "sets.noise: n_test"),
+        (("sets", "noise", "check"), "some", "sets.noise: check"),
         (("sets", "noise", "monitor"), "loss", "monitor must be one of"),
         (("methods", "probe", "gird"), {}, "'gird'.*grid"),
         (("methods", "probe", "options"), {"size": 1}, "'size'"),

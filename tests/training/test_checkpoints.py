@@ -11,16 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import (
-    QUICK,
-    random_splits,
-    read_csv,
-    run,
-    same_bits,
-    start,
-    tiny_backbone,
-    tiny_model,
-)
+from training_helpers import QUICK, random_splits, read_csv, run, same_bits, start, tiny_backbone, tiny_model
 
 import lion_fast
 from lion_fast.backbones import Backbone
@@ -221,9 +212,8 @@ def other_labels():
 
 
 def other_backbone():
-    return lion_fast.create(
-        tiny_backbone(seed=1), "lion", num_classes=3, seed=0, form="residual", state_dim=8
-    )
+    backbone = tiny_backbone(seed=1)
+    return lion_fast.create(backbone, num_classes=3, seed=0, form="residual", state_dim=8)
 
 
 @pytest.mark.parametrize(

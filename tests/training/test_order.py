@@ -49,12 +49,8 @@ def test_workers_change_nothing(images, tmp_path):
     states = []
     for workers in (0, 2):
         model = tiny_model()
-        fit(
-            model,
-            load_data(images),
-            TrainConfig(**QUICK, augment="crop", num_workers=workers),
-            tmp_path / str(workers),
-        )
+        config = TrainConfig(**QUICK, augment="crop", num_workers=workers)
+        fit(model, load_data(images), config, tmp_path / str(workers))
         states.append(model.adapter_state_dict())
     assert same_bits(*states)
 

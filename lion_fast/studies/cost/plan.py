@@ -1,27 +1,24 @@
-"""What is measured: a small plan for any machine, two for a GPU (first, full), and running one."""
+"""The grids of the cost study: a small plan for any machine, two for a GPU (first, full), one's own."""
 
 import functools
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import timm
 import torch
 
 from lion_fast.backbones import OWN_WEIGHTS, family_of, load_backbone
+from lion_fast.backbones.cheaper import MEMORY
 from lion_fast.errors import OptionError, check_choice
 from lion_fast.methods import available, method_options
-from lion_fast.studies.cost.measure import DeviceLost, forms_of, keys, measure
-from lion_fast.studies.cost.rows import Contender, Setting, Store
-from lion_fast.studies.environment import context
+from lion_fast.studies.cost.models import forms_of
+from lion_fast.studies.cost.setting import Contender, Setting
 
 LENGTHS = (10, 50, 100, 200)
 VIT_B, VIT_L = "vit_base_patch16_224", "vit_large_patch16_224"
 MODES, DTYPES, ENGINES = ("infer", "train"), ("fp32", "bf16", "fp8"), ("eager", "compile", "graphs")
 # Models of one compiled run: their graphs' memory stays taken
 AT_ONCE = 6
-# A contender that lost the device so often is left alone
-MOST_LOSSES = 2
 
 Plan = list[tuple[Setting, list[Contender]]]
 
@@ -43,9 +40,8 @@ def contenders(
     chosen = list(known) if methods is None else list(methods)
     for method in chosen:
         check_choice("method", method, known)
-    found = []
+    found, kind = [], family(backbone)
     for method in chosen:
-        kind = family(backbone)
         if kind not in known[method].families:
             continue
         forms = [form for form in forms_of(method) if form != "merged" or mode == "infer"]
@@ -158,8 +154,6 @@ def custom(
     img_size: int | None = None,
 ) -> Plan:
     """Every combination of what is given; `OptionError` on a value that does not exist."""
-    from lion_fast.backbones.cheaper import MEMORY
-
     for name, given, valid in (
         ("mode", modes, MODES),
         ("dtype", dtypes, DTYPES),
@@ -172,15 +166,10 @@ def custom(
         if not given or any(value < 1 for value in given):
             raise OptionError(f"every {name} must be at least 1; got {list(given)}")
     plan: Plan = []
-    for backbone in backbones:
-        for mode in modes:
-            found = contenders(backbone, mode, lengths=lengths, methods=methods)
-            for batch in batch_sizes:
-                for dtype in dtypes:
-                    for engine in engines:
-                        for how in memory:
-                            setting = Setting(backbone, mode, batch, dtype, engine, how, img_size=img_size)
-                            plan.append((setting, found))
+    for backbone, mode in itertools.product(backbones, modes):
+        found = contenders(backbone, mode, lengths=lengths, methods=methods)
+        for batch, *how in itertools.product(batch_sizes, dtypes, engines, memory):
+            plan.append((Setting(backbone, mode, batch, *how, img_size=img_size), found))
     return plan
 
 
@@ -193,80 +182,6 @@ def _without_shallow(found: Iterable[Contender]) -> list[Contender]:
 
 
 PLANS: dict[str, Callable[[], Plan]] = {"small": small, "first": first, "full": full}
-
-
-def run(
-    plan: Plan,
-    store: Store,
-    *,
-    device: torch.device | str = "cpu",
-    rounds: int = 7,
-    minutes: float | None = None,
-    again: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Measure what the store does not hold yet, writing after every setting.
-
-    A row counts as held if it was taken with the same versions, device, threads and revision of the code and
-    did not fail; `again` measures all. Where a row is missing, the setting's other missing contenders are
-    timed beside it with a floor of the same minutes. `minutes`: begin no setting after that.
-
-    Where a contender loses the device (`DeviceLost`), rows are written and this returns, as nothing more can
-    run in this process. In the next one that contender comes last, by itself, and after a second loss not
-    any more: whoever calls again as long as something is lost comes to an end.
-
-    Returns counts: "settings", "measured", "held", "left" (settings not begun), and "lost": the key of the
-    contender that lost the device, or None.
-    """
-    device = torch.device(device)
-    where = context(device)
-    ends = time.monotonic() + 60 * minutes if minutes is not None else None
-    told: dict[str, Any] = {"settings": len(plan), "measured": 0, "held": 0, "left": 0, "lost": None}
-    todo, last = [], []
-    for setting, wanted in plan:
-        floor, *others = keys(setting, wanted)
-        missing = []
-        for contender, key in zip(wanted, others, strict=True):
-            losses = 0 if again else max(_losses(store, k, where) for k in (floor, key))
-            if not again and (store.has(key, where) or losses >= MOST_LOSSES):
-                told["held"] += 1
-            elif losses:
-                last.append((setting, [contender]))
-            else:
-                missing.append(contender)
-        if missing:
-            todo.append((setting, missing))
-    todo += last
-    for i, (setting, missing) in enumerate(todo):
-        if ends is not None and time.monotonic() >= ends:
-            told["left"] += 1
-            continue
-        try:
-            rows = measure(
-                setting,
-                missing,
-                device=device,
-                rounds=rounds,
-                where=where,
-                say=lambda text, i=i: say(f"[{i + 1}/{len(todo)}] {text}"),
-            )
-        except DeviceLost as error:
-            rows = error.rows
-            lost = next(row for row in rows if row["key"] == error.key)
-            lost["losses"] = 1 + _losses(store, error.key, where)
-            told |= {"lost": error.key, "left": len(todo) - i}
-        # an earlier floor stays beside the rows that were divided by it: each row has its own floor's time
-        store.add(rows)
-        told["measured"] += len(rows)
-        if told["lost"]:
-            break
-    return told
-
-
-def _losses(store: Store, key: str, where: Mapping[str, Any]) -> int:
-    """How often this contender has lost the device since it last did not."""
-    row = store.get(key, where)
-    return row.get("losses", 0) if row is not None else 0
 
 
 def describe(plan: Plan) -> list[str]:

@@ -1,16 +1,26 @@
-"""Rows to words: the Markdown report, and what got worse since other rows."""
+"""Rows to words: report.md, beside it the same rows as a table for a spreadsheet, and the plots."""
 
-import itertools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-THRESHOLD = 0.1
-# Counted, not timed: the same every time
-COUNTED_THRESHOLD = 0.01
+from lion_fast.studies.cost import plots
+from lion_fast.studies.markdown import table, where_taken
+from lion_fast.studies.rows import write_csv
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
-    """The report of some rows; `plots` are file names to show."""
+def write(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> Path:
+    """rows.csv, the plots and report.md of some rows, into `folder`; the path of the report."""
+    path = Path(folder) / "report.md"
+    write_csv(rows, path.with_name("rows.csv"))
+    drawn = plots.draw_all(rows, folder)
+    path.write_text(markdown(rows, drawn), encoding="utf-8")
+    return path
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], drawn: Sequence[str] = ()) -> str:
+    """The report of some rows; `drawn` are the names of plots to show."""
     lines = ["# Measured cost", ""]
     for where, some in _grouped(rows, where_taken):
         lines += [f"Measured on {where}.", ""]
@@ -26,85 +36,78 @@ def markdown(rows: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> st
             "",
         ]
         for setting, inside in _grouped(some, lambda r: r["setting"]):
-            lines += [f"## {setting}", "", *_table(inside), ""]
+            lines += [f"## {setting}", "", *table(_HEAD, map(_costs, _good(inside))), ""]
             lines += _apart(inside)
         lines += _across(some)
-    for plot in plots:
+    for plot in drawn:
         lines += [f"![{plot.rsplit('.', 1)[0].replace('-', ' ')}]({plot})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def where_taken(row: Mapping[str, Any]) -> str:
-    """Device, versions and revision of a row's `context`, in words."""
-    versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items() if v)
-    revision = row["git"] or "no git checkout"
-    changed = " with local changes" if row["git_changed"] else ""
-    threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
-    return f"{row['device_name']} ({row['device']}{threads}); {versions}; revision {revision[:12]}{changed}"
+_HEAD = (
+    "contender",
+    "x floor",
+    "20-80 %",
+    "images/s",
+    "ms per step",
+    "GMACs/image",
+    "kept MiB: backbone, method, head",
+    "peak MiB",
+    "trained (with head)",
+    "adapter KiB",
+    "first step s",
+)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    head = (
-        "| contender | x floor | 20-80 % | images/s | ms per step | GMACs/image |"
-        " kept MiB: backbone, method, head | peak MiB | trained (with head) | adapter KiB | first step s |"
-    )
-    lines = [head, "|" + " --- |" + " ---: |" * 10]
-    for row in rows:
-        if row["status"] != "ok":
-            continue
-        kept = row.get("activation_bytes")
-        count = row.get("macs_per_image")
-        cells = [
-            f"`{row['label']}`",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_q20']:.3f}-{row['ratio_q80']:.3f}",
-            f"{row['images_per_second']:.1f}",
-            f"{1e3 * row['seconds']:.2f}",
-            "" if count is None else f"{count / 1e9:.3f}",
-            "" if not kept else ", ".join(f"{kept[k] / 2**20:.1f}" for k in ("backbone", "method", "head")),
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['parameters']:,} ({row['parameters_with_head']:,})" if "parameters" in row else "",
-            f"{row['adapter_bytes'] / 1024:.0f}" if "adapter_bytes" in row else "",
-            f"{row['build_seconds'] + row['first_step_seconds']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    kept, count = row.get("activation_bytes"), row.get("macs_per_image")
+    return [
+        f"`{row['label']}`",
+        f"{row['ratio']:.3f}",
+        f"{row['ratio_q20']:.3f}-{row['ratio_q80']:.3f}",
+        f"{row['images_per_second']:.1f}",
+        f"{1e3 * row['seconds']:.2f}",
+        "" if count is None else f"{count / 1e9:.3f}",
+        "" if not kept else ", ".join(f"{kept[k] / 2**20:.1f}" for k in ("backbone", "method", "head")),
+        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['parameters']:,} ({row['parameters_with_head']:,})" if "parameters" in row else "",
+        f"{row['adapter_bytes'] / 1024:.0f}" if "adapter_bytes" in row else "",
+        f"{row['build_seconds'] + row['first_step_seconds']:.2f}",
+    ]
 
 
 def _apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What stands below the table of a setting."""
     lines = []
     checked = [f"`{r['label']}` {r['checked']}" for r in rows if r.get("checked", "").find("=") > 0]
     if checked:
         lines += ["Checked before timing: " + "; ".join(checked) + ".", ""]
-    iterations = [
-        f"`{r['label']}` " + ", ".join(f"{k.removesuffix('_iterations')} {v:.1f}" for k, v in told.items())
-        for r in rows
-        if (told := {k: v for k, v in (r.get("diagnostics") or {}).items() if k.endswith("_iterations")
-                     and not k.endswith("max_iterations")})
-    ]  # fmt: skip
+    iterations = [f"`{r['label']}` {told}" for r in rows if (told := _iterations(r))]
     if iterations:
         lines += ["Mean iterations per token: " + "; ".join(iterations) + ".", ""]
     rounded = [
         f"`{r['label']}` {told['relative']:.2e} ({told['sqnr_db']:.1f} dB), {told['same_class']:.0%}"
-        for r in rows
-        if (told := r.get("against_fp32")) and r["status"] == "ok"
+        for r in _good(rows)
+        if (told := r.get("against_fp32"))
     ]
     if rounded:
-        lines += [
-            "Outputs against float32, relative error and share of equal decisions: "
-            + "; ".join(rounded)
-            + ".",
-            "",
-        ]
+        told = "; ".join(rounded)
+        lines += [f"Outputs against float32, relative error and share of equal decisions: {told}.", ""]
     for status in ("skipped", "failed"):
         lines += [f"- {status}: `{r['label']}`: {r['reason']}" for r in rows if r["status"] == status]
     return [*lines, ""] if lines and lines[-1] else lines
 
 
+def _iterations(row: Mapping[str, Any]) -> str:
+    told = row.get("diagnostics") or {}
+    means = {k: v for k, v in told.items() if k.endswith("_iterations") and not k.endswith("max_iterations")}
+    return ", ".join(f"{k.removesuffix('_iterations')} {v:.1f}" for k, v in means.items())
+
+
 def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the backbone's options change: the same contender with and without."""
-    lines: list[str] = []
-    by_key = {(r["setting"], r["label"]): r for r in rows if r["status"] == "ok"}
+    found = []
+    by_key = {(r["setting"], r["label"]): r for r in _good(rows)}
     for name, word, plain in (
         ('memory="save"', "/save", ""),
         ("fold=True", "/fold", ""),
@@ -114,23 +117,19 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             other = by_key.get((setting.replace(word, plain), label))
             if word not in setting or other is None:
                 continue
-            if not lines:
-                lines = [
-                    "## Options of the backbone",
-                    "",
-                    "| option | setting | contender | x time | x kept | x peak |",
-                    "| --- | --- | --- | ---: | ---: | ---: |",
-                ]
-            kept = [
-                sum(v for k, v in (r.get("activation_bytes") or {}).items() if k != "by_allocator")
-                for r in (row, other)
-            ]
-            lines.append(
-                f"| {name} | {setting} | `{label}` | {row['seconds'] / other['seconds']:.3f} | "
-                f"{f'{kept[0] / kept[1]:.3f}' if all(kept) else ''} | "
-                f"{row['peak_bytes'] / max(other['peak_bytes'], 1):.3f} |"
-            )
-    return [*lines, ""] if lines else []
+            kept, before = plots.kept_bytes(row), plots.kept_bytes(other)
+            times = f"{row['seconds'] / other['seconds']:.3f}"
+            more = f"{kept / before:.3f}" if kept and before else ""
+            peak = f"{row['peak_bytes'] / max(other['peak_bytes'], 1):.3f}"
+            found.append([name, setting, f"`{label}`", times, more, peak])
+    if not found:
+        return []
+    head = ("option", "setting", "contender", "x time", "x kept", "x peak")
+    return ["## Options of the backbone", "", *table(head, found, left=(0, 1, 2)), ""]
+
+
+def _good(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["status"] == "ok"]
 
 
 def _grouped(rows, key) -> list[tuple[str, list]]:
@@ -138,51 +137,3 @@ def _grouped(rows, key) -> list[tuple[str, list]]:
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return list(found.items())
-
-
-def compare(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], threshold: float = THRESHOLD
-) -> tuple[list[str], list[str]]:
-    """(regressions, other remarks), a line each, of rows with the same key.
-
-    A time has got worse if its median rose by more than `threshold` and lies above the old 80 % quantile with
-    its own 20 % quantile. On the same device and threads the time itself is compared, elsewhere the ratio to
-    the floor, floors then left out. What is counted (activations kept, products, parameters, adapter) may
-    rise by 1 %. A row that was measured and now fails is a regression.
-    """
-    before = {row["key"]: row for row in old}
-    worse, remarks = [], []
-    for row in new:
-        was = before.pop(row["key"], None)
-        if was is None:
-            remarks.append(f"{row['key']}: new")
-            continue
-        if was["status"] != "ok" or row["status"] != "ok":
-            if was["status"] == "ok":
-                worse.append(f"{row['key']}: was measured, now {row['status']}: {row['reason']}")
-            continue
-        same = all(was[k] == row[k] for k in ("device_name", "threads"))
-        name = "seconds" if same else "ratio"
-        if same or row["method"] != "floor":
-            rise = row[name] / was[name] - 1
-            apart = row[f"{name}_q20"] > was[f"{name}_q80"]
-            told = f"{row['key']}: {name} {was[name]:.4g} -> {row[name]:.4g} ({rise:+.1%})"
-            if rise > threshold and apart:
-                worse.append(told)
-            elif rise < -threshold and row[f"{name}_q80"] < was[f"{name}_q20"]:
-                remarks.append(told + ", better")
-        for name, a, b in _counted(was, row):
-            if a and b > a * (1 + COUNTED_THRESHOLD):
-                worse.append(f"{row['key']}: {name} {a:,.0f} -> {b:,.0f} ({b / a - 1:+.1%})")
-    remarks += [f"{key}: not in the new rows" for key in before]
-    return worse, remarks
-
-
-def _counted(was: Mapping[str, Any], row: Mapping[str, Any]):
-    for name in ("macs_per_image", "parameters", "adapter_bytes"):
-        if was.get(name) is not None and row.get(name) is not None:
-            yield name, was[name], row[name]
-    a, b = (r.get("activation_bytes") or {} for r in (was, row))
-    for name in sorted(set(itertools.chain(a, b)) - {"by_allocator"}):
-        if name in a and name in b:
-            yield f"activations of {name}", a[name], b[name]

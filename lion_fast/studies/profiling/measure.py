@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.inspection import measure_ends, parameter_counts
 from lion_fast.methods import TunedModel
-from lion_fast.studies.cost.measure import quantiles
-from lion_fast.studies.cost.memory import cuda_activations, resident_bytes, saved_bytes
 from lion_fast.studies.environment import context
+from lion_fast.studies.measuring import quantiles, spread, wait
+from lion_fast.studies.memory import cuda_activations, peak_bytes, resident_bytes, saved_bytes
 from lion_fast.studies.profiling import report, snapshot
-from lion_fast.studies.profiling.parts import PARTS, PHASES, Clock, Parts, Place, Ranges, Untold, name_of
+from lion_fast.studies.profiling.parts import PARTS, PHASES, Clock, Place, Ranges, name_of
+from lion_fast.studies.profiling.step import Step
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import features_are_constant
-from lion_fast.training.memory import PeakMemory
-from lion_fast.training.metrics import autocast
 
 FORMAT = 1
 MODES = ("train", "infer")
@@ -91,7 +89,7 @@ def profile_model(
             model.eval()
             found["ends"] = measure_ends(model, images)
             for kind in kinds:
-                step = _Step(model, images, labels.to(device), kind, mixed_precision, optimizer)
+                step = Step(model, images, labels.to(device), kind, mixed_precision, optimizer)
                 _measure(step, found["modes"].setdefault(kind, {}), folder, steps, warmup, say)
         except KeyboardInterrupt:
             found["interrupted"] = True
@@ -148,71 +146,13 @@ def _as_it_was(model: TunedModel) -> Iterator[None]:
         model.train(training)
 
 
-class _Step:
-    """One kind of step: `run()` is one, and tells its parts to who asks."""
-
-    def __init__(self, model: TunedModel, images, labels, kind: str, mixed_precision: str, optimizer: str):
-        self.model, self.labels, self.kind = model, labels, kind
-        self.device, self.mixed_precision = images.device, mixed_precision
-        self.train = kind != "infer"
-        self.net: nn.Module = model
-        self.inputs = images
-        if kind == "cached":
-            model.eval()
-            with torch.no_grad(), self._autocast(), model.backbone.autocast(images.device):
-                self.inputs = model.encode(images)
-            self.net = model.behind()
-            self.mixed_precision = "no"  # as `fit` has it: heads compute in their own dtype
-        model.train(self.train)
-        self.net.train(self.train)
-        self.optimizer = None
-        if self.train:
-            make = {"adamw": torch.optim.AdamW, "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)}
-            self.optimizer = make[optimizer](list(model.trainable_parameters()), lr=0.0)
-        scaled = self.train and self.mixed_precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-
-    def _autocast(self):
-        return autocast(self.device, self.mixed_precision)
-
-    def run(self, parts: Parts | Untold | None = None) -> None:
-        parts = parts or Untold()
-        if not self.train:
-            with torch.no_grad(), self._autocast(), parts.phase("forward", "method"):
-                self.net(self.inputs)
-            return
-        with parts.phase("optimiser", "optimiser"):
-            self.optimizer.zero_grad(set_to_none=True)
-        parts.backward(self.loss(parts))
-        with parts.phase("optimiser", "optimiser"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-
-    def loss(self, parts: Parts | Untold | None = None) -> Tensor:
-        """The forward of a training step."""
-        parts = parts or Untold()
-        with self._autocast():
-            with parts.phase("forward", "method"):
-                logits = self.net(self.inputs)
-            with parts.phase("forward", "loss"):
-                loss = F.cross_entropy(logits.float(), self.labels)
-                if self.kind == "train":
-                    for term in self.model.loss_terms(self.inputs, self.labels).values():
-                        loss = loss + term
-                return self.scaler.scale(loss)
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _measure(step: _Step, told: dict, folder: Path | None, steps: int, warmup: int, say) -> None:
+def _measure(step: Step, told: dict, folder: Path | None, steps: int, warmup: int, say) -> None:
     """Fill `told` with everything about one kind of step, the cheapest first."""
     kind = step.kind
     say(f"{kind}: first step")
     started = time.perf_counter()
     step.run()
-    step.wait()
+    wait(step.device)
     told["first_step_seconds"] = time.perf_counter() - started
     say(f"{kind}: memory")
     told |= _memory(step)
@@ -229,22 +169,22 @@ def _measure(step: _Step, told: dict, folder: Path | None, steps: int, warmup: i
         told["snapshot"] = snapshot.take(step, folder)
 
 
-def _times(step: _Step, steps: int, say: Callable[[int], None]) -> dict[str, Any]:
+def _times(step: Step, steps: int, say: Callable[[int], None]) -> dict[str, Any]:
     """Plain steps, and in turns with them steps with a clock that tells their parts."""
     clock = Clock(step.model, step.device)
     plain, clocked = [], []
     for i in range(steps):
         say(i + 1)
-        step.wait()
+        wait(step.device)
         started = time.perf_counter()
         step.run()
-        step.wait()
+        wait(step.device)
         plain.append(time.perf_counter() - started)
         clocked.append(clocked_step(step, clock))
     return {
-        **_spread(plain),
+        **spread("seconds", plain),
         "images_per_second": len(step.labels) / quantiles(plain)[0],
-        "clocked": _spread([sum(found.values()) for found in clocked]),
+        "clocked": spread("seconds", [sum(found.values()) for found in clocked]),
         "parts": _by_part(clocked),
         "steps": [
             {"seconds": sum(found.values())} | {name_of(place): s for place, s in found.items()}
@@ -253,7 +193,7 @@ def _times(step: _Step, steps: int, say: Callable[[int], None]) -> dict[str, Any
     }
 
 
-def clocked_step(step: _Step, clock: Clock) -> dict[Place, float]:
+def clocked_step(step: Step, clock: Clock) -> dict[Place, float]:
     """Seconds of one step by place; what is at no part's place is ("other", "other")."""
     with clock:
         clock.enter(("other", "other"))
@@ -272,25 +212,16 @@ def _by_part(clocked: list[dict[Place, float]]) -> dict[str, dict[str, dict]]:
         for part in PARTS:
             seconds = [found.get((phase, part), 0.0) for found in clocked]
             if any((phase, part) in found for found in clocked):
-                told.setdefault(phase, {})[part] = _spread(seconds) | {"share": sum(seconds) / whole}
+                told.setdefault(phase, {})[part] = spread("seconds", seconds) | {
+                    "share": sum(seconds) / whole
+                }
     return told
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return dict(zip(("seconds", "seconds_q20", "seconds_q80"), quantiles(seconds), strict=True))
-
-
-def _memory(step: _Step) -> dict[str, Any]:
-    with PeakMemory(step.device) as peak:
-        before = torch.cuda.memory_allocated(step.device) if step.device.type == "cuda" else 0
-        step.run()
-        step.wait()
-    cuda = "peak of torch's CUDA allocator above its level before the step"
-    told = {
-        "peak_bytes": peak.bytes - before,
-        "peak_measured": cuda if step.device.type == "cuda" else peak.how,
-        "resident_bytes": resident_bytes(step.model, step.optimizer),
-    }
+def _memory(step: Step) -> dict[str, Any]:
+    peak, how = peak_bytes(step.run, step.device)
+    told: dict[str, Any] = {"peak_bytes": peak, "peak_measured": how}
+    told["resident_bytes"] = resident_bytes(step.model, step.optimizer)
     if step.train:
         exclude = [step.inputs, step.labels]
         told["activation_bytes"] = saved_bytes(step.model, step.loss, exclude)
@@ -301,7 +232,7 @@ def _memory(step: _Step) -> dict[str, Any]:
     return told
 
 
-def _trace(step: _Step, folder: Path | None) -> dict[str, Any]:
+def _trace(step: Step, folder: Path | None) -> dict[str, Any]:
     """One step under torch's profiler: its slowest operators, and the trace where there is a folder."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -309,7 +240,7 @@ def _trace(step: _Step, folder: Path | None) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler, Ranges(step.model) as ranges:
         step.run(ranges)
-        step.wait()
+        wait(step.device)
     told: dict[str, Any] = {"operators": _operators(profiler, ranges.names, cuda)}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

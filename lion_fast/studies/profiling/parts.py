@@ -4,7 +4,6 @@ A node of autograd's graph belongs to the part that made it. The engine runs the
 last, so a backward is in one part from the first node of it to the first of the next.
 """
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import AtWork
-from lion_fast.studies.cost.memory import owners_of
+from lion_fast.studies.measuring import timer_of, wait
+from lion_fast.studies.memory import owners_of
 
 # "method" is what is the method's beside its ends; "other" is between the parts
 PARTS = ("input end", "backbone", "output end", "method", "head", "loss", "optimiser", "other")
@@ -117,7 +117,7 @@ class Clock(Parts):
 
     def __init__(self, model: nn.Module, device: torch.device):
         super().__init__(model)
-        self._timer = _CudaTimer() if device.type == "cuda" else _HostTimer()
+        self._device, self._timer = device, timer_of(device)
         self._marks: list[tuple[Place | None, object]] = []
 
     def enter(self, place: Place | None) -> None:
@@ -134,37 +134,13 @@ class Clock(Parts):
     def seconds(self) -> dict[Place, float]:
         """Of the step since the last call, in the order the places were come to first."""
         self.enter(None)
-        self._timer.wait()
+        wait(self._device)
         found: dict[Place, float] = {}
         for (place, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if place is not None:
                 found[place] = found.get(place, 0.0) + self._timer.between(start, end)
         self._marks.clear()
         return found
-
-
-class _HostTimer:
-    def read(self) -> float:
-        return time.perf_counter()
-
-    def between(self, start: float, end: float) -> float:
-        return end - start
-
-    def wait(self) -> None:
-        pass
-
-
-class _CudaTimer:
-    def read(self) -> "torch.cuda.Event":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, start: "torch.cuda.Event", end: "torch.cuda.Event") -> float:
-        return start.elapsed_time(end) / 1e3
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
 
 
 class Ranges(Parts):

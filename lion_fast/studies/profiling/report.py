@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lion_fast.files import write_atomically
-from lion_fast.studies.cost.report import where_taken
+from lion_fast.studies.markdown import table, where_taken
 from lion_fast.studies.profiling import plots
 from lion_fast.studies.profiling.parts import PARTS
 
@@ -81,26 +81,28 @@ def _model(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_END = ("end", "gamma", "certified bound", "measured rate", "iterations, mean", "at most", "worst residual")
+
+
 def _ends(found: Mapping[str, Any]) -> list[str]:
     if not found["ends"]:
         return []
     lines = [
-        "## Equilibria",
-        "",
-        "In evaluation, on these images, at the layer's own tolerance.",
-        "",
-        "| end | gamma | certified bound | measured rate | iterations, mean | at most | worst residual |"
-        " rows converged |",
-        "| --- |" + " ---: |" * 7,
+        [
+            name,
+            f"{end['gamma']:g}",
+            f"{end['certified']:.4f}",
+            f"{end['rate']:.4f}",
+            f"{end['iterations']:.2f}",
+            f"{end['max_iterations']:.0f}",
+            f"{end['residual']:.1e}",
+            f"{end['converged']:.1%}",
+        ]
+        for name, end in found["ends"].items()
     ]
-    for name, end in found["ends"].items():
-        lines.append(
-            f"| {name} | {end['gamma']:g} | {end['certified']:.4f} | {end['rate']:.4f} | "
-            f"{end['iterations']:.2f} | {end['max_iterations']:.0f} | {end['residual']:.1e} | "
-            f"{end['converged']:.1%} |"
-        )
-    lines += ["", *_in_steps(found["modes"]), ""]
-    return lines
+    about = "In evaluation, on these images, at the layer's own tolerance."
+    head = ["## Equilibria", "", about, "", *table((*_END, "rows converged"), lines)]
+    return [*head, "", *_in_steps(found["modes"]), ""]
 
 
 def _in_steps(modes: Mapping[str, Any]) -> list[str]:
@@ -122,17 +124,15 @@ def _time(told: Mapping[str, Any]) -> list[str]:
         f"{told['first_step_seconds']:.2f} s. With the clock that tells the parts {_ms(told['clocked'])} ms, "
         f"{clocked / whole - 1:+.1%}; {len(told['steps'])} steps of each.",
         "",
-        "| part | forward ms | backward ms | other ms | share |",
-        "| --- | ---: | ---: | ---: | ---: |",
     ]
+    rows = []
     for part in PARTS:
         at = {phase: inside[part] for phase, inside in parts.items() if part in inside}
-        if not at:
-            continue
-        rest = at.get("optimiser") or at.get("other")
-        cells = [_ms(found) if found else "" for found in (at.get("forward"), at.get("backward"), rest)]
-        lines.append(f"| {part} | {' | '.join(cells)} | {sum(f['share'] for f in at.values()):.1%} |")
-    return [*lines, ""]
+        if at:
+            rest = at.get("optimiser") or at.get("other")
+            cells = [_ms(found) if found else "" for found in (at.get("forward"), at.get("backward"), rest)]
+            rows.append([part, *cells, f"{sum(f['share'] for f in at.values()):.1%}"])
+    return [*lines, *table(("part", "forward ms", "backward ms", "other ms", "share"), rows), ""]
 
 
 def _ms(spread: Mapping[str, float]) -> str:
@@ -143,25 +143,21 @@ def _ms(spread: Mapping[str, float]) -> str:
 def _memory(told: Mapping[str, Any]) -> list[str]:
     if "peak_bytes" not in told:
         return []
-    lines = ["| memory | MiB |", "| --- | ---: |"]
-    rows = plots.memory_rows(told)
-    lines += [f"| {name} | {size / 2**20:.2f} |" for name, size in rows.items()]
-    for name, size in told.get("allocator_bytes", {}).items():
-        lines.append(f"| by the allocator: {name} | {size / 2**20:.2f} |")
-    lines += [f"| {told['peak_measured']} | {told['peak_bytes'] / 2**20:.2f} |", ""]
-    return lines
+    sizes = plots.memory_rows(told)
+    sizes |= {f"by the allocator: {name}": size for name, size in told.get("allocator_bytes", {}).items()}
+    sizes[told["peak_measured"]] = told["peak_bytes"]
+    return [*table(("memory", "MiB"), [[name, f"{size / 2**20:.2f}"] for name, size in sizes.items()]), ""]
 
 
 def _operators(told: Mapping[str, Any], device: bool) -> list[str]:
     if not told.get("operators"):
         return []
-    lines = ["| operator, by its own time in one step | calls | CPU ms |", "| --- | ---: | ---: |"]
-    if device:
-        lines = [lines[0] + " device ms |", lines[1] + " ---: |"]
-    for row in told["operators"]:
-        times = [row["cpu_seconds"], *([row["device_seconds"]] if device else [])]
-        lines.append(f"| `{row['name']}` | {row['calls']} | {' | '.join(f'{1e3 * s:.2f}' for s in times)} |")
-    return [*lines, ""]
+    clocks = {"cpu_seconds": "CPU ms"} | ({"device_seconds": "device ms"} if device else {})
+    rows = [
+        [f"`{row['name']}`", str(row["calls"]), *(f"{1e3 * row[clock]:.2f}" for clock in clocks)]
+        for row in told["operators"]
+    ]
+    return [*table(("operator, by its own time in one step", "calls", *clocks.values()), rows), ""]
 
 
 def _snapshot(names: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lion_fast.studies.measuring import wait
 from lion_fast.studies.profiling import plots
 
 # Events that the allocator remembers; a training step of a ViT-B has some tens of thousands
@@ -22,12 +23,12 @@ def take(step, folder: Path) -> dict[str, str]:
     from torch.cuda._memory_viz import trace_plot
 
     folder.mkdir(parents=True, exist_ok=True)
-    step.wait()
+    wait(step.device)
     start = torch.cuda.memory_allocated(step.device)
     torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
     try:
         step.run()
-        step.wait()
+        wait(step.device)
         found = torch.cuda.memory._snapshot()
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,7 +1,8 @@
-"""Where a training step's memory goes: what the backward keeps, by who kept it.
+"""Where a step's memory goes: what the backward keeps, by who kept it, the peak, and what is there anyway.
 
-Two instruments with one rule of ownership. `SavedTensors` sums the unique storages that autograd keeps, on
-any device: counted, so the same numbers every time. `cuda_activations` finds them in the CUDA allocator.
+What is kept has two instruments with one rule of ownership. `SavedTensors` sums the unique storages that
+autograd keeps, on any device: counted, so the same numbers every time. `cuda_activations` finds them in the
+CUDA allocator.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lion_fast.backbones import Backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.backbones.at_work import AtWork
+from lion_fast.training.memory import PeakMemory
 
 OWNERS = ("backbone", "method", "head", "loss")
 
@@ -183,3 +185,15 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     for state in optimizer.state.values() if optimizer is not None else ():
         found["optimiser"] += sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t))
     return found
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, str]:
+    """The most bytes in use during `work()` above the level at its start, and how that was measured."""
+    cuda = device.type == "cuda"
+    with PeakMemory(device) as peak:
+        before = torch.cuda.memory_allocated(device) if cuda else 0
+        work()
+        if cuda:
+            torch.cuda.synchronize(device)
+    how = "peak of torch's CUDA allocator above its level at the start" if cuda else peak.how
+    return peak.bytes - before, how
