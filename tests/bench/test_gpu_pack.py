@@ -143,13 +143,13 @@ def test_rounded_weights_are_other_weights(made, monkeypatch):
 def test_what_is_wrong_with_a_pack_is_said(made, monkeypatch):
     folder, _ = made
     pack = folder / "pack"
-    for changes, words in (
-        ({"backbones": {"a": {"name": TINY}}}, "backbones.a: only small, small-bf16 can be packed"),
-        ({"sets": {"cells": {"source": "elpv"}}}, "sets.cells: only fashion-mnist, mnist-5k and digits"),
+    for changes, word in (
+        ({"backbones": {"a": {"name": TINY}}}, "backbones.a"),
+        ({"sets": {"cells": {"source": "elpv"}}}, "sets.cells"),
     ):
-        with pytest.raises(OptionError, match=words):
+        with pytest.raises(OptionError, match=word):
             packing.pack(grid_of(**changes), pack)
-    with pytest.raises(OptionError, match="more than 1,000; the largest file is weights/"):
+    with pytest.raises(OptionError, match="more than 1,000"):
         packing.pack(grid_of(), pack, limit=1000)
     assert not pack.exists() and not list(folder.glob(".pack-*"))
     with pytest.raises(DataError, match="is no pack"):
@@ -162,11 +162,11 @@ def test_what_is_wrong_with_a_pack_is_said(made, monkeypatch):
     packing.pack(grid_of(), pack)  # in the place of the first
     part = pack / "data" / "fashion-mnist" / "part.json"
     part.write_text("[]")
-    with pytest.raises(DataError, match=r"missing or changed: data/fashion-mnist/part\.json; make"):
+    with pytest.raises(DataError, match="part.json"):
         packing.check(pack)
     # a part is no source of another part
     monkeypatch.setenv("LION_FAST_CACHE", str(pack))
-    with pytest.raises(DataError, match="another sha256 than expected"):
+    with pytest.raises(DataError, match="sha256"):
         packing.pack(grid_of(seeds=[2]), folder / "other")
 
 

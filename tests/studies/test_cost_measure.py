@@ -168,19 +168,24 @@ def test_floors_and_training(measured):
 
 def test_forms_that_differ_are_not_timed(monkeypatch):
     build = models.build
+    setting = Setting(TINY, "infer", 1, img_size=32)
+    pair = [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")]
+    merged = measure.measure(setting, [Contender("lora", form="merged")], rounds=1)[1]
+    assert merged["checked"].startswith("merged = unmerged to ") and "adapter_bytes" not in merged
 
     def wrong(backbone, contender):
         model = build(backbone, contender)
         if contender.form == "naive":
             model.prompts.data[0, 0, 0] += 1.0  # one entry of one prompt
+        if contender.form == "merged":
+            model.head.weight.data[0, 0] += 1.0
         return model
 
     monkeypatch.setattr(models, "build", wrong)
-    pair = [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")]
-    found = measure.measure(Setting(TINY, "infer", 1, img_size=32), pair, rounds=1)
-    assert [row["status"] for row in found] == ["ok", "failed", "failed"]
+    found = measure.measure(setting, [*pair, Contender("lora", form="merged")], rounds=1)
+    assert [row["status"] for row in found] == ["ok", "failed", "failed", "failed"]
     for row in found[1:]:
-        assert row["reason"].startswith("Wrong:") and "naive" in row["reason"]
+        assert row["reason"].startswith("Wrong:") and "differ" in row["reason"]
         assert "seconds" not in row and "ratio" not in row
 
 

@@ -18,7 +18,7 @@ def vit(depth=1, size=32, **options):
     return load_backbone(TINY, pretrained=False, img_size=size, depth=depth, **options)
 
 
-def kept_by(module, x, head=None):
+def kept_by(module, x):
     with memory.SavedTensors(module, [x]) as kept:
         module(x).sum().backward()
     return kept

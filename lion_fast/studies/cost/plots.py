@@ -5,15 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.studies.figures import figure_at, styles_of
-
-_PARTS = {
-    "backbone": "#999999",
-    "method": "#d55e00",
-    "head": "#009e73",
-    "loss": "#cc79a7",
-    "optimiser": "#0072b2",
-}
+from lion_fast.studies.figures import OWNERS, figure_at, list_down, points, styles_of
 
 
 def draw_all(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> list[str]:
@@ -43,25 +35,14 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
     with figure_at(path, (8.0, 5.0)) as figure:
         axes = figure.subplots()
         for name, colour, marker in styles_of(names):
-            colour = {"floor": "0.45", "lion, states": _PARTS["method"]}.get(name, colour)
+            colour = {"floor": "0.45", "lion, states": OWNERS["method"]}.get(name, colour)
             for i, row in enumerate(r for r in rows if _name(r) == name):
-                slow = row["batch_size"] / row["seconds_q80"]
-                fast = row["batch_size"] / row["seconds_q20"]
-                y = row["images_per_second"]
-                hollow = row["form"] == "naive"
-                axes.errorbar(
-                    _memory(row),
-                    y,
-                    yerr=[[max(0.0, y - slow)], [max(0.0, fast - y)]],
-                    color=colour,
-                    marker=marker,
-                    markersize=7,
-                    markerfacecolor="white" if hollow else colour,
-                    capsize=2,
-                    linewidth=1,
-                    linestyle="none",
-                    label=name if i == 0 else None,
-                )
+                y, size = row["images_per_second"], row["batch_size"]
+                bars = _bars(y, size / row["seconds_q80"], size / row["seconds_q20"])
+                face = "white" if row["form"] == "naive" else colour
+                look = {"colour": colour, "marker": marker, "markersize": 7, "markerfacecolor": face}
+                label = name if i == 0 else None
+                points(axes, _memory(row), y, yerr=bars, label=label, capsize=2, linewidth=1, **look)
         train = rows[0]["mode"] == "train"
         what = "kept for the backward" if train else "peak above the weights"
         axes.set(xlabel=f"MiB {what}", ylabel="images a second", title=_title(rows[0]))
@@ -79,38 +60,34 @@ def throughput_against_memory(rows: Sequence[Mapping[str, Any]], path: str | os.
 
 def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> bool:
     """Time over the floor's against the number of prompts; methods without prompts as level lines."""
-    lines: dict[str, list] = {}
+    lines: dict[tuple[str, str], dict[int, Mapping]] = {}
     for row in rows:
-        length = row["options"].get("length")
-        if length is not None and not row["options"].get("depth") == "shallow":
-            lines.setdefault(row["method"] + (f", {row['form']}" if row["form"] else ""), []).append(
-                (length, row)
-            )
-    lines = {name: sorted(some, key=lambda s: s[0]) for name, some in lines.items() if len(some) > 1}
+        if "length" in row["options"] and row["options"].get("depth") != "shallow":
+            lines.setdefault((row["method"], row["form"]), {})[row["options"]["length"]] = row
+    lines = {name: dict(sorted(some.items())) for name, some in lines.items() if len(some) > 1}
     if not lines:
         return False
     level = [row for row in rows if row["label"] in ("lion", "lion:residual", "lion:states", "floor")]
     with figure_at(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
-        methods = list(dict.fromkeys(some[0][1]["method"] for some in lines.values()))
-        styles = {method: (colour, marker) for method, colour, marker in styles_of(methods)}
-        for name, some in lines.items():
-            colour, marker = styles[some[0][1]["method"]]
-            naive = some[0][1]["form"] == "naive"
-            ys = [row["ratio"] for _, row in some]
-            low = [max(0.0, row["ratio"] - row["ratio_q20"]) for _, row in some]
-            high = [max(0.0, row["ratio_q80"] - row["ratio"]) for _, row in some]
-            axes.errorbar(
-                [length for length, _ in some],
-                ys,
-                yerr=[low, high],
-                color=colour,
+        styles = {method: look for method, *look in styles_of(dict.fromkeys(m for m, _ in lines))}
+        for (method, form), some in lines.items():
+            colour, marker = styles[method]
+            naive = form == "naive"
+            bars = [_bars(r["ratio"], r["ratio_q20"], r["ratio_q80"]) for r in some.values()]
+            points(
+                axes,
+                list(some),
+                [row["ratio"] for row in some.values()],
+                yerr=[[low for (low,), _ in bars], [high for _, (high,) in bars]],
+                colour=colour,
                 marker=marker,
                 markersize=5,
                 markerfacecolor="white" if naive else colour,
                 linestyle="--" if naive else "-",
+                linewidth=1.5,
                 capsize=2,
-                label=name,
+                label=method + (f", {form}" if form else ""),
             )
         for row in level:
             lion = row["method"] == "lion"
@@ -121,7 +98,7 @@ def cost_against_length(rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
                 label=f"{_name(row)} (no prompts)" if lion else "floor",
             )
         axes.set(xlabel="prompts per layer", ylabel="time over the floor's", title=_title(rows[0]))
-        axes.set_xticks(sorted({length for some in lines.values() for length, _ in some}))
+        axes.set_xticks(sorted({length for some in lines.values() for length in some}))
         axes.legend(frameon=False, fontsize=8)
     return True
 
@@ -133,21 +110,14 @@ def breakdown(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> boo
         return False
     with figure_at(path, (8.0, 1.4 + 0.28 * len(rows))) as figure:
         axes = figure.subplots()
+        parts = {f"kept by the {part}": (part, colour) for part, colour in OWNERS.items()}
         left = [0.0] * len(rows)
-        for part, colour in _PARTS.items():
-            if part == "optimiser":
-                sizes = [
-                    row["resident_bytes"]["optimiser"] + row["resident_bytes"]["gradients"] for row in rows
-                ]
-            else:
-                sizes = [row["activation_bytes"].get(part, 0) for row in rows]
-            mib = [size / 2**20 for size in sizes]
-            words = "optimiser and gradients" if part == "optimiser" else f"kept by the {part}"
+        for words, (part, colour) in (parts | {"optimiser and gradients": (None, "#0072b2")}).items():
+            kept = [row["activation_bytes"].get(part, 0) if part else _optimiser(row) for row in rows]
+            mib = [size / 2**20 for size in kept]
             axes.barh(range(len(rows)), mib, left=left, color=colour, label=words, height=0.75)
             left = [a + b for a, b in zip(left, mib, strict=True)]
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
+        list_down(axes, [row["label"] for row in rows])
         axes.set(xlabel="MiB", title="Memory of a training step beside the weights\n" + _title(rows[0]))
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return True
@@ -162,6 +132,15 @@ def kept_bytes(row: Mapping[str, Any]) -> int | None:
 def _memory(row: Mapping[str, Any]) -> float | None:
     size = kept_bytes(row) if row["mode"] == "train" else row["peak_bytes"]
     return None if size is None else size / 2**20
+
+
+def _optimiser(row: Mapping[str, Any]) -> int:
+    return row["resident_bytes"]["optimiser"] + row["resident_bytes"]["gradients"]
+
+
+def _bars(value: float, low: float, high: float) -> list[list[float]]:
+    """What matplotlib draws from low to high around a value."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _name(row: Mapping[str, Any]) -> str:

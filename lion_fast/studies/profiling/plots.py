@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lion_fast.studies.figures import figure_at
+from lion_fast.studies.figures import OWNERS, figure_at, list_down
 from lion_fast.studies.profiling.parts import PARTS
 
 _PHASES = {"forward": "#56b4e9", "backward": "#0072b2", "optimiser": "#e69f00", "other": "0.6"}
-_OWNERS = {"backbone": "#999999", "method": "#d55e00", "head": "#009e73", "loss": "#cc79a7"}
 _THERE = "#0072b2"
 _RESIDENT_WORDS = {
     "backbone_weights": "weights of the backbone",
@@ -68,7 +67,7 @@ def memory_by_owner(modes: Mapping[str, Any], path: Path, title: str) -> bool:
         for y, (name, size) in enumerate(rows.items()):
             owner = name.rpartition(": ")[2] if ": " in name else None
             mib = size / 2**20
-            axes.barh(y, mib, color=_OWNERS.get(owner, _THERE), height=0.7)
+            axes.barh(y, mib, color=OWNERS.get(owner, _THERE), height=0.7)
             _beside(axes, mib, y, f"{_short(mib)} MiB")
         _finish(axes, list(rows), f"Memory of {kind}: {title}")
         axes.set_xlabel("MiB")
@@ -105,10 +104,8 @@ def _beside(axes, x: float, y: float, words: str) -> None:
 
 
 def _finish(axes, names: Sequence[str], title: str) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    list_down(axes, names)
     axes.set_xlim(0, 1.25 * axes.dataLim.xmax or 1.0)  # room for the words beside the longest bar
-    axes.grid(visible=False, axis="y")
     axes.set_title(title, fontsize=9, loc="left")
 
 
