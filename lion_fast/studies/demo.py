@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lion_fast.adapters import load_adapter
+from lion_fast.files import write_atomically
 from lion_fast.methods import TunedModel
 from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
@@ -108,7 +109,7 @@ def run(
     estimates = [results.estimate(backbone, set_label, row["label"]) for row in rows]
     half = max((e.high - e.low) / 2 for e in estimates)
     about = home.splits("final", set_label, seed).description
-    (out / "report.md").write_text(_report(grid, rows, about, half, took), encoding="utf-8")
+    write_atomically(out / "report.md", _report(grid, rows, about, half, took))
     if not quiet:
         print("\n".join(table(rows, pad=True)))
         print(f"\n{took[0]:.0f} s of computing ({took[1]:.0f} s of processor time). All of it: {out}")
