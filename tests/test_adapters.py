@@ -1,5 +1,6 @@
 """Adapters: a round trip keeps every bit; what is foreign, damaged or unfit is refused with a reason."""
 
+import hashlib
 import json
 import os
 import stat
@@ -7,64 +8,40 @@ import stat
 import pytest
 import safetensors.torch
 import torch
+from method_helpers import BACKBONES, FAMILIES, backbone, images, shaken
 
 import lion_fast
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
 from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
-from lion_fast.methods import create
+from lion_fast.methods import available, create
 from lion_fast.methods.files import DESCRIPTION, FORMAT_VERSION, TENSORS, read_adapter
 
-VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
-SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
-RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "img_size": 64}
-BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", VIT),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
-    "cnn": ("resnet18", RESNET),
-}
-MODELS = [
+KIND = {"vit": "vit", "swin": "swin", "resnet": "cnn"}
+MODELS = [  # every method on every family it works on, and options that change what is saved
+    *((m, key, {}) for m, cls in available().items() for key in FAMILIES if KIND[key] in cls.families),
     (
         "lion",
         "vit",
-        {
-            "form": "residual",
-            "state_dim": 6,
-            "recurrence": "tied",
-            "ends": ("output",),
-            "pool": "cls+mean",
-            "tol": 1e-3,
-        },
+        {"form": "residual", "state_dim": 6, "recurrence": "tied", "ends": ("output",), "tol": 1e-3},
     ),
-    ("lion", "vit", {}),
-    ("lion", "vit", {"at": 0, "grid": 2, "ends": ("input", "output"), "pool": "mean"}),
-    ("lion", "vit", {"form": "residual"}),
+    ("lion", "vit", {"at": 0, "grid": 2, "gamma": 0.7, "ends": ("input", "output"), "pool": "mean"}),
+    ("lion", "vit", {"form": "residual", "pool": "cls+mean"}),
     ("lion", "swin", {"activation": "gelu", "form": "residual"}),
-    ("lion", "cnn", {"pixel_channels": 4, "gamma": 0.7, "form": "residual"}),
-    ("lion", "swin", {"activation": "gelu"}),
-    ("lion", "cnn", {"gamma": 0.7}),
+    ("lion", "resnet", {"pixel_channels": 4, "gamma": 0.7, "form": "residual"}),
     ("vpt", "vit", {"length": 3, "dropout": 0.1, "form": "naive"}),
     ("vpt", "vit", {"depth": "shallow"}),
+    ("vpt", "vit", {"state_dim": 4, "length": 2}),
     ("probe", "swin", {"head_bias": False}),
-    ("probe", "vit", {}),
+    ("probe", "vit", {"grid": 3}),
+    ("ssf", "swinv2", {}),
+    ("vpt", "registers", {}),
 ]
 
 
-def frozen(key="vit", **more):
-    name, kwargs = BACKBONES[key]
-    return load_backbone(name, pretrained=False, **kwargs | more)
-
-
-def trained(method="lion", key="vit", backbone=None, num_classes=4, **options):
+def trained(method="lion", key="vit", on=None, num_classes=4, **options):
     """A model whose every adapter tensor differs from its initial value."""
-    model = create(backbone or frozen(key), method, num_classes=num_classes, **options)
-    for p in model.trainable_parameters():
-        p.data.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
-def images(model):
-    return torch.randn(2, 3, model.backbone.img_size, model.backbone.img_size)
+    return shaken(create(on or backbone(key), method, num_classes=num_classes, **options)).eval()
 
 
 def rewrite(directory, **changes):
@@ -101,9 +78,8 @@ def test_description_and_size(tmp_path):
     assert found["options"]["state_dim"] == 51 and found["options"]["ends"] == ["input", "output"]
     assert found["num_classes"] == 10 and found["classes"] == model.classes
     assert found["backbone"]["name"] == "vit_base_patch16_224" and found["backbone"]["img_size"] == 224
-    assert (
-        found["backbone"]["sha256"] == vit.weights_sha256 and found["backbone"]["weights_source"] == "random"
-    )
+    assert found["backbone"]["sha256"] == vit.weights_sha256
+    assert found["backbone"]["weights_source"] == "random"
     assert found["normalisation"] == {
         "mean": list(vit.mean),
         "std": list(vit.std),
@@ -139,7 +115,7 @@ def test_a_second_save_replaces_the_first(tmp_path):
     tensors = (tmp_path / TENSORS).read_bytes()
     save_adapter(first, tmp_path)
     (tmp_path / TENSORS).write_bytes(tensors)
-    with pytest.raises(AdapterError, match="damaged, or from another save"):
+    with pytest.raises(AdapterError, match="from another save"):
         load_adapter(tmp_path, backbone=first.backbone)
 
 
@@ -185,7 +161,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_another_backbone_is_refused(tmp_path):
-    model, other = trained(form="residual"), frozen()
+    model, other = trained(form="residual"), backbone()
     save_adapter(model, tmp_path)
     with pytest.raises(
         AdapterError, match=f"weights {model.backbone.weights_sha256[:12]}.*allow_other_backbone=True"
@@ -198,21 +174,21 @@ def test_another_backbone_is_refused(tmp_path):
     with pytest.raises(
         AdapterError, match=r"adapter.safetensors: the adapter's head is 4 classes from 48 features"
     ):
-        load_adapter(tmp_path, backbone=frozen(embed_dim=96), allow_other_backbone=True)
+        load_adapter(tmp_path, backbone=backbone(embed_dim=96), allow_other_backbone=True)
     save_adapter(trained("apt"), tmp_path)
     with pytest.raises(AdapterError, match="cannot be built: method apt works on vit backbones"):
-        load_adapter(tmp_path, backbone=frozen("cnn"), allow_other_backbone=True)
+        load_adapter(tmp_path, backbone=backbone("resnet"), allow_other_backbone=True)
 
 
 def test_other_images_are_another_backbone(tmp_path):
-    model = trained("probe", "cnn")
+    model = trained("probe", "resnet")
     save_adapter(model, tmp_path)
-    other = frozen("cnn", img_size=96)
+    other = backbone("resnet", img_size=96)
     other.model.load_state_dict(model.backbone.model.state_dict())
     with pytest.raises(AdapterError, match="images with img_size 64; this backbone takes 96"):
         load_adapter(tmp_path, backbone=other)
     assert load_adapter(tmp_path, backbone=other, allow_other_backbone=True).backbone is other
-    same = frozen("cnn")
+    same = backbone("resnet")
     same.model.load_state_dict(model.backbone.model.state_dict())
     assert load_adapter(tmp_path, backbone=same).backbone is same
     same.mean = (0.5, 0.5, 0.5)
@@ -220,11 +196,11 @@ def test_other_images_are_another_backbone(tmp_path):
         load_adapter(tmp_path, backbone=same)
 
 
-@pytest.mark.parametrize("key", ["vit", "swin", "cnn"])
+@pytest.mark.parametrize("key", FAMILIES)
 def test_the_backbone_is_built_again_from_its_file(key, tmp_path):
     name, kwargs = BACKBONES[key]
-    safetensors.torch.save_file(frozen(key).model.state_dict(), tmp_path / "w.safetensors")
-    model = trained(backbone=load_backbone(name, weights=tmp_path / "w.safetensors", **kwargs))
+    safetensors.torch.save_file(backbone(key).model.state_dict(), tmp_path / "w.safetensors")
+    model = trained(on=load_backbone(name, weights=tmp_path / "w.safetensors", **kwargs))
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(tmp_path / "adapter")
     x = images(model)
@@ -232,7 +208,7 @@ def test_the_backbone_is_built_again_from_its_file(key, tmp_path):
     assert again.backbone.img_size == model.backbone.img_size
 
     # other weights under the same name
-    safetensors.torch.save_file(frozen(key).model.state_dict(), tmp_path / "w.safetensors")
+    safetensors.torch.save_file(backbone(key).model.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(AdapterError, match="Give the backbone it was trained on"):
         load_adapter(tmp_path / "adapter")
     (tmp_path / "w.safetensors").unlink()
@@ -324,21 +300,18 @@ def test_foreign_descriptions(content, tmp_path):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (
-            {"format_version": FORMAT_VERSION + 1},
-            "format version 3; this lion-fast .* reads up to 2. Install",
-        ),
-        ({"format_version": "new"}, "no valid format_version"),
-        ({"method": "tomorrow"}, "method 'tomorrow' is unknown here; known are .*lion, .*probe, .*vpt"),
-        ({"method": None}, "method is missing"),
-        ({"options": [1]}, "options is missing or no dict"),
-        ({"options": {"lenght": 3}}, "cannot be built: unknown option of probe 'lenght'"),
+        ({"format_version": FORMAT_VERSION + 1}, "format version 3; .* reads up to 2"),
+        ({"format_version": "new"}, "format_version"),
+        ({"method": "tomorrow"}, "'tomorrow'"),
+        ({"method": None}, "method"),
+        ({"options": [1]}, "options"),
+        ({"options": {"lenght": 3}}, "lenght"),
         ({"options": {"backbone": "x"}}, "cannot be built"),
-        ({"num_classes": 5}, "a head of 4 outputs; adapter.json says num_classes=5"),
-        ({"classes": ["a"]}, "classes do not count num_classes=4 names"),
-        ({"backbone": {}}, "lacks its name or sha256"),
+        ({"num_classes": 5}, "num_classes=5"),
+        ({"classes": ["a"]}, "classes"),
+        ({"backbone": {}}, "sha256"),
         ({"normalisation": {"mean": "x", "std": [1]}}, "normalisation mean"),
-        ({"tensors_sha256": None}, "tensors_sha256 is missing"),
+        ({"tensors_sha256": None}, "tensors_sha256"),
     ],
 )
 def test_descriptions_that_do_not_fit(change, match, tmp_path):
@@ -351,8 +324,6 @@ def test_descriptions_that_do_not_fit(change, match, tmp_path):
 
 def replace_tensors(directory, state):
     """Other tensors with a description that vouches for them."""
-    import hashlib
-
     raw = safetensors.torch.save(state)
     (directory / TENSORS).write_bytes(raw)
     rewrite(directory, tensors_sha256=hashlib.sha256(raw).hexdigest())
@@ -417,5 +388,5 @@ def test_no_pickle_is_executed(tmp_path):
 def test_given_a_device(tmp_path):
     model = trained("probe")
     save_adapter(model, tmp_path)
-    again = load_adapter(tmp_path, backbone=model.backbone, device="cpu")
-    assert next(again.parameters()).device.type == "cpu"
+    again = load_adapter(tmp_path, backbone=model.backbone, device="meta")
+    assert {p.device.type for p in again.parameters()} == {"meta"}

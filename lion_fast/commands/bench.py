@@ -11,10 +11,10 @@ Rows that --out holds already (same versions, device and revision) are not measu
 """
 
 import argparse
-import functools
+from contextlib import closing
 from pathlib import Path
 
-from lion_fast.commands.common import add_device, add_progress, find_device, flag, say, shows_progress
+from lion_fast.commands import common
 from lion_fast.errors import DataError, OptionError, check_whole
 
 DEFAULT_OUT = "runs/bench"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", nargs="+", metavar="HOW", help="plain, save [plain]")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="[what the backbone is made for]")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="P", help="prompts per layer [10]")
-    add_device(parser)
+    common.add_device(parser)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds [7]")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after so long")
     parser.add_argument("--again", action="store_true", help="measure also what --out holds already")
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="rise of a time that is a regression [0.1]",
     )
-    add_progress(parser)
+    common.add_progress(parser)
 
 
 _OWN_PLAN = (
@@ -77,7 +77,9 @@ def make_plan(args: argparse.Namespace):
 
     own = {name: getattr(args, name) for name in _OWN_PLAN if getattr(args, name) is not None}
     if args.plan and own:
-        raise OptionError(f"--plan {args.plan} is a plan of its own; leave out {', '.join(map(flag, own))}")
+        raise OptionError(
+            f"--plan {args.plan} is a plan of its own; leave out {', '.join(map(common.flag, own))}"
+        )
     if not own:
         return plans.PLANS[args.plan or "small"]()
     return plans.custom(own.pop("backbones", ["vit_tiny_patch16_224"]), **own)
@@ -90,10 +92,8 @@ def run(args: argparse.Namespace) -> dict:
     the device, or None.
     """
     from lion_fast.studies.cost import plan as plans
-    from lion_fast.studies.cost.compare import compare
     from lion_fast.studies.cost.report import write
     from lion_fast.studies.cost.run import run as measure
-    from lion_fast.studies.cost.setting import keys
     from lion_fast.studies.rows import Store
 
     check_whole("--rounds", args.rounds)
@@ -101,62 +101,54 @@ def run(args: argparse.Namespace) -> dict:
         raise OptionError("--rows-only and --report-only exclude each other")
     if args.report_only:
         return _report_only(args)
-    device, plan = find_device(args.device), make_plan(args)
+    device, plan = common.find_device(args.device), make_plan(args)
     if args.list:
         for line in plans.describe(plan):
             print(line)
         return {"plan": plans.describe(plan)}
     plans.check_device(plan, device)
     old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
-    out, store = Path(args.out), Store(args.out)
-    try:
-        told = measure(
-            plan,
-            store,
-            device=device,
-            rounds=args.rounds,
-            minutes=args.minutes,
-            again=args.again,
-            say=functools.partial(say, passing=True) if shows_progress(args) else lambda text: None,
-        )
-    except KeyboardInterrupt as error:
-        if store.rows and not args.rows_only:
-            write(store.rows, out)
-        error.args = ("interrupted",)
-        error.hint = f"what was measured is in {out}; the same command goes on from there"
-        raise
-    finally:
-        store.close()
-    if not args.rows_only:
-        write(store.rows, out)
-    failed = [row["key"] for row in store.rows if row["status"] == "failed"]
-    result = told | {"out": str(out), "failed": failed, "regressions": []}
+    how = {name: getattr(args, name) for name in ("rounds", "minutes", "again")}
+    with (
+        common.interruptible(f"what was measured is in {args.out}; the same command goes on from there"),
+        closing(Store(args.out)) as store,
+    ):
+        try:
+            told = measure(plan, store, device=device, say=common.progress_line(args), **how)
+        except KeyboardInterrupt:
+            if store.rows and not args.rows_only:
+                write(store.rows, args.out)
+            raise
+        if not args.rows_only:
+            write(store.rows, args.out)
+    failed = [row for row in store.rows if row["status"] == "failed"]
+    result = told | {"out": args.out, "failed": [row["key"] for row in failed], "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
-        written = store.path if args.rows_only else out / "report.md"
+        written = store.path if args.rows_only else Path(args.out) / "report.md"
         print(f"{told['measured']} rows measured, {told['held']} held{left}: {written}")
-        for row in store.rows:
-            if row["status"] == "failed":
-                print(f"failed: {row['key']}: {row['reason']}")
+        for row in failed:
+            print(f"failed: {row['key']}: {row['reason']}")
     if told["lost"]:
-        say(
+        common.say(
             f"the device failed in {told['lost']} and can do nothing more in this process; rows are written: "
             "run the same command again to go on with the others"
         )
-    if old is not None:
-        mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
-        worse, remarks = compare(
-            [r for r in old if r["key"] in mine], [r for r in store.rows if r["key"] in mine], args.threshold
-        )
-        result |= {"regressions": worse, "remarks": remarks}
-        if not args.json:
-            for line in remarks:
-                print(line)
-            for line in worse:
-                print(f"regression: {line}")
-            if not worse:
-                print("no regressions")
-    return result
+    return result if old is None else result | _compare(args, plan, old, store.rows)
+
+
+def _compare(args: argparse.Namespace, plan, old: list[dict], rows: list[dict]) -> dict:
+    """What got worse than in old rows, of what the plan measures."""
+    from lion_fast.studies.cost.compare import compare
+    from lion_fast.studies.cost.setting import keys
+
+    mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
+    both = ([row for row in some if row["key"] in mine] for some in (old, rows))
+    worse, remarks = compare(*both, args.threshold)
+    if not args.json:
+        for line in [*remarks, *(f"regression: {line}" for line in worse)] + ["no regressions"] * (not worse):
+            print(line)
+    return {"regressions": worse, "remarks": remarks}
 
 
 def exit_code(result: dict) -> int:

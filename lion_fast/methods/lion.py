@@ -1,7 +1,7 @@
 """LION: equilibria on a map from inside a frozen backbone, or (form="residual") a layer at each end.
 
 Source: Wang et al., "LION: Implicit Vision Prompt Tuning", AAAI 2024, arXiv 2303.09992, as this project
-reads it (docs/mathematics.md); the form "states" is this project's own (docs/accuracy.md).
+reads it (docs/mathematics.md); the variant "states" is this project's own (docs/accuracy.md).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
 
 ENDS = ("input", "output")
-FORMS = ("states", "residual")
+VARIANTS = ("states", "residual")
 
 
 class _Behind(nn.Module):
@@ -46,11 +46,11 @@ class LionModel(TunedModel):
     maps, the last feature map of a CNN), and the head pools as the backbone does. One end of width D with
     state width R trains 2 R D + R^2 + R + D numbers (tied: no R^2).
 
-    The input end is the same in both forms. On a CNN it works on pixels: `PixelEnd`, a convolutional
+    The input end is the same in both variants. On a CNN it works on pixels: `PixelEnd`, a convolutional
     equilibrium of `pixel_channels` channels, always free and in torch.
 
     Args:
-        form: "states" or "residual".
+        form: the variant, "states" or "residual".
         state_dim: state width R.
         ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
         at: the block (ViT) or stage (Swin, CNN) behind which "states" takes its map, from 0; None:
@@ -88,7 +88,7 @@ class LionModel(TunedModel):
         head_bias: bool = True,
         **options,
     ):
-        check_choice("form", form, FORMS)
+        check_choice("form", form, VARIANTS)
         states = form == "states"
         if states and recurrence != "free":
             raise OptionError(

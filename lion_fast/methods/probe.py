@@ -11,7 +11,7 @@ from lion_fast.methods.read_out import Cells, coarse_rows, map_place
 class Probe(TunedModel):
     """The head alone is trained, on the features of the frozen backbone: K (F + 1) numbers.
 
-    With `grid`, the head also reads the map that LION's default form reads, every channel of every cell:
+    With `grid`, the head also reads the map that LION's default variant reads, every channel of every cell:
     K (F + g^2 C + 1) numbers for a map of C channels. What is left of LION's gain beside it is the states'.
 
     Args:

@@ -32,13 +32,13 @@ class VPT(PrefixCache, TunedModel):
     On a Swin the prompts stand in front of the rows of every window and are dropped where patches are merged
     (`vpt_swin`): deep trains P times the sum of the blocks' widths; shallow prompts live through the first
     stage. On a CNN `length` is the width p of a learnable border of pixels around the image (`PixelBorder`),
-    12 p (S + p) numbers; there is no deep form and no dropout.
+    12 p (S + p) numbers; there are no deep prompts and no dropout.
 
     Dropout of prompts is 0 by default, where both forms agree to rounding; the paper's deep runs use 0.1,
     its shallow ones 0. The naive form drops per image, as published; in the exact form the images of a batch
     share one mask, since they share the keys and values.
 
-    With `state_dim`, deep prompts on a ViT get the reading of LION's default form: states of a map from
+    With `state_dim`, deep prompts on a ViT get the reading of LION's default variant: states of a map from
     inside, of blocks that the prompts changed. That is not VPT as published; it is there to tell what is
     gained by reading from what is gained by tuning.
 

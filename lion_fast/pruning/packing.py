@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     >>> pack_bits(torch.tensor([True, False, True] + 5 * [False] + [True])).tolist()
     [5, 1]
     """
-    flat = mask.flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
-    return (flat * weights).sum(1, dtype=torch.uint8)
+    bits = np.packbits(mask.flatten().cpu().numpy(), bitorder="little")
+    return torch.from_numpy(bits).to(mask.device)
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
@@ -29,11 +28,10 @@ def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
     count = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
         raise ValueError(f"{count} bits need {-(-count // 8)} bytes; got {bits.dtype} {list(bits.shape)}")
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = (bits[:, None] >> places & 1).flatten().bool()
+    flat = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), bitorder="little")).bool()
     if flat[count:].any():
         raise ValueError("bits behind the last entry are set")
-    return flat[:count].view(shape)
+    return flat[:count].view(shape).to(bits.device)
 
 
 def pack_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

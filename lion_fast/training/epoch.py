@@ -46,13 +46,11 @@ def end_epoch(setup: Setup, state: State, check: Callable[[], None] | None) -> N
 
 
 def best_epoch(setup: Setup, history: list[dict]) -> int:
-    """Index of the best epoch by `monitor`, then by loss, then the earliest; the last without validation.
+    """Index of the best epoch by `monitor`, then by loss, then the earliest.
 
     Of a pruned run, among those that ended with the pruned weights, once there are any.
     """
     name, last = f"val_{setup.config.monitor}", len(history) - 1
-    if not history or name not in history[0]:
-        return last
     sign = -1.0 if setup.config.monitor == "loss" else 1.0
     return max(
         range(min(setup.first_pruned, last), last + 1),

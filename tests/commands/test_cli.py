@@ -159,13 +159,16 @@ def test_what_the_preset_set_is_said_before_training(images, model_flags, tmp_pa
         (["--lr", "-1"], "lr must be a finite number above 0"),
         (["--config", "missing.yaml"], "the config file missing.yaml cannot be read"),
         (["--config", "binary.yaml"], "cannot be read"),
+        (["--config", "broken.yaml"], "is not YAML"),
+        (["--config", "list.yaml"], "must hold"),
         (["--config", "unknown.yaml"], "'epoch'; did you mean epochs?"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_line_with_code_2(tmp_path, capsys, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     Path("binary.yaml").write_bytes(b"method: \xff\xfe")
-    Path("unknown.yaml").write_text("epoch: 3\n")
+    for name, text in (("unknown", "epoch: 3"), ("broken", "a: [1"), ("list", "[1]")):
+        Path(f"{name}.yaml").write_text(text)
     # before any image is looked for, and before the folder of results is begun
     assert main(["finetune", "no such images", "--out", "out", *arguments]) == 2
     (error,) = capsys.readouterr().err.splitlines()
@@ -423,6 +426,36 @@ def test_an_adapter_from_before_resize_was_a_choice_loads(trained, tmp_path):
     tensors = (trained / "adapter" / "adapter.safetensors").read_bytes()
     (tmp_path / "adapter.safetensors").write_bytes(tensors)
     assert lion_fast.load_adapter(tmp_path).backbone.resize == "crop"
+
+
+@pytest.mark.parametrize(
+    "change, said", [({"test": 0.0}, "no test images"), ({"data": "OTHER"}, "other classes")]
+)
+def test_evaluate_refuses_what_is_no_longer_there(trained, tmp_path, capsys, change, said):
+    if "data" in change:
+        change = {"data": str(write_images(tmp_path / "other", classes=2))}
+    (tmp_path / "adapter").symlink_to(trained / "adapter")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_of(trained) | change))
+    assert main(["evaluate", str(tmp_path), "--split", "test", *CPU]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_unreadable_images_are_named_before_training(model_flags, tmp_path, capsys):
+    folder = write_images(tmp_path / "photos")
+    (folder / "class0" / "bad.png").write_bytes(b"no image")
+    command = [
+        "finetune",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--method",
+        "probe",
+        *model_flags,
+        *SHORT,
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "1 unreadable images" in said and "bad.png" in said
 
 
 def test_a_config_of_another_tool_beside_an_adapter_is_not_read(trained, images, tmp_path, capsys):

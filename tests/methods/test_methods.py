@@ -11,95 +11,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from method_helpers import VIT, VITS, assert_slopes, backbone, images
 
 import lion_fast
 from lion_fast import reference
-from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.pixel import PixelEnd, conv_norm_bound
+from lion_fast.backbones import load_backbone
 from lion_fast.errors import AdapterError, BackboneError, ConvergenceError, OptionError
 from lion_fast.methods import VPT, LionModel, TunedModel, available, create, method_options
 
-VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
-SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
-BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", VIT),
-    "qk-norm": ("vit_tiny_patch16_224", VIT | {"qk_norm": True, "init_values": 0.3}),
-    "registers": ("vit_small_patch14_reg4_dinov2", VIT | {"img_size": 28}),
-    "no class token": ("vit_base_patch16_siglip_224", VIT),
-    "norm_pre": ("vit_base_patch32_clip_224", VIT | {"img_size": 64}),
-    "post-norm": ("vit_base_patch16_rpn_224", VIT),
-    "avg": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg", "class_token": False}),
-    "deit": ("deit_tiny_distilled_patch16_224", VIT),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
-    "swinv2": ("swinv2_tiny_window8_256", SWIN),
-    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "img_size": 64}),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "img_size": 64}),
-    "mobilenetv3": ("mobilenetv3_small_050", {"img_size": 64}),
-}
-VITS = ["vit", "qk-norm", "registers", "no class token", "norm_pre", "post-norm", "avg", "deit"]
-
-
-def backbone(key, **more):
-    """Random, with LayerScales, norms and statistics that are not the identity."""
-    name, kwargs = BACKBONES[key]
-    kwargs = dict(kwargs) | more
-    built = load_backbone(name, pretrained=False, **kwargs)
-    for module in built.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-    for parameter in built.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return built
-
-
-def images(model, batch=3, dtype=torch.float32):
-    size = model.img_size if isinstance(model, Backbone) else model.backbone.img_size
-    return torch.randn(batch, 3, size, size, dtype=dtype)
-
-
-def gradients(model, x, g):
-    """Gradients of what is trained, from a random upstream gradient."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    out = model(x)
-    found = torch.autograd.grad(out, [model.get_parameter(n) for n in names], g)
-    return out, dict(zip(names, found, strict=True))
-
-
 # the interface
-
-
-@pytest.mark.parametrize("key", ["vit", "swin", "swinv2", "resnet", "convnext", "mobilenetv3"])
-@pytest.mark.parametrize("method", ["lion", "probe", "vpt"])
-def test_training_moves_the_adapter_and_nothing_else(key, method):
-    if method == "vpt" and key != "vit":
-        pytest.skip("vpt works on ViTs")
-    name, kwargs = BACKBONES[key]
-    drops = {"drop_rate": 0.3, "drop_path_rate": 0.5}
-    frozen = load_backbone(name, pretrained=False, **kwargs, **drops)
-    model = create(frozen, method, num_classes=4)
-    model.train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2, weight_decay=0.1)
-    x, labels = images(model, 4), torch.tensor([0, 1, 2, 3])
-    losses = []
-    for _ in range(3):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    adapter = model.adapter_state_dict()
-    for k, v in model.state_dict().items():
-        if k.startswith("backbone."):
-            assert k not in adapter and torch.equal(v, before[k]), k
-        else:
-            assert k in adapter and not torch.equal(v, before[k]), k
-    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
-    assert not any(m.training for m in frozen.modules()) and model.training
 
 
 @pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
@@ -155,12 +75,17 @@ def test_options_are_listed_recorded_and_checked(method):
             make(lenght=3)
 
 
-@pytest.mark.parametrize("key", ["vit", "resnet"])
-@pytest.mark.parametrize("method", sorted(available()))
+@pytest.mark.parametrize(
+    "method, key",
+    [
+        (m, key)
+        for m, cls in available().items()
+        for key in ("vit", "resnet")
+        if key == "vit" or "cnn" in cls.families
+    ],
+)
 def test_values_of_another_kind_are_refused_by_name(method, key):
     frozen = backbone(key)
-    if frozen.family not in available()[method].families:
-        pytest.skip(f"{method} does not work on this backbone")
     for name, default in method_options(available()[method]).items():
         for wrong in ("zz", [3.0]):
             if name == "seed" or (key == "vit" and name == "pixel_channels") or isinstance(default, str):
@@ -229,28 +154,6 @@ def test_trained_backbone_parameters_belong_to_the_adapter():
     model.backbone.norm.weight.requires_grad_(True)
     assert "backbone.model.norm.weight" in model.adapter_state_dict()
     assert model.num_trainable() == 48
-
-
-@pytest.mark.parametrize("method", ["lion", "probe", "vpt"])
-@pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
-def test_autocast_and_double(method, key):
-    if method == "vpt" and key != "vit":
-        pytest.skip("vpt works on ViTs")
-    model = create(backbone(key), method, num_classes=2, seed=0)
-    x = images(model)
-    expected = model(x)
-    g = torch.randn_like(expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, grads = gradients(model, x, g)
-        with torch.no_grad():
-            model.eval()
-            assert torch.isfinite(model(x)).all()
-    assert all(torch.isfinite(v).all() and v.dtype == torch.float32 for v in grads.values())
-    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
-    double = model.double()
-    out, grads = gradients(double, x.double(), g.double())
-    assert out.dtype == torch.float64 and all(v.dtype == torch.float64 for v in grads.values())
-    torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-4)
 
 
 # lion
@@ -344,21 +247,10 @@ def test_lion_ends(ends, form):
     assert {k.split("_")[0] for k in model.diagnostics()} == wanted
 
 
-@pytest.mark.parametrize("ends", [(), "both", ("input", "input"), ("input", "middle")])
+@pytest.mark.parametrize("ends", [(), "both", ("input", "input"), ("input", "middle"), [["input"]]])
 def test_lion_refuses_other_ends(ends):
-    with pytest.raises(OptionError, match='ends must be "input", "output" or both'):
-        create(backbone("vit"), num_classes=2, ends=[["input"]])
-    with pytest.raises(OptionError, match='ends must be "input", "output" or both'):
+    with pytest.raises(OptionError, match="ends"):
         create(backbone("vit"), num_classes=2, ends=ends)
-
-
-@pytest.mark.parametrize(
-    "option", [{"gamma": 1.5}, {"activation": "elu"}, {"state_dim": 0}, {"backward": "bptt"}]
-)
-@pytest.mark.parametrize("key", ["vit", "resnet"])
-def test_lion_refuses_bad_options(option, key):
-    with pytest.raises(OptionError, match=next(iter(option))):
-        create(backbone(key), num_classes=2, **option)
 
 
 @pytest.mark.parametrize("state_dim, two_ends", [(16, 51_232), (32, 101_952), (51, 163_512), (64, 206_464)])
@@ -424,12 +316,10 @@ def test_diagnostics_hold_no_graph(key, form):
 
 
 def test_lion_on_failure():
-    with pytest.raises(ConvergenceError, match="did not reach their equilibrium"):
-        model = create(backbone("vit"), num_classes=2, max_iter=2, on_failure="raise")
-        model(images(model))
-    with pytest.raises(ConvergenceError, match="did not reach their equilibrium"):
-        model = create(backbone("resnet"), num_classes=2, max_iter=2, on_failure="raise", ends="input")
-        model(images(model))
+    for key, ends in (("vit", "output"), ("resnet", "input")):
+        model = create(backbone(key), num_classes=2, max_iter=2, on_failure="raise", ends=ends)
+        with pytest.raises(ConvergenceError):
+            model(images(model))
 
 
 def test_lion_input_end_carries_gradients_through_the_backbone():
@@ -444,160 +334,10 @@ def test_lion_input_end_carries_gradients_through_the_backbone():
         backward="exact",
     ).double()
     x, g = images(model, 2, torch.float64), torch.randn(2, 2, dtype=torch.float64)
-    _, grads = gradients(model, x, g)
-    for name in ("input_end.A", "input_end.W", "input_end.V", "output_end.A", "output_end.c"):
-        p = model.get_parameter(name)
-        direction, step = torch.randn_like(p), 1e-5
-        with torch.no_grad():
-            p.add_(step * direction)
-            up = (model(x) * g).sum()
-            p.sub_(2 * step * direction)
-            down = (model(x) * g).sum()
-            p.add_(step * direction)
-        slope = ((up - down) / (2 * step)).item()
-        assert (grads[name] * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
-
-
-# the pixel end
-
-
-def dense(weight, height, width):
-    """The matrix of the zero-padded convolution."""
-    channels = weight.shape[1]
-    basis = torch.eye(channels * height * width, dtype=weight.dtype).reshape(-1, channels, height, width)
-    return F.conv2d(basis, weight, padding=weight.shape[-1] // 2).flatten(1).T
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 7), (2, 3), (5, 5), (8, 11), (12, 12)])
-@pytest.mark.parametrize("c_out, c_in, k", [(1, 1, 3), (4, 4, 3), (2, 5, 3), (3, 3, 5)])
-def test_conv_norm_bound_against_a_dense_svd(height, width, c_out, c_in, k):
-    for kind in range(4):
-        weight = torch.randn(c_out, c_in, k, k, dtype=torch.float64)
-        if kind == 1:
-            weight = weight.abs()  # its norm is that of frequency zero
-        if kind == 2:
-            weight = torch.ones_like(weight)
-        if kind == 3:
-            weight = weight * 1e-9
-        true = torch.linalg.matrix_norm(dense(weight, height, width), 2)
-        bound = conv_norm_bound(weight, height, width)
-        assert bound >= true
-        # the circular convolution on the larger torus is what is bounded: within 2 % of that
-        taps = torch.arange(k, dtype=torch.float64) - k // 2
-        phases = [
-            torch.exp(2j * math.pi * torch.arange(n + k - 1)[:, None] / (n + k - 1) * taps)
-            for n in (height, width)
-        ]
-        matrices = torch.einsum("oihw,ah,bw->aboi", weight.to(torch.complex128), *phases)
-        assert bound <= 1.02 * torch.linalg.svdvals(matrices).max()
-
-
-def test_conv_norm_bound_on_large_maps():
-    """Sampling with a margin, against every frequency of the true size."""
-    for size in (33, 64, 224):
-        weight = torch.randn(4, 4, 3, 3, dtype=torch.float64)
-        padded = torch.zeros(4, 4, size + 2, size + 2, dtype=torch.float64)
-        padded[..., :3, :3] = weight
-        exact = torch.linalg.svdvals(torch.fft.fft2(padded).permute(2, 3, 0, 1)).max()
-        assert exact <= conv_norm_bound(weight, size, size) <= 1.025 * exact
-        assert exact * (1 - 1e-5) <= conv_norm_bound(weight.float(), size, size) <= 1.025 * exact
-
-
-def test_conv_norm_bound_of_smooth_worst_cases():
-    """Kernels whose peak lies exactly between two samples: where sampling without a margin is too small."""
-    for shift in (0.5 / 32, 0.25 / 32, 7.5 / 32):
-        phase = torch.exp(2j * math.pi * torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) * shift)
-        outer = torch.outer(phase, phase)
-        weight = torch.stack([torch.stack([outer.real, -outer.imag]), torch.stack([outer.imag, outer.real])])
-        # the complex kernel's response is 3 x 3 at its peak, and this is its real form
-        assert 9 <= conv_norm_bound(weight, 10_000, 10_000) <= 9 * 1.025
-
-
-def test_conv_norm_bound_gradient_and_zero():
-    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: conv_norm_bound(w, 6, 6), weight)
-    zero = torch.zeros(3, 3, 3, 3, requires_grad=True)
-    bound = conv_norm_bound(zero, 6, 6)
-    assert bound == 0
-    assert torch.isfinite(torch.autograd.grad(bound, zero)[0]).all()
-
-
-@pytest.mark.parametrize(
-    "activation, lipschitz", [("relu", 1.0), ("tanh", 1.0), ("gelu", 1.1289), ("silu", 1.0998)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_pixel_end_is_a_contraction(activation, lipschitz, dtype):
-    for scale in (0.01, 1.0, 100.0, 1e6):
-        end = PixelEnd(3, 4, activation=activation, gamma=0.9)
-        end.W.data.mul_(scale)
-        if scale == 100.0:
-            end.W.data.fill_(1.0)
-        end = end.to(dtype)
-        norm = torch.linalg.matrix_norm(dense(end.recurrence_kernel(9, 7).double(), 9, 7), 2)
-        assert lipschitz * norm <= 0.9
-        if scale == 0.01:
-            assert torch.equal(end.recurrence_kernel(9, 7), end.W)
-
-
-def test_pixel_end_bound_survives_rounding():
-    """One tap, one channel: the norm is the tap itself, and rounding it up would exceed gamma."""
-    for gamma in torch.linspace(0.5, 0.99, 50).tolist():
-        end = PixelEnd(3, 1, gamma=gamma).bfloat16()
-        end.W.data.zero_()[0, 0, 1, 1] = 100
-        assert end.recurrence_kernel(9, 9).double().abs().sum() <= gamma
-
-
-def test_pixel_end_gradients():
-    """Against autograd through 400 unrolled steps, in float64, with a random upstream gradient."""
-    end = PixelEnd(3, 4, backward="exact", tol=1e-13, max_iter=400).double()
-    end.V.data.normal_()
-    end.W.data.mul_(3)  # so that the bound is active and its gradient counts
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    g = torch.randn_like(x)
-    q = F.conv2d(x, end.U, end.b, padding=1)
-    z, kernel = torch.zeros_like(q), end.recurrence_kernel(8, 8)
-    for _ in range(400):
-        z = F.relu(F.conv2d(z, kernel, padding=1) + q)
-    expected = torch.autograd.grad(x + F.conv2d(z, end.V, end.c), [x, *end.parameters()], g)
-    out, info = end(x, return_info=True)
-    assert info.converged.all() and info.residual.shape == (2,)
-    found = torch.autograd.grad(out, [x, *end.parameters()], g)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_pixel_end_does_not_mix_images():
-    end = PixelEnd(3, 4)
-    end.V.data.normal_()
-    x = torch.randn(4, 3, 8, 8)
-    torch.testing.assert_close(end(x)[:1], end(x[:1]), rtol=0, atol=1e-6)
+    assert_slopes(model, x, g, ("input_end.A", "input_end.W", "input_end.V", "output_end.A", "output_end.c"))
 
 
 # vpt
-
-
-@pytest.mark.parametrize("key", VITS)
-@pytest.mark.parametrize("pool", ["backbone", "mean"])
-def test_vpt_exact_is_naive(key, pool):
-    frozen = backbone(key)
-    naive = VPT(frozen, 4, length=5, form="naive", pool=pool)
-    exact = VPT(frozen, 4, length=5, pool=pool)
-    assert exact.form == "exact"
-    exact.load_adapter_state_dict(naive.adapter_state_dict())
-    x, g = images(naive), torch.randn(3, 4)
-    for model in (naive, exact):
-        model.train()
-    (a, grads_a), (b, grads_b) = gradients(naive, x, g), gradients(exact, x, g)
-    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-    for name, value in grads_a.items():
-        torch.testing.assert_close(grads_b[name], value, rtol=1e-5, atol=1e-5)
-    naive, exact = naive.double(), exact.double()
-    (a, grads_a), (b, grads_b) = (gradients(m, x.double(), g.double()) for m in (naive, exact))
-    torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
-    assert grads_a["prompts"].abs().amax((1, 2)).min() > 0  # every layer's prompts matter
-    for name, value in grads_a.items():
-        torch.testing.assert_close(grads_b[name], value, rtol=0, atol=1e-10)
-    assert (a - naive.head(frozen.pool(frozen.body(frozen.enter(x.double())), pool))).abs().max() > 1e-4
 
 
 def insert_by_hand(model, x):
@@ -642,81 +382,6 @@ def test_vpt_init():
         assert model.prompts.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "name, length, shallow, deep",
-    [
-        ("vit_base_patch16_224", 10, 7_680, 92_160),
-        ("vit_base_patch16_224", 50, 38_400, 460_800),
-        ("vit_base_patch16_224", 100, 76_800, 921_600),
-        ("vit_base_patch16_224", 200, 153_600, 1_843_200),
-        ("vit_small_patch16_224", 10, 3_840, 46_080),
-        ("vit_tiny_patch16_224", 1, 192, 2_304),
-        ("vit_tiny_patch16_224", 200, 38_400, 460_800),
-    ],
-)
-def test_vpt_counts(name, length, shallow, deep):
-    # the count needs twelve blocks and the width, not twelve MLPs of full width
-    vit = load_backbone(name, pretrained=False, img_size=32, mlp_ratio=0.01)
-    assert create(vit, "vpt", num_classes=2, depth="shallow", length=length).num_trainable() == shallow
-    model = create(vit, "vpt", num_classes=100, length=length)
-    width = vit.width_in
-    assert (model.num_trainable(), model.num_trainable(head=True)) == (deep, deep + 100 * (width + 1))
-
-
-class Count:
-    """Counts calls of the prefix computation."""
-
-    def __init__(self, model):
-        self.calls, self.inner = 0, model._prefix
-        model._prefix = self
-
-    def __call__(self):
-        self.calls += 1
-        return self.inner()
-
-
-def test_vpt_prefix_is_kept_while_evaluating_and_never_stale():
-    model = VPT(backbone("vit"), 2, length=4).eval()
-    naive = VPT(model.backbone, 2, length=4, form="naive").eval()
-    x = images(model)
-    count = Count(model)
-
-    def check():
-        naive.load_adapter_state_dict(model.adapter_state_dict())
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), naive(x.to(model.prompts.dtype)), rtol=1e-5, atol=1e-5)
-
-    check(), check()
-    with torch.inference_mode():
-        model(x)
-    assert count.calls == 1
-    with torch.no_grad():  # an in-place write
-        model.prompts.mul_(-2)
-    check()
-    assert count.calls == 2
-    model.load_state_dict(model.state_dict() | {"prompts": torch.randn_like(model.prompts)})
-    check()
-    assert count.calls == 3
-    model.prompts = torch.nn.Parameter(torch.randn_like(model.prompts))
-    check()
-    assert count.calls == 4
-    model.train()
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=10.0)
-    model(x).square().sum().backward()
-    optimizer.step()
-    model.eval()
-    check()
-    model.prompts.data.normal_()  # an update without a trace, as some averaging code does, then eval()
-    model.eval()
-    check()
-    calls = count.calls
-    assert model(x).requires_grad  # gradients wanted in evaluation: computed anew, in the graph
-    assert count.calls == calls + 1
-    model.double(), naive.double()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x.double()), naive(x.double()), rtol=1e-9, atol=1e-9)
-
-
 def test_vpt_cache_follows_autocast():
     model = VPT(backbone("vit"), 2, length=4).eval()
     x = images(model)
@@ -730,30 +395,11 @@ def test_vpt_cache_follows_autocast():
     assert not torch.equal(half, first)
 
 
-def test_vpt_dropout():
-    frozen = backbone("vit")
-    x = images(frozen, 1).expand(4, -1, -1, -1)
-    for form, shared in (("naive", False), ("exact", True)):
-        model = VPT(frozen, 3, length=6, dropout=0.5, form=form).train()
-        out = model(x)  # one image four times: only the mask can differ
-        same = torch.allclose(out[0], out[1], atol=1e-5)
-        assert same is shared
-        assert not torch.allclose(model(x), out, atol=1e-5)
-        model.eval()
-        assert torch.equal(model(x), model(x))
-        plain = VPT(frozen, 3, length=6, form=form).eval()
-        plain.load_adapter_state_dict(model.adapter_state_dict())
-        assert torch.equal(model(x), plain(x))
-
-
 def test_vpt_refuses():
     vit = backbone("vit")
     for option, match in (
-        ({"depth": "middle"}, "depth must be one of deep, shallow"),
-        ({"form": "fast"}, "form must be one of exact, naive"),
-        ({"length": 0}, "length"),
-        ({"length": 2.5}, "length"),
-        ({"dropout": 1.0}, "dropout"),
+        ({"depth": "middle"}, "depth"),
+        *(({name: wrong}, name) for name, wrong in (("form", "fast"), ("length", 2.5), ("dropout", 1.0))),
         ({"depth": "shallow", "form": "exact"}, 'exists for depth="deep" only'),
     ):
         with pytest.raises(OptionError, match=match):
@@ -769,8 +415,3 @@ def test_vpt_saves_nothing_per_image_for_the_prefix():
     """The exact form computes keys and values of P rows, however many images."""
     model = VPT(backbone("vit"), 2, length=7)
     assert [tuple(t.shape) for t in model.prefix()[0]] == [(3, 7, 16), (3, 7, 16)]
-
-
-def test_lion_layers_are_the_public_layer():
-    model = create(backbone("swin"), num_classes=2, form="residual")
-    assert type(model.input_end) is LionLayer is lion_fast.LionLayer

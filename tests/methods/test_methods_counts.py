@@ -97,10 +97,9 @@ def test_head_counts(vit, classes, base, small, tiny):
     assert model.num_trainable(head=True) == {"base": base, "small": small, "tiny": tiny}[vit.size]
 
 
+@pytest.mark.parametrize("vit", ["base"], indirect=True)
 def test_published_totals(vit):
-    """VPT's demo checkpoints: dmlab with 100 prompts, sun397 with 5, heads of 6 and 397 classes."""
-    if vit.size != "base":
-        pytest.skip("published for ViT-B")
+    """VPT's demo checkpoints on ViT-B: dmlab with 100 prompts, sun397 with 5, heads of 6 and 397 classes."""
     with torch.device("meta"):
         dmlab = create(vit, "vpt", num_classes=6, length=100)
         sun397 = create(vit, "vpt", num_classes=397, length=5)

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import VIT, VITS, backbone, gradients, images
-from test_methods_peers import shaken
+from method_helpers import VIT, VITS, backbone, gradients, images, shaken
 
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
@@ -50,6 +49,8 @@ def two_forms(frozen, method, **options):
         ("e2vpt", {"length": 5, "pruned": (2, 6)}),
         ("e2vpt", {"length": 5, "pruned": (2, 6), "removal": "removed"}),
         ("cvpt", {"length": 5}),
+        ("vpt", {"length": 5}),
+        ("vpt", {"length": 5, "pool": "mean"}),
     ],
 )
 def test_exact_is_naive(key, method, options):
@@ -75,21 +76,35 @@ def test_what_is_kept_is_never_stale(method):
 
     calls, inner = [], exact._prefix
     exact._prefix = lambda: (calls.append(1), inner())[1]
+    own = [p for n, p in exact.named_parameters() if p.requires_grad and not n.startswith("head")]
     check(), check()
+    with torch.inference_mode():
+        exact(x)
     assert len(calls) == 1
-    for name, parameter in list(exact.named_parameters()):
-        if parameter.requires_grad and not name.startswith("head"):
-            with torch.no_grad():
-                parameter.mul_(-2)
-            check()
-            assert len(calls) == 2
-            calls.pop()
-    exact.train(), exact.eval()
+    for parameter in own:  # written in place
+        with torch.no_grad():
+            parameter.mul_(-2)
+        check()
+        assert len(calls) == 2
+        calls.pop()
+    exact.load_state_dict(exact.state_dict() | {"prompts": torch.randn_like(exact.prompts)})
     check()
     assert len(calls) == 2
+    exact.prompts = torch.nn.Parameter(torch.randn_like(exact.prompts))
+    check()
+    assert len(calls) == 3
+    exact.prompts.data.normal_()  # an update without a trace, as some averaging code does, then eval()
+    exact.eval()
+    check()
+    assert len(calls) == 4
+    assert exact(x).requires_grad  # gradients wanted in evaluation: computed anew, in the graph
+    assert len(calls) == 5
+    naive.double(), exact.double()
+    with torch.no_grad():
+        torch.testing.assert_close(exact(x.double()), naive(x.double()), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["vfpt", "e2vpt", "cvpt"])
+@pytest.mark.parametrize("method", ["vfpt", "e2vpt", "cvpt", "vpt"])
 def test_prompt_dropout(method):
     frozen = backbone("vit")
     x = images(frozen, 1).expand(4, -1, -1, -1)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -12,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-import lion_fast
 from lion_fast import LionLayer, pruning, reference
 from lion_fast.errors import CheckpointError, OptionError
 from lion_fast.pruning import RobustPruner, compact, compact_model, iterative_magnitude, prune_once
@@ -114,21 +114,6 @@ def test_critical_entries_get_the_optimisers_update_and_others_only_shrink(name)
                         assert not torch.equal(value[mask], state[p][slot][mask])
         assert torch.equal(model.head.weight, plain.head.weight)
         assert torch.equal(model.input_end.b, plain.input_end.b)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_masking_only_the_gradient_would_not_do(name):
-    """The trap that the masked update avoids: momentum and decay go on moving an entry."""
-    layer = loud(LionLayer(D, R))
-    optimizer = OPTIMIZERS[name](layer.parameters())
-    for step in range(3):
-        layer(torch.randn(4, D)).square().sum().backward()
-        if step == 2:
-            before = layer.A.detach().clone()
-            layer.A.grad.zero_()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (layer.A != before).all()
 
 
 def test_gradients_scaled_by_keep():
@@ -467,8 +452,6 @@ def test_phases_refreshes_and_the_hard_cut():
     dropped = sum(m["total"] - m["kept"] for m in report["matrices"].values())
     head = sum(p.numel() for p in model.head.parameters())
     assert parameters == {"dense": dense, "kept": dense - dropped, "kept_with_head": dense - dropped + head}
-    import json
-
     assert json.loads(json.dumps(report)) == report
 
 
@@ -909,7 +892,6 @@ def test_edge_cases_of_compaction():
     x = torch.randn(5, D, dtype=torch.float64)
     torch.testing.assert_close(small(x), one_step(x), rtol=0, atol=1e-12)
 
-    rng = torch.get_rng_state()
     dead_layer_ = loud(LionLayer(D, 4)).requires_grad_(False).eval()
     rng = torch.get_rng_state()
     dead_layer_.V[:, 1] = 0
@@ -948,24 +930,17 @@ def test_what_cannot_be_pruned_is_refused():
         )
 
     layer = LionLayer(32, 16)
+    wrong = {"granularity": "row", "criterion": "luck", "scope": "row", "warmup": 1.5, "refresh": 0}
+    wrong |= {"decay": -1.0, "regrow": 1.0, "total_steps": 0}
     for options, message in (
-        ({"keep": 0}, "keep"),
-        ({"keep": 1.5}, "keep"),
-        ({"keep": True}, "keep"),
-        ({"granularity": "row"}, "granularity must be one of element, unit, block, 2:4"),
+        *(({name: value}, name) for name, value in wrong.items()),
+        *(({"keep": value}, "keep") for value in (0, 1.5, True)),
         ({"granularity": "2:4", "keep": 0.4}, "keep must be 0.5"),
-        ({"granularity": "block", "block": 8}, "block must be one of 16, 32, 64"),
-        ({"granularity": "block", "block": 32}, r"blocks of 32 x 32 do not fit A of shape \(16, 32\)"),
-        ({"criterion": "luck"}, "criterion must be one of"),
-        ({"scope": "row"}, "scope must be one of"),
-        ({"warmup": 9, "freeze": 5}, "phases must follow each other"),
-        ({"hard": 11}, "phases must follow each other"),
-        ({"warmup": 1.5}, "warmup must be a number of steps"),
-        ({"refresh": 0}, "refresh must be a whole number"),
-        ({"decay": -1.0}, "decay"),
-        ({"regrow": 1.0}, "regrow"),
+        ({"granularity": "block", "block": 8}, "block"),
+        ({"granularity": "block", "block": 32}, r"32 x 32 do not fit A of shape \(16, 32\)"),
+        ({"warmup": 9, "freeze": 5}, "phases"),
+        ({"hard": 11}, "phases"),
         ({"regrow": 0.1, "criterion": "random"}, "regrow goes with"),
-        ({"total_steps": 0}, "total_steps must be"),
     ):
         with pytest.raises(OptionError, match=message):
             make(layer, **options)
@@ -1004,11 +979,7 @@ def test_what_cannot_be_pruned_is_refused():
         iterative_magnitude(LionLayer(8, 4), lambda: None, keep=0.5, rounds=0)
 
 
-def test_the_package_knows_pruning():
-    assert lion_fast.pruning is pruning and "pruning" in dir(lion_fast)
-
-
-# -- the form
+# -- storage
 
 
 def quarter_of_blocks(layer):
@@ -1018,7 +989,7 @@ def quarter_of_blocks(layer):
     layer.set_mask("W", blocks.view(6, 6).repeat_interleave(32, 0).repeat_interleave(32, 1))
 
 
-def test_the_form_is_dense_without_a_measurement_and_says_why():
+def test_storage_is_dense_without_a_measurement_and_says_why():
     assert pruning.measured_crossovers() == {}
     form = pruning.choose_storage(LionLayer(64, 128))
     assert form.name == "dense" and "bound by reading and writing the tokens" in form.reason
@@ -1029,7 +1000,7 @@ def test_the_form_is_dense_without_a_measurement_and_says_why():
     assert form.name == "dense" and "no measurement for this device (cpu)" in form.reason
 
 
-def test_the_form_follows_measured_crossovers():
+def test_storage_follows_measured_crossovers():
     wide = LionLayer(32, 192)
     quarter_of_blocks(wide)
     entries = [{"state_dim": 128, "block": 32, "from_sparsity": 0.5}]
@@ -1062,7 +1033,7 @@ def test_dead_units_are_compacted_whatever_was_measured():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_block_sparse_form_without_kernels(dtype):
+def test_block_sparse_storage_without_kernels(dtype):
     layer = loud(LionLayer(40, 72, max_iter=200, tol=1e-12, backward="exact", gamma=0.5, dtype=dtype))
     with pytest.raises(OptionError, match="no masks"):
         pruning.BlockSparseLayer(layer, 16)
