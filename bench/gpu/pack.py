@@ -46,10 +46,7 @@ def pack(grid: Grid, out: str | os.PathLike, limit: int = LIMIT) -> dict:
         new.mkdir()
         sources = pack_weights(grid, new) | pack_images(grid, new)
         files = {
-            path.relative_to(new).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
+            path.relative_to(new).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(new.rglob("*"))
             if path.is_file()
         }

@@ -165,10 +165,7 @@ def counts(shape: Shape, dtype: torch.dtype, applications: float) -> dict[str, t
     """
     T, D, R, size = shape.rows, shape.width, shape.state, dtype.itemsize
     parameters = 2 * R * D + R * R
-    forward = (
-        (2 * T * D + parameters) * size,
-        round(4 * T * D * R + 2 * T * R * R * (applications - 1)),
-    )
+    forward = ((2 * T * D + parameters) * size, round(4 * T * D * R + 2 * T * R * R * (applications - 1)))
     backward = (
         (3 * T * D + T * R + parameters) * size + 4 * parameters,
         8 * T * D * R + 2 * T * R * R * (NEUMANN_TERMS + 1),

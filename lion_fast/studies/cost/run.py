@@ -50,12 +50,7 @@ def run(
         turn = f"[{total - todo.left() + 1}/{total}] "
         try:
             rows = measure(
-                setting,
-                missing,
-                device=device,
-                rounds=rounds,
-                where=where,
-                say=lambda text: say(turn + text),
+                setting, missing, device=device, rounds=rounds, where=where, say=lambda text: say(turn + text)
             )
         except DeviceLost as error:
             rows = todo.lose(error)
