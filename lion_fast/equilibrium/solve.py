@@ -167,19 +167,12 @@ class SolveInfo:
 
     def summary(self) -> dict[str, float | str]:
         """Plain numbers over all rows, for a log. Reads the device."""
-        if self.residual.numel() == 0:
-            return {
-                "converged": 1.0,
-                "iterations": 0.0,
-                "max_iterations": 0,
-                "residual": 0.0,
-                "reason": self.reason,
-            }
+        some = self.residual.numel() > 0
         return {
-            "converged": self.converged.float().mean().item(),
-            "iterations": self.iterations.float().mean().item(),
-            "max_iterations": int(self.iterations.max()),
-            "residual": self.residual.max().item(),
+            "converged": self.converged.float().mean().item() if some else 1.0,
+            "iterations": self.iterations.float().mean().item() if some else 0.0,
+            "max_iterations": int(self.iterations.max()) if some else 0,
+            "residual": self.residual.max().item() if some else 0.0,
             "reason": self.reason,
         }
 

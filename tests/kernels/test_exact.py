@@ -5,15 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_helpers import (
-    DEVICE,
-    DTYPES,
-    GRADIENTS,
-    INTERPRETED,
-    problem,
-    torch_adjoint,
-    torch_solve,
-)
+from kernel_helpers import DEVICE, DTYPES, GRADIENTS, INTERPRETED, problem, torch_adjoint, torch_solve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
 from problems import integers  # noqa: E402

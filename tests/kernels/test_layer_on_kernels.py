@@ -4,9 +4,7 @@ import pytest
 import torch
 from kernel_helpers import DEVICE, problem
 
-from lion_fast import LionLayer
-from lion_fast.equilibrium.functional import equilibrium
-from lion_fast.equilibrium.states import StateLayer
+from lion_fast.equilibrium import LionLayer, StateLayer, equilibrium
 from lion_kernels import ops, reference
 from lion_kernels.adjoint import adjoint
 
@@ -41,15 +39,8 @@ def test_gradients_equal_those_of_the_unrolled_loop(activation, residual):
     exact = torch.autograd.grad(out, leaves, grad_out)
 
     leaves = [t.clone().requires_grad_() for t in given]
-    ours = equilibrium(
-        *leaves,
-        activation=activation,
-        tol=1e-7,
-        max_iter=80,
-        backward="exact",
-        residual=residual,
-        backend="triton",
-    )
+    options = {"activation": activation, "tol": 1e-7, "max_iter": 80, "backward": "exact"}
+    ours = equilibrium(*leaves, **options, residual=residual, backend="triton")
     torch.testing.assert_close(ours.double(), out, rtol=1e-5, atol=1e-5)
     for name, got, expected in zip(
         "xAWbVc", torch.autograd.grad(ours, leaves, grad_out.float()), exact, strict=True
@@ -72,16 +63,8 @@ def test_the_layer_agrees_with_its_torch_backend(recurrence, backward):
     results = []
     for backend in ("torch", "triton"):
         torch.manual_seed(0)
-        layer = LionLayer(
-            30,
-            12,
-            recurrence=recurrence,
-            activation="tanh",
-            backward=backward,
-            tol=1e-6,
-            backend=backend,
-            device=DEVICE,
-        )
+        options = {"recurrence": recurrence, "activation": "tanh", "backward": backward, "tol": 1e-6}
+        layer = LionLayer(30, 12, **options, backend=backend, device=DEVICE)
         x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
         out, info = layer(x, return_info=True)
         out.backward(torch.randn(2, 35, 30, device=DEVICE))

@@ -1,5 +1,7 @@
 """The operator boundary: registration, fakes and the choice of a backend."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -46,9 +48,9 @@ def test_backend_choice(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert ops.resolve_backend("auto", cpu, torch.float32, 32) == "torch"
     assert ops.resolve_backend("torch", cuda, torch.float32, 32) == "torch"
-    with pytest.raises(RuntimeError, match="the tokens are on cpu, and the kernels need a CUDA device"):
+    with pytest.raises(RuntimeError, match="CUDA device"):
         ops.resolve_backend("triton", cpu, torch.float32, 32)
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton; got 'cuda'"):
+    with pytest.raises(ValueError, match="backend"):
         ops.resolve_backend("cuda", cpu, torch.float32, 32)
 
 
@@ -56,12 +58,10 @@ def test_auto_falls_back_and_says_so_once(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(present, "triton_missing", lambda: "Triton is not installed")
     ops._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="falls back to plain torch on this GPU: Triton is not installed"):
+    with pytest.warns(UserWarning, match="Triton is not installed"):
         assert ops.resolve_backend("auto", cuda, torch.float32, 32) == "torch"
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ops.resolve_backend("auto", cuda, torch.float32, 32) == "torch"
-    with pytest.raises(RuntimeError, match="cannot run: Triton is not installed"):
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
         ops.resolve_backend("triton", cuda, torch.float32, 32)

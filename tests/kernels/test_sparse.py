@@ -15,15 +15,13 @@ from kernel_helpers import (
     torch_solve,
 )
 
-from lion_kernels import reference, sparse
+from lion_fast import LionLayer
+from lion_fast.pruning import BlockSparseLayer, prune_once
+from lion_kernels import reference, sparse, sparse_kernels
 from lion_kernels.blocks import BlockSparse, find_pattern, to_blocks
 from lion_kernels.step import adjoint_wide, solve_wide
 
 NEVER = 0.0
-
-
-def names(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def block_mask(shape, block, keep, seed=0):
@@ -88,7 +86,7 @@ def test_values_are_gathered_under_autograd():
     torch.testing.assert_close(matrix.grad, upstream * matrix.detach().cos() * mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, out, width, block, keep", PRODUCTS)
 def test_products_equal_dense_with_zeros(rows, out, width, block, keep, dtype):
     generator = torch.Generator().manual_seed(rows)
@@ -118,8 +116,6 @@ def test_products_equal_dense_with_zeros(rows, out, width, block, keep, dtype):
 
 
 def test_many_rows_are_split_and_summed_in_a_fixed_order(monkeypatch):
-    from lion_kernels import sparse_kernels
-
     monkeypatch.setattr(sparse_kernels, "SPLIT_ROWS", 64)
     g, x = torch.randn(300, 40, device=DEVICE), torch.randn(300, 50, device=DEVICE)
     pattern = find_pattern(block_mask((40, 50), 16, 0.5), 16)
@@ -158,7 +154,7 @@ def sparse_problem(rows, width, state, block, keep, dtype=torch.float32, seed=0)
     return dense, [dense[0], blocks[0], blocks[1], dense[3], blocks[2], dense[5]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block, keep, damping", SOLVES)
 def test_a_block_sparse_solve_and_its_adjoint(block, keep, damping, dtype):
     dense, blocks = sparse_problem(37, 50, 72, block, KEEPS[keep], dtype)
@@ -227,9 +223,6 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_layer_form_gives_what_the_dense_layer_gives():
-    from lion_fast import LionLayer
-    from lion_fast.pruning import BlockSparseLayer, prune_once
-
     layer = LionLayer(40, 72, activation="tanh", max_iter=12, tol=1e-6, neumann_terms=2).to(DEVICE)
     with torch.no_grad():
         layer.V.mul_(30)

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from kernel_helpers import (
-    DEVICE,
-    double,
-    error,
-    problem,
-)
+from kernel_helpers import DEVICE, double, error, problem
 
 from lion_kernels import launch_step, ops, reference
 from lion_kernels.launch_step import StepConfig

@@ -14,7 +14,7 @@ from lion_fast.data import load_data, transforms
 from lion_fast.studies import demo, experiment, work
 from lion_fast.studies.rows import read_rows
 from lion_fast.studies.statistics import wilson
-from lion_fast.training import evaluate
+from lion_fast.training import TrainingError, evaluate
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +71,15 @@ def test_a_second_demo_replaces_the_first(ran):
     assert len(read_rows(out)) == 4
     for ours, theirs in zip(again["rows"], told["rows"], strict=True):
         assert ours["test"] == theirs["test"]
+
+
+def test_a_training_that_diverges_is_told(ran, tmp_path, monkeypatch):
+    def diverges(*args, **more):
+        raise TrainingError("the loss is nan at step 1; the last checkpoint is there")
+
+    monkeypatch.setattr(work, "fit", diverges)
+    with pytest.raises(TrainingError, match="LION: the loss is nan"):
+        demo.run(tmp_path, grid=ran[2], quiet=True)
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_rows():

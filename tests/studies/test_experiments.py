@@ -143,6 +143,17 @@ def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
     assert splits.description["fingerprint"] == row["data"]["fingerprint"]
 
 
+def test_a_set_that_names_no_unreadable_files_has_none(images):
+    home = work.Workshop(grid := make_grid(small_grid(images)))
+    del home.splits("final", "noise", 1).description["skipped"]  # as of a built-in set
+    assert home.run(grid.item("final", "tiny", "noise", "probe", 0, 1))["data"]["skipped"] == 0
+
+
+def test_a_row_says_the_device_that_was_asked_for(images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert work.Workshop(make_grid(small_grid(images))).circumstances("cpu")["device"] == "cpu"
+
+
 def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
     """The training images' rows fit into the limit, those of the test images do not."""
     sets = {"noise": {"source": str(images), "n_train": 6, "n_val": 9, "n_test": 12}}
@@ -340,18 +351,6 @@ def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, m
         assert cli.main([*arguments[:-1], only]) == 2
     monkeypatch.setattr(experiment, "run", lambda *a, **k: pytest.fail("ran"))
     assert cli.main(["experiment", str(grid), "--out", str(out), "--report-only"]) == 0
-
-
-def test_ctrl_c_is_130_and_a_report_of_nothing_is_none(images, tmp_path, monkeypatch, capsys):
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump(small_grid(images)))
-
-    def run(self, item):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work.Workshop, "run", run)
-    assert cli.main(["experiment", str(grid), "--out", str(tmp_path / "out")]) == 130
-    assert "goes on from there" in capsys.readouterr().err
 
 
 # -- processes

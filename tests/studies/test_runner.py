@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +195,45 @@ def test_a_run_that_breaks_costs_no_other(tmp_path, monkeypatch):
         assert {row["threads"] for row in store.rows} == {1}
         assert os.getpid() not in {row["process"] for row in store.rows}
         assert runner.run(plan_of(store, 7), twice, workers=2).done == 2
+
+
+def waits(folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def begin_to_wait(folder):
+    with Store(folder) as store:
+        runner.run(runner.Plan({"1": folder, "2": folder}, store), waits, workers=2)
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runner\n"
+    code += f"test_runner.begin_to_wait({str(tmp_path)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        wait_until(lambda: len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2)
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: not alive(parent.pid))
+    finally:
+        if alive(parent.pid):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def wait_until(there):
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_where_everything_breaks_it_stops(tmp_path, monkeypatch):

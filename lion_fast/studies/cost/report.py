@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lion_fast.files import write_atomically
 from lion_fast.studies.cost import plots
 from lion_fast.studies.markdown import table, where_taken
 from lion_fast.studies.rows import write_csv
@@ -15,7 +16,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike) -> Path:
     path = Path(folder) / "report.md"
     write_csv(rows, path.with_name("rows.csv"))
     drawn = plots.draw_all(rows, folder)
-    path.write_text(markdown(rows, drawn), encoding="utf-8")
+    write_atomically(path, markdown(rows, drawn))
     return path
 
 

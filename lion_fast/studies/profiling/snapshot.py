@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lion_fast.files import write_atomically
 from lion_fast.studies.measuring import wait
 from lion_fast.studies.profiling import plots
 
@@ -37,8 +38,8 @@ def take(step, folder: Path) -> dict[str, str]:
         "pickle": f"snapshot-{step.kind}.pickle",
         "html": f"memory-{step.kind}.html",
     }
-    (folder / names["pickle"]).write_bytes(pickle.dumps(found))
-    (folder / names["html"]).write_text(trace_plot(found), encoding="utf-8")
+    write_atomically(folder / names["pickle"], pickle.dumps(found))
+    write_atomically(folder / names["html"], trace_plot(found))
     index = step.device.index if step.device.index is not None else torch.cuda.current_device()
     plots.allocator_level(level_over_time(found["device_traces"][index], start), folder / names["plot"])
     return names

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lion_fast.files import write_atomically
 from lion_fast.studies import markdown as common
 from lion_fast.studies.figures import figure_at
 from lion_fast.studies.rows import read_rows
@@ -78,7 +79,7 @@ def write(folder: str | os.PathLike, *, plot: bool = True) -> dict[str, Any]:
     folder = Path(folder)
     rows = [row for row in read_rows(folder) if row.get("stage") in ("tune", "final")]
     summary = summarize(rows)
-    (folder / REPORT_NAME).write_text(markdown(rows, summary), encoding="utf-8")
+    write_atomically(folder / REPORT_NAME, markdown(rows, summary))
     if plot and summary["n"]:
         accuracy_by_task(summary, folder / PLOT_NAME, title=_title(rows[0]["protocol"]))
     return summary
