@@ -16,9 +16,16 @@ from lion_fast import __version__
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.equilibrium.masked import match_masks
-from lion_fast.errors import AdapterError, BackboneError, OptionError, check_bool, check_number, check_whole
+from lion_fast.errors import (
+    AdapterError,
+    BackboneError,
+    OptionError,
+    check_bool,
+    check_number,
+    check_whole,
+    refuse_unknown,
+)
 from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
-from lion_fast.options import refuse_unknown
 from lion_fast.pruning.compaction import describe_compacted
 from lion_fast.pruning.counts import count_parameters
 from lion_fast.pruning.packing import MASK
