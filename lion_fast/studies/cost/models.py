@@ -10,7 +10,7 @@ from torch import Tensor
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.methods import TunedModel, available, create, method_options
-from lion_fast.methods.lion import FORMS as VARIANTS
+from lion_fast.methods.lion import VARIANTS
 from lion_fast.options import sides
 from lion_fast.studies.cost.setting import Contender, Setting
 
