@@ -1,9 +1,15 @@
 """The exceptions that lion_fast raises on bad input; each message says what to do."""
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from numbers import Real
+from typing import TypeVar
+
+_Call = TypeVar("_Call", bound=Callable)
 
 
 class LionError(Exception):
@@ -110,3 +116,27 @@ def check_bool(name: str, value: object) -> None:
 def check_gamma(gamma: object) -> None:
     """Raise `OptionError` unless `gamma` is a bound under which the iteration contracts, in (0, 1)."""
     check_number("gamma", gamma, above=0, below=1, note="where the iteration contracts")
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `UnknownOptionError` naming what is not known, the nearest valid name, and all of them."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UnknownOptionError(f"unknown {what} {name!r}{hint} Valid: {', '.join(known)}")
+
+
+def names_options(call: _Call) -> _Call:
+    """Decorate a call: a keyword that it does not have is refused, see `refuse_unknown`."""
+    parameters = inspect.signature(call).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    known = {p.name for p in parameters}
+
+    @functools.wraps(call)
+    def checked(*args, **options):
+        refuse_unknown((name for name in options if name not in known), valid, "option")
+        return call(*args, **options)
+
+    return checked

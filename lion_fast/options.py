@@ -1,13 +1,10 @@
 """Settings: dataclass fields with help and ranges, YAML values, KEY=VALUE, names that are not known."""
 
-import functools
-import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +12,11 @@ import yaml
 
 from lion_fast.errors import (
     OptionError,
-    UnknownOptionError,
     check_bool,
     check_choice,
     check_number,
     check_whole,
+    refuse_unknown,
 )
 
 # Choices that several rooms take.
@@ -32,7 +29,6 @@ CRITERIA = ("saliency", "magnitude", "random")
 SCOPES = ("global", "layer", "matrix")
 BLOCKS = (16, 32, 64)
 
-_Call = TypeVar("_Call", bound=Callable)
 _Class = TypeVar("_Class", bound=type)
 _Options = TypeVar("_Options", bound="Options")
 
@@ -137,30 +133,6 @@ def _check(option: Field, value: object) -> None:
 
 
 # -- names
-
-
-def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `UnknownOptionError` naming what is not known, the nearest valid name, and all of them."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise UnknownOptionError(f"unknown {what} {name!r}{hint} Valid: {', '.join(known)}")
-
-
-def names_options(call: _Call) -> _Call:
-    """Decorate a call: a keyword that it does not have is refused, see `refuse_unknown`."""
-    parameters = inspect.signature(call).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
-    known = {p.name for p in parameters}
-
-    @functools.wraps(call)
-    def checked(*args, **options):
-        refuse_unknown((name for name in options if name not in known), valid, "option")
-        return call(*args, **options)
-
-    return checked
 
 
 # -- YAML

@@ -134,4 +134,4 @@ def test_the_equilibrium_stands_alone():
     code = "import lion_fast.equilibrium, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     rooms = {room(name) for name in done.stdout.split() if name.startswith("lion_fast.")}
-    assert done.returncode == 0 and rooms == {"equilibrium", "errors", "options"}, done.stderr
+    assert done.returncode == 0 and rooms == {"equilibrium", "errors"}, done.stderr

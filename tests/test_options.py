@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.options import (
     Options,
     documented,
@@ -12,7 +12,6 @@ from lion_fast.options import (
     key_lists,
     key_values,
     parse_yaml,
-    refuse_unknown,
     setting,
 )
 

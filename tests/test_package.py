@@ -78,8 +78,8 @@ def test_import_is_light():
         "torch.cuda.is_available = torch.cuda.get_device_capability = refuse\n"
         "before = set(sys.modules)\n"
         "import lion_fast\n"
-        "loaded = set(sys.modules) - before\n"
         "lion_fast.LionLayer(8)(torch.randn(2, 8)).sum().backward()\n"
+        "loaded = set(sys.modules) - before\n"
         "heavy = 'triton timm torchvision accelerate yaml matplotlib tqdm safetensors PIL onnx'.split()\n"
         "print([m for m in heavy if m in loaded])"
     )
@@ -87,9 +87,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_every_public_name_resolves():
-    for name in lion_fast.__all__:
-        assert getattr(lion_fast, name) is not None
+def test_a_name_that_does_not_exist_is_told():
     with pytest.raises(AttributeError, match="no attribute 'LionLayr'"):
         lion_fast.LionLayr  # noqa: B018
 

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lion_fast.errors import ConvergenceError, check_choice, check_number, check_whole
-from lion_fast.options import names_options
+from lion_fast.errors import ConvergenceError, check_choice, check_number, check_whole, names_options
 from lion_kernels.ops import BACKENDS
 
 _Call = TypeVar("_Call", bound=Callable)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.methods.adapter import AdaptFormer, Houlsby
 from lion_fast.methods.apt import APT
 from lion_fast.methods.base import TunedModel, available, check_kinds, method_options, register
@@ -19,7 +19,6 @@ from lion_fast.methods.probe import Probe
 from lion_fast.methods.ssf import SSF
 from lion_fast.methods.vfpt import VFPT
 from lion_fast.methods.vpt import VPT
-from lion_fast.options import refuse_unknown
 
 __all__ = [
     "APT", "CVPT", "E2VPT", "SSF", "VFPT", "VPT", "AdaptFormer", "BitFit", "DyT", "Full", "Houlsby",

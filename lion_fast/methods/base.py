@@ -16,9 +16,16 @@ from lion_fast import __version__
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.backbones import cheaper as frozen
 from lion_fast.equilibrium.masked import match_masks
-from lion_fast.errors import AdapterError, BackboneError, OptionError, check_bool, check_number, check_whole
+from lion_fast.errors import (
+    AdapterError,
+    BackboneError,
+    OptionError,
+    check_bool,
+    check_number,
+    check_whole,
+    refuse_unknown,
+)
 from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
-from lion_fast.options import refuse_unknown
 from lion_fast.pruning.compaction import describe_compacted
 from lion_fast.pruning.counts import count_parameters
 from lion_fast.pruning.packing import MASK
@@ -46,36 +53,35 @@ def available() -> dict[str, type["TunedModel"]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def _parameters(cls: type["TunedModel"]) -> dict[str, inspect.Parameter]:
+    """The keyword-only arguments of a method and of its bases, by name."""
+    bases = [
+        base for base in reversed(cls.__mro__) if issubclass(base, TunedModel) and "__init__" in vars(base)
+    ]
+    given = [p for base in bases for p in inspect.signature(base.__init__).parameters.values()]
+    return {p.name: p for p in given if p.kind is p.KEYWORD_ONLY}
+
+
 def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
     """The options of a method and their defaults: the keyword-only arguments along its bases.
 
     >>> method_options(available()["probe"])
     {'pool': 'backbone', 'head_bias': True, 'grid': None}
     """
-    options: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if issubclass(base, TunedModel) and "__init__" in vars(base):
-            for p in inspect.signature(base.__init__).parameters.values():
-                if p.kind is p.KEYWORD_ONLY:
-                    options[p.name] = p.default
-    return options
+    return {name: p.default for name, p in _parameters(cls).items()}
 
 
 def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
     """Raise `OptionError` on a value that is no number or no bool where the annotation asks for one."""
-    for base in cls.__mro__:
-        if not (issubclass(base, TunedModel) and "__init__" in vars(base)):
+    for name, p in _parameters(cls).items():
+        if name not in options:
             continue
-        for p in inspect.signature(base.__init__).parameters.values():
-            union = isinstance(p.annotation, UnionType)
-            kinds = typing.get_args(p.annotation) if union else (p.annotation,)
-            if p.kind is not p.KEYWORD_ONLY or p.name not in options:
-                continue
-            value = options[p.name]
-            if kinds == (bool,):
-                check_bool(p.name, value)
-            if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
-                check_number(p.name, value)
+        value, union = options[name], isinstance(p.annotation, UnionType)
+        kinds = typing.get_args(p.annotation) if union else (p.annotation,)
+        if kinds == (bool,):
+            check_bool(name, value)
+        if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
+            check_number(name, value)
 
 
 class TunedModel(nn.Module):

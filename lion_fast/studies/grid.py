@@ -11,10 +11,10 @@ from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lion_fast.errors import OptionError, check_choice
+from lion_fast.errors import OptionError, check_choice, refuse_unknown
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
-from lion_fast.options import read_settings, refuse_unknown
+from lion_fast.options import read_settings
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 from lion_fast.training.settings import DataSettings
 

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.files import write_atomically
 from lion_fast.options import (
     CHECK,
@@ -14,7 +14,6 @@ from lion_fast.options import (
     documented,
     dump_yaml,
     read_settings,
-    refuse_unknown,
     setting,
 )
 from lion_fast.training.config import TrainConfig

@@ -2,22 +2,18 @@
 
 import copy
 import itertools
-import json
 import math
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from method_helpers import BACKBONES, FAMILIES, VITS, assert_slopes, backbone, images
-from safetensors.torch import save_file
 from state_helpers import assert_close_each, gradients, rough, unrolled
-from training_helpers import TINY, random_splits, tiny_model, write_images
+from training_helpers import random_splits, tiny_model
 
 import lion_fast
 from lion_fast import load_backbone
 from lion_fast.adapters import load_adapter, save_adapter
-from lion_fast.commands.main import main
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
@@ -344,12 +340,11 @@ def test_a_backbone_held_in_bfloat16(key):
 QUICK = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "device": "cpu"}
 
 
-@pytest.mark.parametrize("more", [{}, {"prune": 0.5}])
-def test_fit_on_cached_rows_is_fit_on_images(tmp_path, more):
+def test_fit_on_features_prunes_as_on_images(tmp_path):
     found = []
     for cached in (True, False):
         model = tiny_model(form="states")
-        config = TrainConfig(**QUICK, cache_features=cached, **more)
+        config = TrainConfig(**QUICK, cache_features=cached, prune=0.5)
         result = fit(model, random_splits(), config, tmp_path / str(cached), progress=False)
         assert result.cached_features is cached
         found.append((result.history, model.adapter_state_dict()))
@@ -360,12 +355,6 @@ def test_fit_on_cached_rows_is_fit_on_images(tmp_path, more):
     assert state.keys() == other.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
-
-
-def test_with_an_input_end_nothing_is_cached(tmp_path):
-    model = tiny_model(form="states", ends=("input", "output"))
-    result = fit(model, random_splits(), TrainConfig(**QUICK), tmp_path, progress=False)
-    assert not result.cached_features
 
 
 @pytest.mark.parametrize("granularity", ["element", "unit"])
@@ -450,44 +439,3 @@ def test_the_measured_rate_of_states_is_that_of_a_known_map():
         layer.A.mul_(1e-6)
     certified, rate = _bound_and_rate(layer, torch.randn(50, 4))
     assert rate == pytest.approx(0.6, abs=1e-3) and 0.6 <= certified < 0.63
-
-
-def test_the_command_line(tmp_path, capsys):
-    photos = str(write_images(tmp_path / "images", each=10))
-    weights = tmp_path / "tiny.safetensors"
-    save_file(
-        timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **TINY).state_dict(), weights
-    )
-    flags = ["--backbone", "vit_tiny_patch16_224", "--weights", str(weights), "--img-size", "32"]
-    flags += [f"--backbone-set={key}={value}" for key, value in TINY.items()]
-    out = tmp_path / "run"
-    command = ["finetune", photos, "--out", str(out), *flags, "--epochs", "2", "--device", "cpu"]
-    assert main([*command, "--set", "state_dim=8", "--batch-size", "8", "--no-progress"]) == 0
-    results = json.loads((out / "results.json").read_text())
-    own = 8 * 32 + 8 * 8 + 8
-    head = 3 * (32 + 16 * 8 + 1)
-    assert results["parameters"] == {"dense": own, "kept": own, "with_head": own + head}
-    assert results["fit"]["cached_features"] is True
-    capsys.readouterr()
-
-    assert main(["info", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["parameters"] == results["parameters"] and told["ends"].keys() == {"output"}
-    assert (
-        told["ends"]["output"]["certified"] <= 0.8 * (1 + 1e-4)
-        and told["forms"]["output_end.layer"]["name"] == "dense"
-    )
-    assert main(["info", str(out)]) == 0
-    assert "output end: gamma 0.8, certified bound" in capsys.readouterr().out
-
-    pruned = tmp_path / "pruned"
-    arguments = ["prune", str(out), "--keep", "0.5", "--granularity", "unit", "--compact", "--out"]
-    assert main([*arguments, str(pruned), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    kept = 4 * 32 + 4 * 4 + 8
-    assert told["units"] == {} and told["bytes"] < told["bytes_before"]
-    assert told["parameters"] == {"dense": own, "kept": kept, "with_head": kept + head}
-    assert main(["evaluate", str(pruned), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] > 0
-    assert main(["info", str(pruned), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"]["kept"] == kept

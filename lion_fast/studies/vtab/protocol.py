@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, ClassVar
 
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.methods import available, method_options
-from lion_fast.options import refuse_unknown
 from lion_fast.studies.grid import Grid, Item, make_grid, read_seeds
 from lion_fast.studies.vtab import DECIDED, SEEDS
 from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
