@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     grid = read_grid(args.grid)
-    out = Path(args.out or experiment.default_out(grid))
+    out = Path(args.out or f"runs/experiments/{grid.name}")
     only = parse_only(args.only or [])
     told = runner.Told()
     if not args.report_only:

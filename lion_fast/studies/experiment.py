@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from lion_fast.errors import DataError, LionError, OptionError, check_choice
 from lion_fast.studies import runner
@@ -183,11 +182,5 @@ def _result(row: Mapping) -> str:
     if row["failed"]:
         return f"failed: {row['failed']}"
     part = "test" if row["test"] else "val"
-    return (
-        f"{part} {row['monitor'].replace('_', ' ')} {row[part][row['monitor']]:.4f}, {row['seconds']:.1f} s"
-    )
-
-
-def default_out(grid: Grid) -> Path:
-    """Where an experiment goes that names no folder."""
-    return Path("runs") / "experiments" / grid.name
+    metric = row["monitor"]
+    return f"{part} {metric.replace('_', ' ')} {row[part][metric]:.4f}, {row['seconds']:.1f} s"

@@ -109,24 +109,19 @@ class Grid:
         """The run with these settings; its `run` depends on settings, not on what they are called."""
         named = (stage, backbone, set_label, label, index, seed)
         if named not in self._items:
-            self._items[named] = Item(*named, self._digest(*named))
-        return self._items[named]
-
-    def _digest(self, stage: str, backbone: str, set_label: str, label: str, index: int, seed: int) -> str:
-        options, train = self.settings(set_label, label, index)
-        default = TrainConfig().to_dict()
-        given = {k: v for k, v in train.items() if k not in FREE_ON_RESUME and v != default[k]}
-        return digest(
-            {
+            options, train = self.settings(set_label, label, index)
+            default = TrainConfig().to_dict()
+            determines = {
                 "stage": stage,
                 "backbone": self.backbones[backbone],
                 "data": self.named(set_label),
                 "method": self.methods[label].method,
                 "options": options,
-                "train": given,
+                "train": {k: v for k, v in train.items() if k not in FREE_ON_RESUME and v != default[k]},
                 "seed": seed,
             }
-        )
+            self._items[named] = Item(*named, digest(determines))
+        return self._items[named]
 
     def named(self, set_label: str) -> dict[str, Any]:
         """What stands for a set's images in a run's hash."""

@@ -123,28 +123,23 @@ def _bars(estimate: Estimate) -> list[list[float]]:
 
 
 def accuracy_over_epochs(
-    histories: Mapping[str, Sequence[dict]],
-    path: str | os.PathLike,
-    *,
-    labels: Mapping[str, str] | None = None,
+    histories: Mapping[str, Sequence[dict]], path: str | os.PathLike, labels: Mapping[str, str]
 ) -> None:
     """Validation accuracy (solid) and training accuracy (thin, dotted) of each method over its epochs.
 
     Args:
-        histories: Per method the rows of `FitResult.history`.
+        histories: Per method the rows of `FitResult.history`, with validation.
         path: File to write; its ending names the format.
         labels: Names to show for the methods.
     """
     with figure_at(path, (7.0, 4.4)) as figure:
         axes = figure.subplots()
         for name, colour, marker in styles_of(histories):
-            rows = histories[name]
-            epochs = [row["epoch"] for row in rows]
-            axes.plot(epochs, [row["train_accuracy"] for row in rows], ":", color=colour, linewidth=1.2)
-            if "val_accuracy" in rows[0]:
-                validation = [row["val_accuracy"] for row in rows]
-                look = {"color": colour, "marker": marker, "markersize": 4}
-                axes.plot(epochs, validation, label=f"{(labels or {}).get(name, name)}, validation", **look)
+            columns = ("epoch", "train_accuracy", "val_accuracy")
+            epochs, train, val = ([row[column] for row in histories[name]] for column in columns)
+            axes.plot(epochs, train, ":", color=colour, linewidth=1.2)
+            look = {"color": colour, "marker": marker, "markersize": 4}
+            axes.plot(epochs, val, label=f"{labels[name]}, validation", **look)
         axes.plot([], [], ":", color="0.4", linewidth=1.2, label="the same, on training images")
         axes.set(xlabel="epoch", ylabel="accuracy", title="Accuracy over epochs")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -152,9 +147,7 @@ def accuracy_over_epochs(
         axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
-def solver_over_training(
-    rows: Sequence[Mapping], path: str | os.PathLike, *, tol: float | None = None
-) -> None:
+def solver_over_training(rows: Sequence[Mapping], path: str | os.PathLike, tol: float) -> None:
     """Iterations and worst residuals of the equilibrium solves at both ends over the optimiser steps.
 
     The forward solve stops a token as soon as it is below the tolerance, so its worst residual lies just
@@ -186,10 +179,9 @@ def solver_over_training(
         upper.set_ylim(0, 1.12 * highest)
         upper.legend(ncols=2, fontsize=8, frameon=False, loc="lower left")
         lower.set(xlabel="optimiser step", ylabel="worst relative residual", yscale="log")
-        if tol is not None:
-            lower.axhline(tol, color="0.4", linestyle=":", label=f"tolerance {tol:g}")
+        lower.axhline(tol, color="0.4", linestyle=":", label=f"tolerance {tol:g}")
         if residuals:
             # a decade below for the legend
-            low, high = min(residuals), max(*residuals, tol or 0.0)
+            low, high = min(residuals), max(*residuals, tol)
             lower.set_ylim(low / 10, high * 2)
         lower.legend(ncols=3, fontsize=8, frameon=False, loc="lower left")

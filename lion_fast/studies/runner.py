@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -21,6 +22,11 @@ T = TypeVar("T")
 # Of several workers' runs; with more, something is wrong with all of them
 MOST_BROKEN = 5
 DIED = "out of memory is the usual reason: run again with fewer workers. Rows written before are kept"
+
+
+def tell(text: str) -> None:
+    """A line on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class ExperimentError(LionError, RuntimeError):

@@ -171,21 +171,16 @@ class Results:
 
     def parameters(self, backbone: str, label: str, name: str) -> tuple[int, int] | None:
         """The fewest and the most trained parameters over the sets; None without rows."""
-        found = [
-            row["parameters"][name]
-            for s in self.grid.sets
-            for row in self.cells[backbone, s, label].rows.values()
-        ]
+        found = [row["parameters"][name] for row in self._rows_of(backbone, label)]
         return (min(found), max(found)) if found else None
 
     def seconds(self, backbone: str, label: str) -> float | None:
         """Median seconds of training over all final runs of a method."""
-        found = [
-            row["training_seconds"]
-            for s in self.grid.sets
-            for row in self.cells[backbone, s, label].rows.values()
-        ]
+        found = [row["training_seconds"] for row in self._rows_of(backbone, label)]
         return statistics.median(found) if found else None
+
+    def _rows_of(self, backbone: str, label: str) -> list[Mapping[str, Any]]:
+        return [row for s in self.grid.sets for row in self.cells[backbone, s, label].rows.values()]
 
     def shared_images(self, set_label: str) -> tuple[float | None, float | None]:
         """(share of a seed's test images that another seed tests too, share that tuning saw): means over
@@ -196,15 +191,15 @@ class Results:
             if s == set_label
             for row in cell.rows.values()
         }
-        draws = self.draws  # by fingerprint: what a set was called when they were made is no matter
+        # by fingerprint: what a set was called when they were made is no matter
         final = {
             d["seed"]: unpack_integers(d["images"])
-            for d in draws
+            for d in self.draws
             if d["for"] == "final" and d["description"]["fingerprint"] in wanted
         }
         tuned = [
             unpack_integers(d["images"])
-            for d in draws
+            for d in self.draws
             if d["for"] == "tune" and (set_label, d["description"]["fingerprint"]) in self._seen
         ]
 

@@ -5,7 +5,6 @@ import gc
 import hashlib
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from lion_fast.methods import TunedModel, create
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
 from lion_fast.studies.rows import pack_bits, pack_integers
+from lion_fast.studies.runner import tell
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
 from lion_fast.training.checkpoints import list_checkpoints
 from lion_fast.training.features import FeaturesTooLarge
@@ -217,9 +217,7 @@ class Workshop:
         except CheckpointError as error:
             if not resume:
                 raise
-            print(
-                f"{item}: begun again, its checkpoint cannot be used ({error})", file=sys.stderr, flush=True
-            )
+            tell(f"{item}: begun again, its checkpoint cannot be used ({error})")
             model = self.model(item)
             fitted = fit(model, chosen, config, folder, overwrite=True, **more)
         kept = self.store if fitted.cached_features else None

@@ -7,6 +7,8 @@ from typing import Any
 from lion_fast.studies.grid import digest
 from lion_fast.studies.vtab.protocol import Protocol
 
+WHERE = ("versions", "device", "device_name", "threads", "git", "git_code", "git_changed")
+
 
 def modern(row: Mapping[str, Any], protocol: Protocol, backbone: Mapping[str, Any]) -> dict[str, Any]:
     """A row as `Workshop.run` makes it; protocol and backbone are known to be the row's."""
@@ -20,16 +22,17 @@ def modern(row: Mapping[str, Any], protocol: Protocol, backbone: Mapping[str, An
     stage = {"tune": "tune", "test": "final"}[row["phase"]]
     item = grid.item(stage, backbone["name"], task, method, index, row["seed"])
 
-    def metrics(names: Mapping[str, str]) -> dict[str, Any] | None:
-        found = {name: row[old] for name, old in names.items() if old in row}
-        return found if len(found) == len(names) else None
+    def metrics(part: str, prefix: str = "") -> dict[str, Any] | None:
+        if f"{prefix}accuracy" not in row:
+            return None
+        names = [name for name in ("accuracy", "balanced_accuracy", "loss") if prefix + name in row]
+        return {name: row[prefix + name] for name in names} | {"n": row[f"{part}_images"]}
 
     sizes = {"train": "train_images", "test": "test_images"}
     counts = row.get("parameters")
     return {
         **{name: row[name] for name in ("seed", "options", "protocol", "seconds")},
-        **{name: row[name] for name in row if name in ("versions", "device", "device_name", "threads")},
-        **{name: row[name] for name in row if name in ("git", "git_code", "git_changed")},
+        **{name: row[name] for name in WHERE if name in row},
         "stage": stage,
         "key": digest([item.run, backbone["sha256"]]),
         "run": item.run,
@@ -47,14 +50,7 @@ def modern(row: Mapping[str, Any], protocol: Protocol, backbone: Mapping[str, An
             "classes": row.get("classes"),
             "skipped": row.get("skipped", 0),
         },
-        "val": metrics({"accuracy": "val_accuracy", "loss": "val_loss", "n": "val_images"}),
-        "test": metrics(
-            {
-                "accuracy": "accuracy",
-                "balanced_accuracy": "balanced_accuracy",
-                "loss": "loss",
-                "n": "test_images",
-            }
-        ),
+        "val": metrics("val", "val_"),
+        "test": metrics("test"),
         "parameters": counts and {"kept": counts["kept"], "kept_with_head": counts["with_head"]},
     }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lion_fast.methods.files import describe_images
 from lion_fast.studies import experiment
 from lion_fast.studies.grid import Item
 from lion_fast.studies.rows import Store, read_rows
+from lion_fast.studies.runner import tell
 from lion_fast.studies.vtab import old, report, tasks
 from lion_fast.studies.vtab.protocol import Protocol, TaskGrid
 from lion_fast.studies.work import Workshop
@@ -53,7 +53,13 @@ def run(
         KeyboardInterrupt: Asked to stop; the rows are kept and the run at hand has a checkpoint.
     """
     out = Path(out)
-    about = {"name": backbone.name, **_describe(backbone)}
+    about = {
+        "name": backbone.name,
+        "weights_source": backbone.weights_source,
+        "sha256": backbone.weights_sha256,
+        "precision": backbone.precision,
+        **describe_images(backbone),
+    }
     there = _rows_there(out, resume)
     grids = {
         task: protocol.on(task, folder, about, check=check, strict=strict) for task, folder in folders.items()
@@ -69,15 +75,15 @@ def run(
         with Store(out) as store:
             new = (old.modern(row, protocol, about) for row in before)
             store.add(*(row for row in new if row["key"] not in store))
-    _say(f"{protocol.method} on {backbone.name}: {len(folders)} of 19 tasks, seeds {list(protocol.seeds)}")
+    tell(f"{protocol.method} on {backbone.name}: {len(folders)} of 19 tasks, seeds {list(protocol.seeds)}")
     if missing := tasks.absent(folders):
-        _say(f"not run: {', '.join(missing)}")
+        tell(f"not run: {', '.join(missing)}")
     try:
         for number, (task, grid) in enumerate(grids.items(), 1):
             place = f"[{number}/{len(grids)}] "
-            told = experiment.run(grid, out, home=homes[task], say=lambda text, p=place: _say(p + text))
+            told = experiment.run(grid, out, home=homes[task], say=lambda text, p=place: tell(p + text))
             if told.left:
-                _say(f"{task}: no configuration could be trained; there is no test")
+                tell(f"{task}: no configuration could be trained; there is no test")
             if told.done:
                 _tell_skipped(out, task)
                 report.write(out, plot=False)
@@ -132,17 +138,4 @@ def _tell_skipped(out: Path, task: str) -> None:
         skipped = row["description"]["skipped"] if row.get("for") and row["set"] == task else {}
         if skipped.get("count"):
             named = ", ".join(entry["file"] for entry in skipped["files"][:5])
-            _say(f"{task}: {skipped['count']} unreadable images are skipped: {named}")
-
-
-def _describe(backbone: Backbone) -> dict[str, Any]:
-    return {
-        "weights_source": backbone.weights_source,
-        "sha256": backbone.weights_sha256,
-        "precision": backbone.precision,
-        **describe_images(backbone),
-    }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            tell(f"{task}: {skipped['count']} unreadable images are skipped: {named}")

@@ -45,13 +45,11 @@ def find_tasks(root: str | os.PathLike, wanted: Sequence[str] | None = None) -> 
     Raises `OptionError` for a name that is no task, `DataError` for a root without tasks, a wanted task that
     is not there, or a task folder that is not complete.
     """
+    called = {name: task for task in VTAB for name in (task, *ALIASES.get(task, ()))}
     for name in wanted or ():
         if name not in VTAB:
-            near = difflib.get_close_matches(
-                name, [*VTAB, *(a for some in ALIASES.values() for a in some)], 1
-            )
-            near = [next((t for t, some in ALIASES.items() if near[0] in some), near[0])] if near else []
-            hint = f"; did you mean {near[0]}?" if near else "."
+            near = difflib.get_close_matches(name, called, 1)
+            hint = f"; did you mean {called[near[0]]}?" if near else "."
             raise OptionError(f"no VTAB-1k task is named {name!r}{hint} The tasks are {', '.join(VTAB)}")
     root = Path(root).expanduser()
     if not root.is_dir():
