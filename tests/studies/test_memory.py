@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lion_fast import create, load_backbone
-from lion_fast.backbones import at_work
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import at_work, cheaper
 from lion_fast.backbones.at_work import AtWork
 from lion_fast.studies import memory
 
@@ -89,10 +88,10 @@ def test_recomputed_stretches_count_what_they_keep():
     linear = nn.Linear(4, 4)
     x = torch.randn(7, 4, requires_grad=True)
     with memory.SavedTensors(linear) as kept:
-        out = frozen.again(linear, lambda t: linear(t).exp().sin(), x * 2)
+        out = cheaper.again(linear, lambda t: linear(t).exp().sin(), x * 2)
     assert kept.total == 4 * 7 * 4
     out.sum().backward()
-    assert frozen.KEEPS == []
+    assert cheaper.KEEPS == []
 
 
 class Outer(nn.Module):
