@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from state_helpers import MODES, assert_close_each
+from equilibrium_helpers import MODES, assert_close_each
 from torch import nn
 
 from lion_fast import ImplicitLayer, SolveInfo
@@ -78,9 +78,6 @@ def test_few_iterations_count_applications(solver, max_iter):
     assert info.reason == "max_iter" and not torch.equal(z, z0)
     if max_iter == 1:
         assert torch.equal(z, f(z0))
-    assert picard(f, z0, max_iter=7, tol=0.0)[1].iterations.tolist() == [7, 7]
-    _, info = picard(f, z0, damping=0.01, max_iter=3, tol=0.5)  # the residual is that of the un-damped map
-    assert info.reason == "max_iter" and (info.residual > 0.5).all()
 
 
 @every_solver

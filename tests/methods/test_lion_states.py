@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from equilibrium_helpers import assert_close_each, gradients, rough, unrolled
 from method_helpers import BACKBONES, FAMILIES, VITS, assert_slopes, backbone, images
-from state_helpers import assert_close_each, gradients, rough, unrolled
 from training_helpers import random_splits, tiny_model
 
 import lion_fast
@@ -357,7 +357,7 @@ def test_fit_on_features_prunes_as_on_images(tmp_path):
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("granularity", ["element", "unit"])
+@pytest.mark.parametrize("granularity", ["element", "unit", "2:4"])
 def test_fit_prunes(tmp_path, granularity):
     model = tiny_model(form="states")
     config = TrainConfig(**QUICK | {"epochs": 4}, prune=0.5, prune_granularity=granularity)
