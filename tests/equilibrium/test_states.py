@@ -7,7 +7,7 @@ from equilibrium_helpers import rough
 from kernel_helpers import torch_solve
 
 from lion_fast.equilibrium.states import StateLayer
-from lion_fast.pruning import prune_once
+from lion_fast.pruning import RobustPruner, kept_shares, prune_once
 
 D, R = 12, 5
 
@@ -70,3 +70,15 @@ def test_blocks_and_two_of_four_of_states():
     tiles = kept.view(-1, 16 * 16).float().mean(1)
     assert ((tiles == 0) | (tiles == 1)).all() and tiles.sum() == (2 * 4 + 2 * 2) / 2
     assert layer(torch.randn(3, 64)).shape == (3, 32)
+
+
+def test_two_of_four_of_states_trained_robustly():
+    layer = StateLayer(D, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    pruner = RobustPruner(layer, optimizer, keep=0.5, total_steps=8, granularity="2:4")
+    for _ in range(8):
+        layer(torch.randn(16, D)).square().sum().backward()
+        pruner.step()
+        optimizer.zero_grad()
+    assert pruner.finalize()["kept_share"] == 0.5
+    assert kept_shares(layer) == {"A": 0.5, "W": 0.5}
