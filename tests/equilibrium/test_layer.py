@@ -385,6 +385,8 @@ def test_unknown_options_raise():
         with pytest.raises(TypeError, match="'gama'; did you mean gamma") as raised:
             cls(D, R, gama=0.5)
         assert isinstance(raised.value, OptionError)
+    with pytest.raises(OptionError, match="recurrence"):
+        StateLayer(D, R, recurrence="tied")
     with pytest.raises(TypeError, match="iterations"):
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
     layer = LionLayer(D, R)
