@@ -13,13 +13,11 @@ N = 6
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 
-def linear_map(rate, n=N, dtype=torch.float64, symmetric=True):
+def linear_map(rate, dtype=torch.float64, symmetric=True):
     """f(z) = J z + 1 with spectral radius `rate`, and its fixed point."""
-    U = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    J = U @ torch.diag(torch.linspace(-rate, rate, n, dtype=torch.float64)) @ U.T
-    if not symmetric:
-        J = rate * U
-    fixed = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - J, torch.ones(n, dtype=torch.float64))
+    U = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64))[0]
+    J = U @ torch.diag(torch.linspace(-rate, rate, N, dtype=torch.float64)) @ U.T if symmetric else rate * U
+    fixed = torch.linalg.solve(torch.eye(N, dtype=torch.float64) - J, torch.ones(N, dtype=torch.float64))
     J = J.to(dtype)
     return (lambda z: z @ J.T + 1), fixed
 
