@@ -100,10 +100,8 @@ def start(
         resume,
         *told,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
-    )
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, "preexec_fn": preexec_fn}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
 
 
 def run(*args, **settings) -> None:
@@ -129,12 +127,11 @@ def main() -> None:
         values[key] = type(getattr(TrainConfig(), key))(int(value) if value.isdigit() else value)
     model = tiny_model("lion", form="states", grid=2) if method == "states" else tiny_model(method)
     fit(model, load_data(data), TrainConfig(**values), out, resume=resume != "no" and resume, progress=False)
-    if torch.distributed.is_initialized():
-        if torch.distributed.get_rank() == 0:
-            save_file(model.adapter_state_dict(), result)
-        torch.distributed.destroy_process_group()
-    else:
+    several = torch.distributed.is_initialized()
+    if not several or torch.distributed.get_rank() == 0:
         save_file(model.adapter_state_dict(), result)
+    if several:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
