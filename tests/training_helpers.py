@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,19 @@ def run(*args, **settings) -> None:
     with start(*args, **settings) as process:
         told = process.communicate(timeout=300)[1]
     assert process.returncode == 0, told
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Until the log says that a step is done."""
+    deadline = time.time() + 240
+    while time.time() < deadline and process.poll() is None:
+        rows = (out / "steps.csv").read_text().splitlines() if (out / "steps.csv").exists() else []
+        done = rows[-1].split(",")[0] if rows else ""
+        if done.isdigit() and int(done) >= step:
+            return
+        time.sleep(0.002)
+    told = process.poll() is not None and process.stderr.read()
+    raise AssertionError(f"the training never got there: {told}")
 
 
 def main() -> None:

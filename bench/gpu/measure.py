@@ -10,7 +10,6 @@ import torch._functorch.config
 from torch import Tensor
 
 from lion_fast.studies.measuring import distance, timer_of, wait
-from lion_fast.studies.memory import SavedTensors
 
 MODES = ("forward", "backward", "both")
 # Runs in one captured graph at most, each on tokens of its own: launching a graph costs the host some
@@ -178,9 +177,18 @@ class Subject:
         """Memory that autograd keeps between forward and backward, x and the parameters left out."""
         if self.mode == "forward":
             return None
-        with SavedTensors(torch.nn.Identity(), [self.problem.x[0], *self.parameters]) as kept:
-            self._forward(0, True)
-        return kept.total
+        known = {t.untyped_storage().data_ptr() for t in (self.problem.x[0], *self.parameters)}
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return t.detach()  # t itself would keep the operation that it came from, and that keeps it
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            kept = self._forward(0, True)
+        del kept
+        return sum(size for pointer, size in sizes.items() if pointer not in known)
 
 
 def interleaved(subjects: list[Subject], seconds: float, rounds: int) -> list[list[float]]:

@@ -207,10 +207,7 @@ def predict(
         model: Maps images (B, 3, H, W) to logits (B, classes).
         dataset: Items are image tensors, or tuples that begin with one. An `ImageSet` without a transform
             gets that of the model's backbone.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-        mixed_precision: "no", "bf16" or "fp16".
-        progress: Show a progress bar on stderr.
+        batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
@@ -264,11 +261,8 @@ def predict_files(
     Args:
         model: A `TunedModel`; its backbone says how the images are prepared.
         paths: Image files.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-        mixed_precision: "no", "bf16" or "fp16".
         strict: Raise at the first image that cannot be read.
-        progress: Show a progress bar on stderr.
+        batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Raises:
         DataError: An image cannot be read and `strict` is set.

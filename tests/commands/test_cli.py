@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_helpers import TINY, write_images
+from training_helpers import TINY, wait_for_step, write_images
 
 import lion_fast
 from lion_fast.commands.common import flag
@@ -263,11 +262,7 @@ def test_ctrl_c_exits_130_with_a_hint_that_works(images, model_flags, tmp_path):
     command += ["--epochs", "400", "--log-every", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.time() + 240
-        while time.time() < deadline and process.poll() is None:
-            if (out / "steps.csv").exists() and (out / "steps.csv").read_text().count("\n") > 5:
-                break
-            time.sleep(0.005)
+        wait_for_step(process, out, 5)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=180)[1]
     assert process.returncode == 130, said

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lion_fast.backbones import load_backbone
+from lion_fast.studies import measuring
 from lion_fast.studies.cost import check, measure, models, plan, plots, report, timing
 from lion_fast.studies.cost.compare import compare
 from lion_fast.studies.cost.setting import FLOOR, Contender, Setting
@@ -48,7 +49,7 @@ def test_turns_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
             order.append(self.name)
             clock[0] += self.cost * (1 + 0.1 * len(order))
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     a, b = Contender("a"), Contender("b")
     steps = {FLOOR: Fake("floor", 1.0), a: Fake("a", 2.0), b: Fake("b", 3.0)}
     times, floors = timing.take_turns(steps, 6, lambda i: None, pytest.fail)
@@ -86,7 +87,7 @@ def test_a_longer_step_is_timed_longer(monkeypatch):
     def delay():
         now[0] += 0.25
 
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=look))
 
     def slow(backbone, contender):
         model = build(backbone, contender)

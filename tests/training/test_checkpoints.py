@@ -5,14 +5,23 @@ import os
 import random
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import QUICK, random_splits, read_csv, run, same_bits, start, tiny_backbone, tiny_model
+from training_helpers import (
+    QUICK,
+    random_splits,
+    read_csv,
+    run,
+    same_bits,
+    start,
+    tiny_backbone,
+    tiny_model,
+    wait_for_step,
+)  # fmt: skip
 
 import lion_fast
 from lion_fast.backbones import Backbone
@@ -35,20 +44,6 @@ def uninterrupted(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     run(images, out, **WRITTEN)
     return out
-
-
-def wait_for_step(process, out: Path, step: int) -> None:
-    """Until the log says that a step is done."""
-    deadline = time.time() + 240
-    while time.time() < deadline and process.poll() is None:
-        rows = (out / "steps.csv").read_text().splitlines() if (out / "steps.csv").exists() else []
-        done = rows[-1].split(",")[0] if rows else ""
-        if done.isdigit() and int(done) >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(
-        f"the training never got there: {process.poll() is not None and process.stderr.read()}"
-    )
 
 
 def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bits(images, uninterrupted, tmp_path):
