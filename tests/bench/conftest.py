@@ -1,12 +1,12 @@
-"""The programs of bench/ as modules, and one revision for all that a test measures."""
+"""The scripts of bench/ and bench/gpu/ are imported by their own names."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
+BENCH = Path(__file__).parents[2] / "bench"
+sys.path[:0] = [str(BENCH), str(BENCH / "gpu")]
 
 
 @pytest.fixture

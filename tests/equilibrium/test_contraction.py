@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
-from lion_fast.equilibrium import LionLayer, bounded, spectral_norm_bound
+from lion_fast.equilibrium import LionLayer, StateLayer, bounded, spectral_norm_bound
 from lion_kernels.reference import ACTIVATIONS
 
 LIPSCHITZ = {"relu": 1.0, "tanh": 1.0, "gelu": 1.1290, "gelu_tanh": 1.1290, "silu": 1.0998}
@@ -80,13 +80,15 @@ def holds(layer):
 
 
 @pytest.mark.parametrize("activation", LIPSCHITZ)
-@pytest.mark.parametrize("recurrence", ["free", "tied"])
-def test_layer_is_a_contraction_for_any_weights(activation, recurrence):
+@pytest.mark.parametrize("kind", ["free", "tied", "states"])
+def test_layer_is_a_contraction_for_any_weights(activation, kind):
     for name, W in adversarial(8):
-        layer = LionLayer(8, 8, activation=activation, recurrence=recurrence, gamma=0.9)
+        options = {"recurrence": "tied"} if kind == "tied" else {}
+        make = StateLayer if kind == "states" else LionLayer
+        layer = make(8, 8, activation=activation, gamma=0.9, **options)
         with torch.no_grad():
-            (layer.W if recurrence == "free" else layer.A).copy_(W)
-            if recurrence == "tied":
+            (layer.A if kind == "tied" else layer.W).copy_(W)
+            if kind == "tied":
                 layer.V.copy_(torch.eye(8))
         assert holds(layer), name
 

@@ -13,7 +13,6 @@ from training_helpers import random_splits, tiny_model
 
 import lion_fast
 from lion_fast import load_backbone
-from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.inspection import _bound_and_rate, ends, measure_ends, parameter_counts
@@ -355,37 +354,6 @@ def test_fit_on_features_prunes_as_on_images(tmp_path):
     assert state.keys() == other.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("granularity", ["element", "unit"])
-def test_fit_prunes(tmp_path, granularity):
-    model = tiny_model(form="states")
-    config = TrainConfig(**QUICK | {"epochs": 4}, prune=0.5, prune_granularity=granularity)
-    report = fit(model, random_splits(), config, tmp_path, progress=False).pruning
-    layer = model.output_end.layer
-    sizes = {"A": 8 * 32, "W": 8 * 8}
-    assert report["phase"] == "hard"
-    assert {n: m["total"] for n, m in report["matrices"].items()} == {
-        f"output_end.layer.{name}": size for name, size in sizes.items()
-    }
-    kept = {name: int(mask.sum()) for name, mask in layer.masks().items()}
-    assert kept == {n.rsplit(".", 1)[1]: m["kept"] for n, m in report["matrices"].items()}
-    if granularity == "unit":
-        assert kept == {"A": 4 * 32, "W": 4 * 4}
-    else:
-        assert sum(kept.values()) == (8 * 32 + 8 * 8) // 2
-    for name in sizes:
-        assert (getattr(layer, name)[~layer.masks()[name]] == 0).all()
-    own = sum(kept.values()) + 8
-    assert report["parameters"]["dense"] == sum(sizes.values()) + 8 == model.num_trainable()
-    assert report["parameters"]["kept"] == own == model.num_trainable(kept=True)
-    head = 3 * (32 + 16 * 8 + 1)
-    assert report["parameters"]["kept_with_head"] == own + head
-    save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(tmp_path / "adapter", backbone=model.backbone)
-    assert again.output_end.layer.masks().keys() == {"A", "W"}
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(again(x), model(x))
 
 
 # pruning

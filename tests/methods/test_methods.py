@@ -64,13 +64,8 @@ def test_options_are_listed_recorded_and_checked(method):
     assert set(model.options) == set(method_options(cls))
     again = create(model.backbone, method, num_classes=2, **model.options)
     assert again.options == model.options
-    assert all(
-        p.default is not p.empty for p in inspect.signature(cls.__init__).parameters.values() if p.kind == 3
-    )
-    for make in (
-        lambda **o: create(model.backbone, method, num_classes=2, **o),
-        lambda **o: cls(model.backbone, 2, **o),
-    ):
+    assert inspect.Parameter.empty not in method_options(cls).values()
+    for make in (lambda **o: create(model.backbone, method, 2, **o), lambda **o: cls(model.backbone, 2, **o)):
         with pytest.raises(OptionError, match=f"option of {method} 'lenght'.*pool"):
             make(lenght=3)
 
@@ -136,16 +131,14 @@ def test_adapter_state_is_strict():
     state = model.adapter_state_dict()
     with pytest.raises(AdapterError, match="lacks input_end.A"):
         other.load_adapter_state_dict({k: v for k, v in state.items() if k != "input_end.A"})
-    with pytest.raises(AdapterError, match="holds unknown prompts"):
-        other.load_adapter_state_dict(state | {"prompts": torch.zeros(1)})
-    with pytest.raises(AdapterError, match="5 classes from 48 features; this model has num_classes=3"):
-        other.load_adapter_state_dict(state | {"head.weight": torch.zeros(5, 48)})
-    with pytest.raises(
-        AdapterError, match=r"input_end.A of the adapter is \(2, 48\); this model needs \(32, 48\)"
+    for change, match in (
+        ({"prompts": torch.zeros(1)}, "unknown prompts"),
+        ({"head.weight": torch.zeros(5, 48)}, "5 classes from 48 features; this model has num_classes=3"),
+        ({"input_end.A": torch.zeros(2, 48)}, r"input_end.A .*\(2, 48\); .* needs \(32, 48\)"),
+        ({"output_end.b": torch.full((32,), math.nan)}, "output_end.b .* NaN or Inf"),
     ):
-        other.load_adapter_state_dict(state | {"input_end.A": torch.zeros(2, 48)})
-    with pytest.raises(AdapterError, match="output_end.b of the adapter holds NaN or Inf"):
-        other.load_adapter_state_dict(state | {"output_end.b": torch.full((32,), math.nan)})
+        with pytest.raises(AdapterError, match=match):
+            other.load_adapter_state_dict(state | change)
     assert torch.equal(model(x), other(x))  # a refused one changes nothing
 
 
@@ -183,16 +176,8 @@ def by_hand(model, x):
 @pytest.mark.parametrize("key", [*VITS, "swin", "swinv2"])
 @pytest.mark.parametrize("recurrence", ["free", "tied"])
 def test_lion_by_hand(key, recurrence):
-    model = create(
-        backbone(key),
-        num_classes=4,
-        form="residual",
-        state_dim=6,
-        recurrence=recurrence,
-        tol=1e-12,
-        max_iter=200,
-        backward="exact",
-    ).double()
+    options = {"form": "residual", "state_dim": 6, "tol": 1e-12, "max_iter": 200, "backward": "exact"}
+    model = create(backbone(key), num_classes=4, recurrence=recurrence, **options).double()
     for end in (model.input_end, model.output_end):
         end.V.data.normal_()
         end.c.data.normal_()
@@ -324,15 +309,8 @@ def test_lion_on_failure():
 
 def test_lion_input_end_carries_gradients_through_the_backbone():
     """Input-end gradients against finite differences of the whole frozen model, in float64."""
-    model = create(
-        backbone("vit"),
-        num_classes=2,
-        form="residual",
-        state_dim=4,
-        tol=1e-13,
-        max_iter=300,
-        backward="exact",
-    ).double()
+    options = {"form": "residual", "state_dim": 4, "tol": 1e-13, "max_iter": 300, "backward": "exact"}
+    model = create(backbone("vit"), num_classes=2, **options).double()
     x, g = images(model, 2, torch.float64), torch.randn(2, 2, dtype=torch.float64)
     assert_slopes(model, x, g, ("input_end.A", "input_end.W", "input_end.V", "output_end.A", "output_end.c"))
 

@@ -1,11 +1,12 @@
 """Pruned and compacted adapters in files: sizes, bits, damage."""
 
+import hashlib
 import json
 
 import pytest
 import safetensors.torch
 import torch
-from training_helpers import tiny_backbone, tiny_model
+from training_helpers import same_bits, tiny_backbone, tiny_model
 
 from lion_fast import LionLayer
 from lion_fast.adapters import load_adapter, save_adapter
@@ -13,7 +14,7 @@ from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import AdapterError, OptionError
 from lion_fast.inspection import parameter_counts
 from lion_fast.methods.files import DESCRIPTION, TENSORS, read_adapter
-from lion_fast.pruning import compact_model, count_parameters, prune_once
+from lion_fast.pruning import compact_model, prune_once
 from lion_fast.pruning.compaction import describe_compacted, restore_compacted
 from lion_fast.pruning.packing import pack_bits, pack_state, unpack_bits, unpack_state
 
@@ -69,7 +70,7 @@ def test_the_file_shrinks_and_loads_to_the_same_bits(tmp_path, keep, granularity
     prune_once(pruned, keep, granularity=granularity)
     save_adapter(pruned, tmp_path / "pruned")
     sizes = {name: (tmp_path / name / TENSORS).stat().st_size for name in ("dense", "pruned")}
-    matrices = sum(p.numel() for p in (*_matrices(dense),))
+    matrices = sum(p.numel() for p in _matrices(dense))
     kept = sum(int(mask.sum()) for end in _ends(pruned) for mask in end.masks().values())
     bits = sum(-(-p.numel() // 8) for p in _matrices(dense))
     # Four bytes a value: those off the mask go, the bits come, and the names of three tensors for one.
@@ -79,28 +80,20 @@ def test_the_file_shrinks_and_loads_to_the_same_bits(tmp_path, keep, granularity
         assert sizes["pruned"] < (keep + 0.13) * sizes["dense"] + 3000
 
     loaded = load_adapter(tmp_path / "pruned", tiny_backbone())
-    state, expected = loaded.adapter_state_dict(), pruned.adapter_state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[k], expected[k]) for k in state)
+    assert same_bits(loaded.adapter_state_dict(), pruned.adapter_state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), pruned(images))
     save_adapter(loaded, tmp_path / "again")
     first, again = (safetensors.torch.load_file(tmp_path / name / TENSORS) for name in ("pruned", "again"))
-    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    assert same_bits(first, again)
 
-    counts = parameter_counts(loaded)
-    assert counts == {
-        "dense": dense.num_trainable(),
-        "kept": dense.num_trainable() - matrices + kept,
-        "with_head": dense.num_trainable(head=True) - matrices + kept,
-    }
-    assert loaded.num_trainable(kept=True) == counts["kept"]
-    assert loaded.num_trainable(head=True, kept=True) == counts["with_head"]
-    told = count_parameters(loaded, loaded.head)
-    assert (told["dense"], told["kept"], told["kept_with_head"]) == tuple(counts.values())
-    description = json.loads((tmp_path / "pruned" / DESCRIPTION).read_text())
-    assert description["parameters"]["kept"] == counts["kept"]
-    assert description["parameters"]["kept_with_head"] == counts["with_head"]
+    without, dropped = dense.num_trainable(), matrices - kept
+    with_head = dense.num_trainable(head=True) - dropped
+    assert parameter_counts(loaded) == {"dense": without, "kept": without - dropped, "with_head": with_head}
+    assert loaded.num_trainable(kept=True) == without - dropped
+    assert loaded.num_trainable(head=True, kept=True) == with_head
+    told = json.loads((tmp_path / "pruned" / DESCRIPTION).read_text())["parameters"]
+    assert (told["kept"], told["kept_with_head"]) == (without - dropped, with_head)
 
 
 def _ends(tuned) -> list[Masked]:
@@ -125,8 +118,7 @@ def test_a_model_takes_masks_from_an_adapter_and_gives_them_back():
     states = [{k: v.clone() for k, v in tuned.adapter_state_dict().items()} for tuned in (dense, pruned)]
     for state in (states[1], states[0], states[1]):
         dense.load_adapter_state_dict(state)
-        own = dense.adapter_state_dict()
-        assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
+        assert same_bits(dense.adapter_state_dict(), state)
 
 
 @pytest.mark.parametrize("recurrence", ["free", "tied"])
@@ -155,8 +147,6 @@ def _spoil(folder, change):
     change(tensors)
     data = safetensors.torch.save(tensors, {"format": "lion_fast.adapter"})
     (folder / TENSORS).write_bytes(data)
-    import hashlib
-
     description = json.loads((folder / DESCRIPTION).read_text())
     description["tensors_sha256"] = hashlib.sha256(data).hexdigest()
     (folder / DESCRIPTION).write_text(json.dumps(description))

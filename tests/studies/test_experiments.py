@@ -3,11 +3,7 @@
 import copy
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,45 +12,46 @@ import torch
 import yaml
 from training_helpers import write_images
 
+import lion_fast
 from lion_fast.commands import main as cli
-from lion_fast.data import ImageSet
+from lion_fast.data import ImageSet, load_data
 from lion_fast.errors import DataError, OptionError
 from lion_fast.studies import experiment, report, work
-from lion_fast.studies.grid import make_grid, read_grid, same_options
-from lion_fast.studies.rows import (
-    Store,
-    read_rows,
-    unpack_bits,
-    unpack_integers,
-)
+from lion_fast.studies.grid import Grid, make_grid, read_grid, same_options
+from lion_fast.studies.rows import Store, read_rows, unpack_bits, unpack_integers
 from lion_fast.studies.statistics import accuracy, mean_over_sets, paired_difference
 from lion_fast.studies.tables import Results
-from lion_fast.training import TrainConfig, TrainingError, evaluate, features, fit
+from lion_fast.training import TrainConfig, evaluate, features, fit
 
-TINY = {
-    "name": "vit_tiny_patch16_224",
-    "img_size": 32,
-    "depth": 1,
-    "embed_dim": 32,
-    "num_heads": 2,
-    "random": True,
-}
+ARCHITECTURE = {
+    "name": "vit_tiny_patch16_224", "img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2,
+}  # fmt: skip
+TINY = ARCHITECTURE | {"random": True}
+SIZES = {"n_val": 9, "n_test": 12}
+TRAIN = {"epochs": 1, "batch_size": 8, "device": "cpu"}
+PROBE = {"grid": {"train.lr": [1e-3, 1e-1]}}
+LION = {"method": "lion", "options": {"state_dim": 8}, "grid": {"train.lr": [1e-3, 1e-2]}}
+LION_CELL = ("tiny", "noise", "lion-8")
 
 
 def small_grid(source: Path, **changes) -> dict:
-    return {
+    """What a YAML file would hold; every set of `changes` is of `source` unless it says another."""
+    given = {
         "name": "small",
-        "backbones": {"tiny": dict(TINY)},
-        "sets": {"noise": {"source": str(source), "n_val": 9, "n_test": 12}},
+        "backbones": {"tiny": TINY},
+        "sets": {"noise": SIZES},
         "seeds": [1, 2],
         "tuning_seeds": [0],
-        "train": {"epochs": 1, "batch_size": 8, "device": "cpu"},
-        "methods": {
-            "probe": {"grid": {"train.lr": [1e-3, 1e-1]}},
-            "lion-8": {"method": "lion", "options": {"state_dim": 8}, "grid": {"train.lr": [1e-3, 1e-2]}},
-        },
+        "train": TRAIN,
+        "methods": {"probe": PROBE, "lion-8": LION},
         "reference": "probe",
     } | changes
+    given["sets"] = {label: {"source": str(source), **more} for label, more in given["sets"].items()}
+    return copy.deepcopy(given)
+
+
+def grid_of(source: Path, **changes) -> Grid:
+    return make_grid(small_grid(source, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -63,44 +60,55 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory) -> tuple[dict, Path, list[dict]]:
+def whole(images, tmp_path_factory) -> tuple[Grid, Path, list[dict]]:
     """A whole experiment: its grid, folder and rows."""
-    out = tmp_path_factory.mktemp("whole")
-    given = small_grid(images)
-    told = experiment.run(make_grid(given), out)
+    grid, out = grid_of(images), tmp_path_factory.mktemp("whole")
+    told = experiment.run(grid, out)
     assert (told.done, told.held, told.left, told.failed) == (8, 0, 0, 0)
-    return given, out, read_rows(out)
+    return grid, out, read_rows(out)
 
 
-def runs_of(rows: list[dict], stage: str | None = None) -> list[dict]:
-    return [r for r in rows if r["stage"] != "draw" and stage in (None, r["stage"])]
+@pytest.fixture
+def grid(whole) -> Grid:
+    return whole[0]
 
 
-MEASURED = ("seconds", "training_seconds", "peak_memory_bytes", "last_epoch", "val", "test")
+@pytest.fixture
+def rows(whole) -> list[dict]:
+    """The rows of the whole experiment, to be changed at will."""
+    return copy.deepcopy(whole[2])
+
+
+@pytest.fixture
+def copied(whole, tmp_path) -> Path:
+    """A folder of one's own with the rows of the whole experiment."""
+    shutil.copy(whole[1] / "rows.jsonl", tmp_path)
+    return tmp_path
+
+
+def runs_of(rows: list[dict], stage: str | None = None, **wanted) -> list[dict]:
+    found = [r for r in rows if r["stage"] != "draw" and stage in (None, r["stage"])]
+    return [r for r in found if all(r[name] == value for name, value in wanted.items())]
 
 
 def comparable(rows: list[dict]) -> dict[str, dict]:
     """Rows by key without what a clock or a memory counter says."""
-    found = {}
-    for row in runs_of(rows):
-        found[row["key"]] = {k: v for k, v in row.items() if k not in MEASURED}
-        found[row["key"]] |= {k: row[k] for k in ("val", "test")}
-    return found
+    measured = {"seconds", "training_seconds", "peak_memory_bytes", "last_epoch"}
+    return {row["key"]: {k: v for k, v in row.items() if k not in measured} for row in runs_of(rows)}
 
 
 # -- the plan
 
 
-def test_whole_plan_tunes_on_validation_and_tests_the_best(whole):
-    given, out, rows = whole
+def test_whole_plan_tunes_on_validation_and_tests_the_best(rows):
     tune, final = runs_of(rows, "tune"), runs_of(rows, "final")
     assert len(tune) == 4 and len(final) == 4
     assert all(r["test"] is None and "correct" not in r and r["seed"] == 0 for r in tune)
     assert {(r["label"], r["seed"]) for r in final} == set(itertools.product(("probe", "lion-8"), (1, 2)))
     for label in ("probe", "lion-8"):
-        scores = {r["configuration"]["train.lr"]: r["val"]["accuracy"] for r in tune if r["label"] == label}
+        scores = {r["configuration"]["train.lr"]: r["val"]["accuracy"] for r in runs_of(tune, label=label)}
         best = max(scores, key=lambda lr: (scores[lr], -lr))  # the earlier of equals has the lower rate here
-        assert {r["train"]["lr"] for r in final if r["label"] == label} == {best}
+        assert {r["train"]["lr"] for r in runs_of(final, label=label)} == {best}
     for row in final:
         assert row["train"]["keep"] == "last" and row["epoch_kept"] == row["epochs"] == 1
         assert row["train"]["seed"] == row["seed"] and row["test"]["n"] == 12
@@ -120,20 +128,14 @@ def test_whole_plan_tunes_on_validation_and_tests_the_best(whole):
     assert [r["seed"] for r in final] == [1, 1, 2, 2]
 
 
-def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
-    given, _, rows = whole
-    import lion_fast
-    from lion_fast.data import load_data
-
-    row = next(r for r in runs_of(rows, "final") if r["label"] == "lion-8" and r["seed"] == 2)
+def test_a_row_is_what_training_by_hand_gives(images, rows, tmp_path):
+    (row,) = runs_of(rows, "final", label="lion-8", seed=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = lion_fast.load_backbone(
-            **{k: v for k, v in TINY.items() if k != "random"}, pretrained=False
-        )
-    splits = load_data(given["sets"]["noise"]["source"], seed=2, n_val=9, n_test=12)
+        backbone = lion_fast.load_backbone(**ARCHITECTURE, pretrained=False)
+    splits = load_data(images, seed=2, **SIZES)
     model = lion_fast.create(backbone, "lion", num_classes=3, seed=2, state_dim=8)
-    config = TrainConfig(epochs=1, batch_size=8, lr=row["train"]["lr"], seed=2, keep="last", device="cpu")
+    config = TrainConfig(**TRAIN, lr=row["train"]["lr"], seed=2, keep="last")
     fit(model, splits, config, tmp_path / "fit", progress=False)
     found = evaluate(model, splits.test, 8)
     assert found.accuracy == row["test"]["accuracy"]
@@ -143,21 +145,17 @@ def test_a_row_is_what_training_by_hand_gives(whole, tmp_path):
     assert splits.description["fingerprint"] == row["data"]["fingerprint"]
 
 
-def test_a_set_that_names_no_unreadable_files_has_none(images):
-    home = work.Workshop(grid := make_grid(small_grid(images)))
+def test_a_row_names_the_device_asked_for_and_no_unreadable_files_of_a_built_in_set(images, monkeypatch):
+    home = work.Workshop(grid_of(images))
     del home.splits("final", "noise", 1).description["skipped"]  # as of a built-in set
-    assert home.run(grid.item("final", "tiny", "noise", "probe", 0, 1))["data"]["skipped"] == 0
-
-
-def test_a_row_says_the_device_that_was_asked_for(images, monkeypatch):
+    assert home.run(home.grid.item("final", *LION_CELL, 0, 1))["data"]["skipped"] == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert work.Workshop(make_grid(small_grid(images))).circumstances("cpu")["device"] == "cpu"
+    assert home.circumstances("cpu")["device"] == "cpu"
 
 
 def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
-    """The training images' rows fit into the limit, those of the test images do not."""
-    sets = {"noise": {"source": str(images), "n_train": 6, "n_val": 9, "n_test": 12}}
-    grid = make_grid(small_grid(images, sets=sets, methods={"probe": {}}))
+    """The training images' features fit into the limit, those of the test images do not."""
+    grid = grid_of(images, sets={"noise": SIZES | {"n_train": 6}}, methods={"probe": {}})
     found = []
     for name in ("free", "limited"):
         experiment.run(grid, tmp_path / name)
@@ -170,7 +168,7 @@ def test_more_test_images_than_rows_may_be_kept(images, tmp_path, monkeypatch):
 
 
 def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images, tmp_path, monkeypatch):
-    grid = make_grid(small_grid(images))
+    grid = grid_of(images)
     read: list[str] = []
     real = ImageSet.image
 
@@ -185,69 +183,59 @@ def test_tuning_never_reads_a_test_image_and_a_final_run_reads_each_once(images,
     assert read and not tested & set(read)
     for seed in (1, 2):
         read.clear()
-        home.run(grid.item("final", "tiny", "noise", "lion-8", 0, seed))
+        home.run(grid.item("final", *LION_CELL, 0, seed))
         splits = home.splits("final", "noise", seed)
-        assert sorted(n for n in read if n in set(splits.test.names)) == sorted(splits.test.names)
-        # once to train, the validation images once to be told
-        assert sorted(n for n in read if n in set(splits.val.names)) == sorted(splits.val.names)
-
-
-def test_runs_that_are_there_are_not_done_again(whole, tmp_path, monkeypatch):
-    given, out, rows = whole
-    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    monkeypatch.setattr(work.Workshop, "run", lambda *a: pytest.fail("done again"))
-    told = experiment.run(make_grid(given), tmp_path)
-    assert (told.done, told.held, told.left) == (0, 8, 0)
-    renamed = copy.deepcopy(given)
-    renamed["methods"] = {
-        "a": given["methods"]["probe"] | {"method": "probe"},
-        "b": given["methods"]["lion-8"],
-    }
-    renamed |= {"reference": "a", "note": "other words, the same runs"}
-    assert experiment.run(make_grid(renamed), tmp_path).held == 8
+        for part in (splits.test, splits.val):  # none of them is read in an epoch, as none is chosen
+            assert sorted(n for n in read if n in set(part.names)) == sorted(part.names)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "held"),
     [
-        {"train": {"epochs": 2, "batch_size": 8, "device": "cpu"}},
-        {"sets": {"noise": {"source": "SOURCE", "n_val": 9, "n_test": 11}}},
-        {"backbones": {"tiny": TINY | {"num_heads": 1}}},
+        ({}, 8),
+        ({"methods": {"a": PROBE | {"method": "probe"}, "b": LION}, "reference": "a", "note": "words"}, 8),
+        ({"backbones": {"other": TINY}, "sets": {"grains": SIZES}}, 8),
+        ({"train": TRAIN | {"label_smoothing": 0.0, "num_workers": 0}}, 8),
+        ({"first": [["tiny", "noise"]]}, 8),
+        ({"train": TRAIN | {"label_smoothing": 0.1}}, 0),
+        ({"train": TRAIN | {"epochs": 2}}, 0),
+        ({"sets": {"noise": SIZES | {"n_test": 11}}}, 0),
+        ({"backbones": {"tiny": TINY | {"num_heads": 1}}}, 0),
     ],
 )
-def test_other_settings_are_other_runs(whole, images, tmp_path, change):
-    given, out, _ = whole
-    change = json.loads(json.dumps(change).replace("SOURCE", str(images)))
-    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    told = experiment.run(make_grid(given | change), tmp_path, minutes=0)
-    assert (told.done, told.held, told.left) == (0, 0, 8)
+def test_runs_that_are_there_are_not_done_again_and_other_settings_are_other_runs(
+    images, copied, change, held
+):
+    told = experiment.run(grid_of(images, **change), copied, minutes=0)
+    assert (told.done, told.held, told.left) == (0, held, 8 - held)
 
 
-def test_other_weights_are_other_runs(whole, tmp_path, monkeypatch):
-    given, out, _ = whole
-    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    monkeypatch.setattr(work, "RANDOM_SEED", 5)
-    assert experiment.run(make_grid(given), tmp_path, minutes=0).held == 0
-
-
-def test_rows_of_what_a_method_made_of_an_option_once_are_taken_again(whole, tmp_path):
-    """None stands for what the method makes of it, and that may change: the block that LION reads, say."""
-    given, _, rows = whole
-    grid, old = make_grid(given), copy.deepcopy(rows)
-    for row in runs_of(old):
-        if row["label"] == "lion-8":
-            row["options"]["at"] = 7
-    with Store(tmp_path) as file:
-        for row in old:
-            file.add(row)
-    new = next(r for r in runs_of(rows, "final") if r["label"] == "lion-8" and r["seed"] == 1)
-    half = Results(grid, [*old, new])  # a run that was stopped: never a mean over both
-    assert half.cells["tiny", "noise", "lion-8"].tuned == 0 and len(half.rows) == 2
-    assert any("once made of an option" in remark for remark in half.remarks)
+@pytest.mark.parametrize(
+    ("part", "name", "value", "remark"),
+    [
+        ("options", "gamma", 0.5, "other defaults"),
+        ("train", "clip_norm", 1.0, "other defaults"),
+        # None stands for what the method makes of it, and that may change: the block that LION reads, say
+        ("options", "at", 7, "once made of an option"),
+    ],
+)
+def test_rows_of_other_defaults_are_taken_again_and_not_shown(
+    grid, rows, tmp_path, part, name, value, remark
+):
+    """What a grid leaves out is not in a run's key, but in its row."""
+    old = copy.deepcopy(rows)
+    for row in runs_of(old, label="lion-8"):
+        row[part][name] = value
+    with Store(tmp_path) as store:
+        store.add(*old)
+    half = Results(grid, [*old, *runs_of(rows, "final", label="lion-8", seed=1)])  # a run that was stopped
+    assert half.cells[LION_CELL].tuned == 0 and not half.cells[LION_CELL].rows  # never a mean over both
+    assert len(half.cells["tiny", "noise", "probe"].rows) == len(half.rows) == 2
+    assert any(remark in told for told in half.remarks)
     told = experiment.run(grid, tmp_path)
-    assert (told.done, told.held) == (4, 4)
-    found = Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"]
-    assert [row["options"]["at"] for row in found.rows.values()] == [0, 0]
+    assert (told.done, told.held, told.left) == (4, 4, 0)
+    assert comparable(read_rows(tmp_path)) == comparable(rows)
+    assert len(Results(grid, read_rows(tmp_path)).cells[LION_CELL].rows) == 2
 
 
 def test_an_option_without_a_meaning_for_a_model_tells_nothing_apart():
@@ -256,63 +244,23 @@ def test_an_option_without_a_meaning_for_a_model_tells_nothing_apart():
     assert not same_options({"at": 6}, {"at": 4})
 
 
-@pytest.mark.parametrize("part,name,value", [("options", "gamma", 0.5), ("train", "clip_norm", 1.0)])
-def test_rows_taken_with_other_defaults_are_taken_again_and_not_shown(whole, tmp_path, part, name, value):
-    """What a grid leaves out is not in a run's key, but in its row."""
-    given, out, rows = whole
-    grid, old = make_grid(given), copy.deepcopy(rows)
-    for row in runs_of(old):
-        if row["label"] == "lion-8":
-            row[part][name] = value
-    with Store(tmp_path) as file:
-        for row in old:
-            file.add(row)
-    results = Results(grid, old)
-    assert not results.cells["tiny", "noise", "lion-8"].rows
-    assert len(results.cells["tiny", "noise", "probe"].rows) == 2
-    assert any("other defaults" in remark for remark in results.remarks)
-    told = experiment.run(grid, tmp_path, minutes=0)
-    assert (told.done, told.held, told.left) == (0, 4, 4)
-    assert experiment.run(grid, tmp_path).done == 4
-    assert comparable(read_rows(tmp_path)) == comparable(rows)
-    assert len(Results(grid, read_rows(tmp_path)).cells["tiny", "noise", "lion-8"].rows) == 2
-
-
-def test_a_training_option_spelt_out_at_its_default_is_the_same_run(images):
-    plain = make_grid(small_grid(images))
-    train = small_grid(images)["train"]
-    told = make_grid(small_grid(images, train=train | {"label_smoothing": 0.0, "num_workers": 0}))
-    named = ("tune", "tiny", "noise", "probe", 0, 0)
-    assert plain.item(*named).run == told.item(*named).run
-    other = make_grid(small_grid(images, train=train | {"label_smoothing": 0.1}))
-    assert plain.item(*named).run != other.item(*named).run
-
-
 # -- interrupted
 
 
 def test_what_a_grid_names_first_is_whole_before_the_rest_begins(images, tmp_path):
-    given = small_grid(images, backbones={"tiny": dict(TINY), "other": TINY | {"depth": 2}}, seeds=[1])
-    given["methods"] = {"probe": given["methods"]["probe"]}
-    experiment.run(make_grid(given | {"first": [["other", "noise"]]}), tmp_path / "first")
-    found = [(r["backbone"], r["stage"]) for r in runs_of(read_rows(tmp_path / "first"))]
+    backbones = {"tiny": TINY, "other": TINY | {"depth": 2}}
+    given = {"backbones": backbones, "seeds": [1], "methods": {"probe": PROBE}}
+    experiment.run(grid_of(images, **given, first=[["other", "noise"]]), tmp_path)
+    found = [(r["backbone"], r["stage"]) for r in runs_of(read_rows(tmp_path))]
     each = ["tune", "tune", "final"]
     assert found == [("other", stage) for stage in each] + [("tiny", stage) for stage in each]
-    # the order is no part of a run
-    assert experiment.run(make_grid(given), tmp_path / "first", minutes=0).held == 6
-    for first, words in (
-        ([["other"]], r"first must be a list of \[backbone, set\]"),
-        ([["nowhere", "noise"]], "first: backbone must be one of tiny, other; got 'nowhere'"),
-        ([["other", "nothing"]], "first: set must be one of noise"),
-    ):
-        with pytest.raises(OptionError, match=words):
-            make_grid(given | {"first": first})
 
 
 @pytest.mark.parametrize("after", [1, 3, 6])
-def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatch, after, capsys):
-    given, _, rows = whole
-    grid, real, count = make_grid(given), work.Workshop.run, itertools.count()
+def test_interrupted_and_resumed_gives_the_same_rows(
+    images, grid, rows, tmp_path, monkeypatch, after, capsys
+):
+    real, count = work.Workshop.run, itertools.count()
 
     def run(self, item):
         if next(count) == after:
@@ -320,12 +268,13 @@ def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatc
         return real(self, item)
 
     monkeypatch.setattr(work.Workshop, "run", run)
-    with pytest.raises(KeyboardInterrupt):
-        experiment.run(grid, tmp_path)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(small_grid(images)))
+    assert cli.main(["experiment", str(tmp_path / "grid.yaml"), "--out", str(tmp_path)]) == 130
+    assert "goes on from there" in capsys.readouterr().err
     assert len(runs_of(read_rows(tmp_path))) == after
     with open(tmp_path / "rows.jsonl", "ab") as file:
         file.write(b'{"stage": "final", "key": "x')  # killed in the middle of a line
-    told = experiment.run(make_grid(given), tmp_path)
+    told = experiment.run(grid, tmp_path)
     assert (told.done, told.held, told.left) == (8 - after, after, 0)
     assert "half written" in capsys.readouterr().err
     assert comparable(read_rows(tmp_path)) == comparable(rows)
@@ -334,31 +283,30 @@ def test_interrupted_and_resumed_gives_the_same_rows(whole, tmp_path, monkeypatc
 def test_time_that_runs_out_is_exit_code_3_and_again_goes_on(images, tmp_path, monkeypatch, capsys):
     grid, out = tmp_path / "grid.yaml", tmp_path / "out"
     grid.write_text(yaml.safe_dump(small_grid(images)))
-    assert cli.main(["experiment", str(grid), "--out", str(out), "--minutes", "0", "--rows-only"]) == 3
+
+    def command(*more: str) -> int:
+        return cli.main(["experiment", str(grid), "--out", str(out), *more])
+
+    assert command("--minutes", "0", "--rows-only") == 3
     assert [p.name for p in out.iterdir()] == ["rows.jsonl"]
-    assert cli.main(["experiment", str(grid), "--out", str(out), "--minutes", "0"]) == 3
+    assert command("--minutes", "0") == 3
     assert "8 left" in capsys.readouterr().out
     assert "| probe | - | - |" in (out / "report.md").read_text()
-    arguments = ["experiment", str(grid), "--out", str(out), "--only", "method=probe"]
-    assert cli.main([*arguments, "--stage", "tune"]) == 0
+    assert command("--only", "method=probe", "--stage", "tune") == 0
     assert {r["label"] for r in runs_of(read_rows(out))} == {"probe"}
-    assert cli.main(["experiment", str(grid), "--out", str(out), "--stage", "final", "--json"]) == 3
+    assert command("--stage", "final", "--json") == 3
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["left"] == 2  # lion is not tuned
-    assert cli.main(["experiment", str(grid), "--out", str(out)]) == 0
+    assert command() == 0
     assert len(runs_of(read_rows(out))) == 8
-    assert cli.main(["experiment", str(grid), "--out", str(out), "--rows-only", "--report-only"]) == 2
+    assert command("--rows-only", "--report-only") == 2
     for only in ("method=lion", "colour=red", "method"):
-        assert cli.main([*arguments[:-1], only]) == 2
+        assert command("--only", only) == 2
     monkeypatch.setattr(experiment, "run", lambda *a, **k: pytest.fail("ran"))
-    assert cli.main(["experiment", str(grid), "--out", str(out), "--report-only"]) == 0
+    assert command("--report-only") == 0
 
 
-# -- processes
-
-
-def test_two_processes_write_the_rows_that_one_writes(whole, tmp_path):
-    given, _, rows = whole
-    told = experiment.run(make_grid(given), tmp_path, workers=2)
+def test_two_processes_write_the_rows_that_one_writes(grid, rows, tmp_path):
+    told = experiment.run(grid, tmp_path, workers=2)
     assert (told.done, told.left) == (8, 0)
     one, two = comparable(rows), comparable(read_rows(tmp_path))
     for row in (*one.values(), *two.values()):
@@ -369,91 +317,31 @@ def test_two_processes_write_the_rows_that_one_writes(whole, tmp_path):
     assert one == two
 
 
-def test_ctrl_c_ends_the_workers_and_keeps_the_rows(images, tmp_path):
-    given = small_grid(images, seeds=list(range(1, 60)))
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(given))
-    rows = tmp_path / "out" / "rows.jsonl"
-    command = [sys.executable, "-m", "lion_fast", "experiment", str(tmp_path / "grid.yaml")]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out"), "--workers", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and (not rows.exists() or rows.read_bytes().count(b"\n") < 6):
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    assert process.returncode == 130, told.decode()
-    assert b"goes on from there" in told and b"Traceback" not in told
-    deadline = time.monotonic() + 60  # Python's own resource tracker ends after its parent
-    while (left := _alive(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left, "processes of the group are left"
-    done = len(runs_of(read_rows(tmp_path / "out")))
-    assert done >= 3
-    assert experiment.run(read_grid(tmp_path / "grid.yaml"), tmp_path / "out", minutes=0).held == done
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-# -- failures
-
-
-def test_a_run_that_diverges_is_a_row_and_the_worst_choice(images, tmp_path, monkeypatch):
-    grid = make_grid(small_grid(images))
-    real = work.fit
-
-    def diverges(model, splits, config, *rest, **more):
-        if config.lr == 1e-3:
-            raise TrainingError("the loss is nan at step 1; the last good checkpoint is /nowhere")
-        return real(model, splits, config, *rest, **more)
-
-    monkeypatch.setattr(work, "fit", diverges)
+def test_a_run_that_diverges_is_a_row_and_the_worst_choice(images, tmp_path):
+    probe = PROBE | {"grid": {"train.lr": [1e38, 1e-1]}}
+    train = TRAIN | {"epochs": 2, "optimizer": "sgd", "warmup_epochs": 0.0}
+    grid = grid_of(images, methods={"probe": probe, "lion-8": LION}, train=train)
     told = experiment.run(grid, tmp_path)
-    assert (told.done, told.failed) == (8, 2)
+    assert (told.done, told.failed) == (8, 1)
     rows = read_rows(tmp_path)
-    failed = [r for r in runs_of(rows) if r["failed"]]
-    assert [r["failed"] for r in failed] == ["the loss is nan at step 1"] * 2
-    assert all(r["stage"] == "tune" and r["train"]["lr"] == 1e-3 for r in failed)
-    assert {r["configuration"]["train.lr"] for r in runs_of(rows, "final")} == {1e-1, 1e-2}
+    (failed,) = [r for r in runs_of(rows) if r["failed"]]
+    assert "loss is" in failed["failed"] and "checkpoint" not in failed["failed"]  # its folder is gone
+    assert failed["stage"] == "tune" and failed["train"]["lr"] == 1e38
+    assert {r["configuration"]["train.lr"] for r in runs_of(rows, "final", label="probe")} == {1e-1}
     assert "2 (1 runs failed)" in report.markdown(Results(grid, rows))
     assert experiment.run(grid, tmp_path, minutes=0).held == 8
-
-
-def test_a_rate_that_is_far_too_high_diverges_in_earnest(images, tmp_path):
-    methods = {"lion": {"options": {"state_dim": 8}, "grid": {"train.lr": [1e-3, 1e30]}}}
-    train = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "warmup_epochs": 0.0, "device": "cpu"}
-    grid = make_grid(small_grid(images, methods=methods, reference=None, seeds=[1], train=train))
-    told = experiment.run(grid, tmp_path)
-    rows = runs_of(read_rows(tmp_path))
-    assert told.failed == 1 and [bool(r["failed"]) for r in rows] == [False, True, False]
-    assert "not finite" in rows[1]["failed"] or "loss is" in rows[1]["failed"]
 
 
 # -- grids that are refused
 
 
 def changed(images: Path, *path: str, value) -> dict:
-    grid = copy.deepcopy(small_grid(images))
-    inner = grid
+    given = small_grid(images)
+    inner = given
     for name in path[:-1]:
         inner = inner[name]
     inner[path[-1]] = value
-    return grid
+    return given
 
 
 @pytest.mark.parametrize(
@@ -481,6 +369,9 @@ def changed(images: Path, *path: str, value) -> dict:
         (("seeds",), [], "seeds must be"),
         (("reference",), "vpt", "must be one of"),
         (("pairs",), [["lion-8"]], "pairs must be"),
+        (("first",), [["other"]], "first must be"),
+        (("first",), [["nowhere", "noise"]], "first: backbone must be one of tiny; got 'nowhere'"),
+        (("first",), [["tiny", "nothing"]], "first: set must be one of noise"),
         (("sets",), {}, "needs sets"),
         (("name",), "a/b", "name must be"),
     ],
@@ -490,7 +381,7 @@ def test_what_a_grid_cannot_hold_is_refused_by_name(images, path, value, told):
         make_grid(changed(images, *path, value=value))
 
 
-def test_unequal_grids_are_refused_unless_the_reason_is_told(images, tmp_path):
+def test_unequal_grids_are_refused_unless_the_reason_is_told(images):
     given = changed(images, "methods", "probe", "grid", value={"train.lr": [1e-3]})
     with pytest.raises(OptionError, match="same number of configurations, 2 here; fewer have: probe 1"):
         make_grid(given)
@@ -504,14 +395,12 @@ def test_unequal_grids_are_refused_unless_the_reason_is_told(images, tmp_path):
 
 
 def test_a_method_that_does_not_fit_is_refused_before_anything_runs(images, tmp_path):
-    given = changed(images, "methods", "lion-8", "options", value={"state_dim": 0})
-    with pytest.raises(OptionError, match="lion-8 on tiny.*state_dim"):
-        experiment.run(make_grid(given), tmp_path)
-    given = changed(images, "sets", "noise", "n_test", value=None)
-    given["sets"]["noise"]["test"] = 0.0
-    with pytest.raises(OptionError, match="no test images"):
-        experiment.run(make_grid(given), tmp_path)
-    assert runs_of(read_rows(tmp_path)) == []
+    no_size = changed(images, "methods", "lion-8", "options", value={"state_dim": 0})
+    no_test = small_grid(images, sets={"noise": {"n_val": 9, "test": 0.0}})
+    for given, told in ((no_size, "lion-8 on tiny.*state_dim"), (no_test, "no test images")):
+        with pytest.raises(OptionError, match=told):
+            experiment.run(make_grid(given), tmp_path)
+    assert read_rows(tmp_path) == []
 
 
 def test_settings_override_from_the_grid_to_the_configuration(images):
@@ -521,33 +410,30 @@ def test_settings_override_from_the_grid_to_the_configuration(images):
     given["sets"]["noise"]["monitor"] = "balanced_accuracy"
     given["methods"]["lion-8"]["train"] = {"lr": 3.0, "weight_decay": 3.0}
     given["methods"]["lion-8"]["grid"] = {"train.lr": [4.0, 5.0]}
-    grid = make_grid(given)
-    config = grid.config("noise", "lion-8", 0, 9)
+    config = make_grid(given).config("noise", "lion-8", 0, 9)
     assert (config.lr, config.weight_decay, config.clip_norm, config.epochs) == (4.0, 3.0, 2.0, 7)
     assert (config.label_smoothing, config.seed, config.keep) == (0.1, 9, "last")
     assert config.monitor == "balanced_accuracy"
 
 
 def test_configurations_are_the_product_and_the_first_of_equals_is_chosen(images):
-    given = small_grid(images)
-    given["methods"]["lion-8"]["grid"] = {"train.lr": [1, 2], "options.state_dim": [4, 8]}
     listed = [{"train.lr": float(i)} for i in range(1, 5)]
-    given["methods"]["probe"]["grid"] = listed
-    grid = make_grid(given | {"tuning_seeds": [0, 7]})
+    product = LION | {"grid": {"train.lr": [1, 2], "options.state_dim": [4, 8]}}
+    methods = {"probe": {"grid": listed}, "lion-8": product}
+    grid = grid_of(images, methods=methods, tuning_seeds=[0, 7])
     found = grid.methods["lion-8"].configurations
     assert [tuple(c.values()) for c in found] == [(1, 4), (1, 8), (2, 4), (2, 8)]
     assert list(grid.methods["probe"].configurations) == listed
-    cell = ("tiny", "noise", "lion-8")
     scores = {0: (0.4, 0.8), 1: (0.9, 0.3), 2: (0.7, 0.5), 3: (0.1, 1.0)}  # means: 0.6, 0.6, 0.6, 0.55
     rows = {
         i.run: {"val": {"accuracy": scores[i.index][i.seed == 7], "balanced_accuracy": -i.index}}
-        for i in grid.tuning(*cell)
+        for i in grid.tuning(*LION_CELL)
     }
-    assert grid.choose(*cell, rows) == 0
-    first = next(i for i in grid.tuning(*cell) if i.index == 0 and i.seed == 7)
-    assert grid.choose(*cell, {k: v for k, v in rows.items() if k != first.run}) is None
+    assert grid.choose(*LION_CELL, rows) == 0
+    first = next(i for i in grid.tuning(*LION_CELL) if i.index == 0 and i.seed == 7)
+    assert grid.choose(*LION_CELL, {k: v for k, v in rows.items() if k != first.run}) is None
     rows[first.run] = {"failed": "diverged"}
-    assert grid.choose(*cell, rows) == 1
+    assert grid.choose(*LION_CELL, rows) == 1
 
 
 def test_the_grids_of_the_repository_are_valid():
@@ -557,25 +443,21 @@ def test_the_grids_of_the_repository_are_valid():
 
 # -- statistics
 
+METRICS = ("accuracy", "balanced_accuracy")
+
 
 def draws(rng, shares, n):
     return [rng.random(n) < p for p in shares]
 
 
-def test_the_same_method_twice_differs_by_exactly_nothing():
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_difference_is_exactly_nothing_and_every_difference_exactly_one(metric):
     rng = np.random.default_rng(0)
     right, labels = draws(rng, [0.6, 0.8, 0.7], 50), [rng.integers(0, 4, 50) for _ in range(3)]
-    for metric in ("accuracy", "balanced_accuracy"):
-        found = paired_difference(right, right, labels, metric=metric)
-        assert (found.point, found.low, found.high) == (0.0, 0.0, 0.0)
-        assert not found.resampled.any()
-
-
-def test_right_everywhere_against_wrong_everywhere_is_exactly_one():
-    yes, no, labels = [np.ones(9, bool)] * 2, [np.zeros(9, bool)] * 2, [np.arange(9) % 3] * 2
-    for metric in ("accuracy", "balanced_accuracy"):
-        found = paired_difference(yes, no, labels, metric=metric)
-        assert (found.point, found.low, found.high) == (1.0, 1.0, 1.0)
+    yes, no = [np.ones(50, bool)] * 3, [np.zeros(50, bool)] * 3
+    for first, second, expected in ((right, right, 0.0), (yes, no, 1.0)):
+        found = paired_difference(first, second, labels, metric=metric)
+        assert {found.point, found.low, found.high, *found.resampled} == {expected}
 
 
 def test_points_by_hand():
@@ -589,7 +471,7 @@ def test_points_by_hand():
     assert accuracy(a, labels).point == pytest.approx((3 / 4 + 2 / 4) / 2)
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_resampling_agrees_with_resampling_image_by_image(metric):
     """The counts drawn by class and difference are a plain bootstrap of seeds and images."""
     rng = np.random.default_rng(3)
@@ -607,24 +489,11 @@ def test_resampling_agrees_with_resampling_image_by_image(metric):
     assert [found.low, found.high] == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.012)
 
 
-def test_one_seed_is_the_spread_of_its_images():
-    n, d = 400, 0.1
-    a, b = np.zeros(n, bool), np.zeros(n, bool)
-    a[: int(d * n)] = True
-    found = paired_difference([a], [b], [np.zeros(n, int)])
-    half = 1.96 * (d * (1 - d) / n) ** 0.5
-    assert found.point == pytest.approx(d)
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.07)
-
-
 def test_seeds_that_differ_widen_the_interval():
     n = 1000
-    labels = [np.zeros(n, int)] * 4
-    none = [np.zeros(n, bool)] * 4
-    same, apart = [], []
-    for k in range(4):
-        same.append(np.arange(n) < 200)
-        apart.append(np.arange(n) < (100 if k % 2 else 300))
+    labels, none = [np.zeros(n, int)] * 4, [np.zeros(n, bool)] * 4
+    same = [np.arange(n) < 200] * 4
+    apart = [np.arange(n) < (100 if k % 2 else 300) for k in range(4)]
     narrow, wide = (paired_difference(x, none, labels) for x in (same, apart))
     assert [narrow.point, wide.point] == pytest.approx([0.2, 0.2])
     # means of four seeds drawn from two at 0.1 and two at 0.3: standard deviation 0.1 / 2
@@ -647,7 +516,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.86 <= covered / trials <= 0.99
 
 
-def test_the_mean_over_sets_and_what_is_refused():
+def test_the_mean_over_sets():
     rng = np.random.default_rng(2)
     labels = [np.zeros(200, int)] * 3
     found = [
@@ -658,6 +527,9 @@ def test_the_mean_over_sets_and_what_is_refused():
     assert mean.point == pytest.approx((found[0].point + found[1].point) / 2)
     spread = (sum(f.resampled.var() for f in found) / 4) ** 0.5  # of independent sets
     assert mean.resampled.std() == pytest.approx(spread, rel=0.05)
+
+
+def test_unpaired_results_are_refused():
     with pytest.raises(DataError, match="same seeds"):
         paired_difference([], [], [])
     with pytest.raises(DataError, match="as many"):
@@ -669,54 +541,43 @@ def test_the_mean_over_sets_and_what_is_refused():
 # -- the report
 
 
-def test_the_report_says_what_the_rows_say(whole):
-    given, out, rows = whole
-    path = report.write(make_grid(given | {"pairs": [["lion-8", "probe"]]}), out)
-    text = path.read_text()
-    for label in ("probe", "lion-8"):
-        mine = [r["test"]["accuracy"] for r in runs_of(rows, "final") if r["label"] == label]
-        spread = np.std(mine, ddof=1)
-        assert (
-            f"| {label} | {100 * np.mean(mine):.2f} ± {100 * spread:.2f} | {100 * np.mean(mine):.2f} |"
-            in text
-        )
-    by = {(r["label"], r["seed"]): r for r in runs_of(rows, "final")}
-    point = np.mean(
-        [by["lion-8", s]["test"]["accuracy"] - by["probe", s]["test"]["accuracy"] for s in (1, 2)]
-    )
-    assert f"| lion-8 | {100 * point:+.2f} [" in text and f"| lion-8 - probe | {100 * point:+.2f} [" in text
+def test_the_report_says_what_the_rows_say(images, rows, copied):
+    """Of two backbones, each section with its own plots."""
+    backbones = {"tiny": TINY, "my-tiny": TINY}
+    grid = grid_of(images, backbones=backbones, pairs=[["lion-8", "probe"]])
+    text = report.write(grid, copied).read_text()
+    text = text[: text.index("## my-tiny")]
+    accuracies = {
+        label: np.array([r["test"]["accuracy"] for r in runs_of(rows, "final", label=label)])
+        for label in ("probe", "lion-8")
+    }
+    for label, found in accuracies.items():
+        mean, spread = 100 * found.mean(), 100 * found.std(ddof=1)
+        assert f"| {label} | {mean:.2f} ± {spread:.2f} | {mean:.2f} |" in text
+    point = 100 * (accuracies["lion-8"] - accuracies["probe"]).mean()
+    assert f"| lion-8 | {point:+.2f} [" in text and f"| lion-8 - probe | {point:+.2f} [" in text
     assert "of the test images were among the training or validation images" in text
     for name in ("accuracy-tiny.png", "differences-tiny.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG") and name in text
+        assert (copied / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in text
+    assert (copied / "accuracy-my-tiny.png").exists() and "my-tiny.png" not in text
     assert "nan" not in text and "None" not in text
 
 
-def test_missing_and_failed_cells_are_marked_and_not_hidden(whole, tmp_path):
-    given, _, rows = whole
-    final = runs_of(rows, "final")
-    absent, broken = ({"label": "probe", "seed": 2}, {"label": "lion-8", "seed": 1})
-
-    def matches(row, wanted):
-        return row["stage"] == "final" and all(row[k] == v for k, v in wanted.items())
-
-    kept = [copy.deepcopy(r) for r in rows if not matches(r, absent)]
-    for row in kept:
-        if matches(row, broken):
-            row |= {"failed": "diverged", "test": None}
-    text = report.markdown(Results(make_grid(given), kept))
-    one = next(r for r in final if matches(r, {"label": "probe", "seed": 1}))
-    assert f"| probe | {100 * one['test']['accuracy']:.2f} (1 of 2 seeds) | " in text
+def test_missing_and_failed_cells_are_marked_and_not_hidden(grid, rows):
+    (kept,) = runs_of(rows, "final", label="probe", seed=1)
+    (absent,) = runs_of(rows, "final", label="probe", seed=2)
+    (broken,) = runs_of(rows, "final", label="lion-8", seed=1)
+    broken |= {"failed": "diverged", "test": None}
+    text = report.markdown(Results(grid, [row for row in rows if row is not absent]))
+    assert f"| probe | {100 * kept['test']['accuracy']:.2f} (1 of 2 seeds) | " in text
     assert "(1 of 2 seeds, 1 failed) |" in text and "(seeds missing)" in text
     assert "| lion-8 | - | - |" in text  # no seed that both have
-    no_final = [r for r in rows if r["stage"] == "tune" and r["label"] == "probe"]
-    text = report.markdown(Results(make_grid(given), no_final))
+    text = report.markdown(Results(grid, runs_of(rows, "tune", label="probe")))
     assert "tuning under way, 0 of 2 runs" in text and "No final runs yet." in text
 
 
-def test_sets_are_resampled_independently_of_each_other(whole):
-    given, _, rows = whole
-    images = given["sets"]["noise"]
-    results = Results(make_grid(given | {"sets": {"one": images, "same": dict(images)}}), rows)
+def test_sets_are_resampled_independently_of_each_other(images, rows):
+    results = Results(grid_of(images, sets={"one": SIZES, "same": SIZES}), rows)
     one, same = (results.difference("tiny", s, "lion-8", "probe")[0] for s in ("one", "same"))
     mean = results.mean_difference("tiny", "lion-8", "probe")
     assert one.point == same.point == mean.point
@@ -724,60 +585,39 @@ def test_sets_are_resampled_independently_of_each_other(whole):
     assert mean.resampled.std() == pytest.approx(one.resampled.std() / 2**0.5, rel=0.05)
 
 
-def test_pairs_need_the_same_images(whole):
-    given, _, rows = whole
-    rows = copy.deepcopy(rows)
-    next(r for r in runs_of(rows, "final") if r["label"] == "probe" and r["seed"] == 1)["data"][
-        "fingerprint"
-    ] = "other"
-    text = report.markdown(Results(make_grid(given), rows))
+def test_pairs_need_the_same_images(grid, rows):
+    runs_of(rows, "final", label="probe", seed=1)[0]["data"]["fingerprint"] = "other"
+    text = report.markdown(Results(grid, rows))
     assert "saw other images" in text and "(1 of 2 seeds)" in text
 
 
-def test_labels_are_no_part_of_what_a_row_is(whole, tmp_path):
-    """A backbone and a set by other names: the same rows, and nothing that the report says is lost."""
-    given, out, rows = whole
-    named = given | {"backbones": {"other": dict(TINY)}, "sets": {"grains": given["sets"]["noise"]}}
-    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
-    assert experiment.run(make_grid(named), tmp_path, minutes=0).held == 8
-    results = Results(make_grid(named), rows)
-    assert results.shared_images("grains") == Results(make_grid(given), rows).shared_images("noise")
-    old, new = (report.markdown(Results(make_grid(g), rows)) for g in (given, named))
+def test_labels_are_no_part_of_what_a_row_is(images, grid, rows):
+    """A backbone and a set by other names: nothing that the report says is lost."""
+    named = grid_of(images, backbones={"other": TINY}, sets={"grains": SIZES})
+    assert Results(named, rows).shared_images("grains") == Results(grid, rows).shared_images("noise")
+    old, new = (report.markdown(Results(g, rows)) for g in (grid, named))
     old = old.replace("noise", "grains").replace("tiny", "other").replace("vit_other", "vit_tiny")
     assert new.replace("noise", "grains") == old  # the folder of the images is called so too
 
 
 def test_images_that_changed_are_not_mixed_with_those_of_the_rows(tmp_path):
     source, out = write_images(tmp_path / "noise", classes=2, each=12), tmp_path / "out"
-    given = small_grid(source, sets={"noise": {"source": str(source)}})
-    experiment.run(make_grid(given), out)
+    experiment.run(grid_of(source, sets={"noise": {}}), out)
     write_images(tmp_path / "more", classes=2, each=16)
     for kind in ("class0", "class1"):
         (tmp_path / "more" / kind / "015.png").rename(source / kind / "other.png")
     before = (out / "rows.jsonl").read_bytes()
-    for change in ({}, {"seeds": [1, 2, 3]}):
+    for seeds in ([1, 2], [1, 2, 3]):
         with pytest.raises(DataError, match="the set noise has other images by now"):
-            experiment.run(make_grid(given | change), out)
+            experiment.run(grid_of(source, sets={"noise": {}}, seeds=seeds), out)
     assert (out / "rows.jsonl").read_bytes() == before
 
 
-def test_rows_of_other_weights_are_not_compared(whole, tmp_path, monkeypatch):
-    given, out, _ = whole
-    (tmp_path / "rows.jsonl").write_bytes((out / "rows.jsonl").read_bytes())
+def test_rows_of_other_weights_are_other_runs_and_not_compared(grid, copied, monkeypatch):
     monkeypatch.setattr(work, "RANDOM_SEED", 5)
-    assert experiment.run(make_grid(given), tmp_path, only={"method": ["lion-8"]}).done == 4
-    results = Results(make_grid(given), read_rows(tmp_path))
-    assert len(results.cells["tiny", "noise", "lion-8"].rows) == 2
+    told = experiment.run(grid, copied, only={"method": ["lion-8"]})
+    assert (told.done, told.held) == (4, 0)
+    results = Results(grid, read_rows(copied))
+    assert len(results.cells[LION_CELL].rows) == 2
     assert not results.cells["tiny", "noise", "probe"].rows
     assert any("tiny: rows with other weights" in remark for remark in results.remarks)
-
-
-def test_a_backbones_section_has_its_own_plots(whole, tmp_path):
-    given, _, rows = whole
-    both = given | {"backbones": {"tiny": dict(TINY), "my-tiny": dict(TINY)}}
-    with Store(tmp_path) as file:
-        for row in rows:
-            file.add(row)
-    text = report.write(make_grid(both), tmp_path).read_text()
-    section = text[text.index("## tiny") : text.index("## my-tiny")]
-    assert "(accuracy-tiny.png)" in section and "my-tiny.png" not in section

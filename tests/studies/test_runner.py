@@ -1,5 +1,6 @@
 """The store of rows and the runner: what is on the disk, found again, replaced, refused, gone on with."""
 
+import functools
 import json
 import os
 import signal
@@ -197,28 +198,37 @@ def test_a_run_that_breaks_costs_no_other(tmp_path, monkeypatch):
         assert runner.run(plan_of(store, 7), twice, workers=2).done == 2
 
 
-def waits(folder):
-    Path(folder, str(os.getpid())).touch()
-    time.sleep(120)
+def waits(number, folder):
+    if number:
+        Path(folder, str(os.getpid())).touch()
+        time.sleep(120)
+    return {"n": number}
 
 
 def begin_to_wait(folder):
     with Store(folder) as store:
-        runner.run(runner.Plan({"1": folder, "2": folder}, store), waits, workers=2)
+        try:
+            runner.run(plan_of(store), functools.partial(waits, folder=folder), workers=2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
-def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_end_with_a_parent_that_is_interrupted_or_killed(tmp_path, killed):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runner\n"
     code += f"test_runner.begin_to_wait({str(tmp_path)!r})"
-    parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    begun = {"start_new_session": True, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", code], **begun)
     try:
         wait_until(lambda: len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2)
-        parent.kill()
-        parent.wait()
-        wait_until(lambda: not alive(parent.pid))
+        parent.kill() if killed else os.killpg(parent.pid, signal.SIGINT)
+        _, told = parent.communicate(timeout=60)
+        wait_until(lambda: not alive(parent.pid))  # Python's own resource tracker ends after its parent
     finally:
         if alive(parent.pid):
             os.killpg(parent.pid, signal.SIGKILL)
+    assert killed or (parent.returncode == 130 and b"Traceback" not in told)
+    assert [row["n"] for row in read_rows(tmp_path)] == [0]
 
 
 def wait_until(there):
