@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lion_fast import create, load_backbone
-from lion_fast.backbones import cheaper as frozen
-from lion_fast.backbones import fp8, prefix_block, prefix_kv
+from lion_fast.backbones import cheaper, fp8, prefix_block, prefix_kv
 from lion_fast.methods import available
 from lion_fast.studies.cost.models import forms_of, move_off_start
 from lion_fast.studies.measuring import distance
@@ -34,7 +33,7 @@ def rows(plain):
 
 def changed(backbone, **options):
     backbone = copy.deepcopy(backbone)
-    frozen.apply(backbone, **options)
+    cheaper.apply(backbone, **options)
     return backbone
 
 
@@ -71,7 +70,7 @@ def test_frozen_block_forward(benchmark, plain, rows, how):
     backbone = copy.deepcopy(plain)
     if how == "fp8" and fp8.why_not(DEVICE):
         pytest.skip(fp8.why_not(DEVICE))
-    frozen.apply(backbone, precision=how)
+    cheaper.apply(backbone, precision=how)
     x = rows.to(next(backbone.parameters()).dtype)
     with torch.no_grad():
         assert (

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lion_fast.data import load_data
+from lion_fast.errors import DataError
 from lion_fast.files import FetchError
 
 
@@ -45,6 +47,15 @@ def fake_fashion(folder: Path, packed: bool = True) -> Path:
             else:
                 path.write_bytes(data)
     return folder
+
+
+def refuses(match: str, source, error=DataError, **options) -> None:
+    with pytest.raises(error, match=match):
+        load_data(source, **options)
+
+
+def sizes(splits) -> list[int]:
+    return [0 if s is None else len(s) for s in (splits.train, splits.val, splits.test)]
 
 
 def fetched(get):

@@ -1,9 +1,15 @@
 """Small backbones of every family for the tests of methods, and what those tests do with a model."""
 
+import hashlib
+import json
+
 import pytest
+import safetensors.torch
 import torch
 
 from lion_fast.backbones import Backbone, load_backbone
+from lion_fast.methods import create
+from lion_fast.methods.files import DESCRIPTION, TENSORS
 
 VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
@@ -27,19 +33,21 @@ VITS = ["vit", "qk-norm", "registers", "no class token", "norm_pre", "post-norm"
 FAMILIES = ["vit", "swin", "resnet"]
 
 
-def backbone(key="vit", **more):
-    """Random, with LayerScales, norms and statistics that are not the identity."""
-    name, kwargs = BACKBONES[key]
-    kwargs = dict(kwargs) | more
-    built = load_backbone(name, pretrained=False, **kwargs)
-    for module in built.modules():
+def off_identity(model):
+    """The model with LayerScales, norms and statistics that are not the identity."""
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.5, 1.5)
-    for parameter in built.parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return built
+    return model
+
+
+def backbone(key="vit", **more):
+    name, kwargs = BACKBONES[key]
+    return off_identity(load_backbone(name, pretrained=False, **kwargs | more))
 
 
 def images(model, batch=3, dtype=torch.float32):
@@ -75,3 +83,39 @@ def assert_slopes(model, x, g, names, rel=1e-5):
                 sums.append((model(x) * g).sum())
         slope = ((sums[0] - sums[1]) / (2 * step)).item()
         assert (grad * direction).sum().item() == pytest.approx(slope, rel=rel, abs=1e-9), name
+
+
+def two_forms(frozen, method, **options):
+    """The naive and the exact form of a method with the same adapter."""
+    naive, exact = (create(frozen, method, num_classes=4, form=f, **options) for f in ("naive", "exact"))
+    shaken(naive)
+    exact.load_adapter_state_dict(naive.adapter_state_dict())
+    return naive, exact
+
+
+def assert_same(a, b, x, g):
+    """Outputs and every gradient of two models with the same adapter, in float32 and float64."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        (out_a, grads_a), (out_b, grads_b) = (
+            gradients(model.to(dtype), x.to(dtype), g.to(dtype)) for model in (a, b)
+        )
+        torch.testing.assert_close(out_b, out_a, rtol=tolerance, atol=tolerance)
+        assert grads_a.keys() == grads_b.keys()
+        for name, value in grads_a.items():
+            torch.testing.assert_close(grads_b[name], value, rtol=tolerance, atol=tolerance)
+
+
+def described(directory):
+    """What a saved adapter's description says."""
+    return json.loads((directory / DESCRIPTION).read_text())
+
+
+def rewrite(directory, **changes):
+    (directory / DESCRIPTION).write_text(json.dumps(described(directory) | changes))
+
+
+def replace_tensors(directory, state):
+    """Other tensors with a description that vouches for them."""
+    raw = safetensors.torch.save(state)
+    (directory / TENSORS).write_bytes(raw)
+    rewrite(directory, tensors_sha256=hashlib.sha256(raw).hexdigest())

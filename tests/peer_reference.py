@@ -153,12 +153,13 @@ def ssf(model, images):
 
 
 def carried(model, images, prompts, kv=None):
-    """Prompts (L, P, D) replaced in front of every block; kv (L, h, M, d) beside every block's keys."""
+    """Prompts (L, P, D), or (1, P, D) once, in front of the blocks; kv (L, h, M, d) beside their keys."""
     vit = model.backbone.model
     x = tokens(vit, images)
     for i, block in enumerate(vit.blocks):
         count = prompts.shape[1]
-        x = torch.cat([x[:, :1], prompts[i].expand(len(x), -1, -1), x[:, 1 + (count if i else 0) :]], 1)
+        if i < len(prompts):
+            x = torch.cat([x[:, :1], prompts[i].expand(len(x), -1, -1), x[:, 1 + (count if i else 0) :]], 1)
         attn = block.attn
         q, k, v = qkv(attn, norm(x, block.norm1))
         k, v = (split(t, attn.num_heads) for t in (k, v))
@@ -167,6 +168,10 @@ def carried(model, images, prompts, kv=None):
         x = x + linear(softmax_attention(q, k, v, attn.num_heads), attn.proj)
         x = x + mlp(block.mlp, norm(x, block.norm2))
     return logits(model, x)
+
+
+def vpt(model, images):
+    return carried(model, images, model.prompts)
 
 
 def vfpt(model, images):
@@ -191,6 +196,8 @@ def e2vpt(model, images):
         kept = set(model.kept_segments[a].tolist())
         dims = [j for j in range(D) if j % 16 in kept]
         rows[:, token, dims] = model.prompts[:, a]
+    if model.token_mask is not None:  # dimension j is in segment j mod 16
+        rows = model.token_mask[:, None] * model.segment_mask[:, torch.arange(D) % 16] * rows
     if model.removal == "removed":
         rows = rows[:, model.kept_tokens]
     kv = None if model.kv_prompts is None else model.kv_prompts[:, 0]

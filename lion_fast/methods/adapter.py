@@ -41,9 +41,13 @@ class Bottleneck(nn.Module):
         return self.up(F.dropout(z, self.dropout, self.training))
 
 
-def bottlenecks(backbone: Backbone, rank: int, **options) -> nn.ModuleList:
-    """A `Bottleneck` for every block of a ViT."""
-    return nn.ModuleList(Bottleneck(backbone.width_in, rank, **options) for _ in backbone.blocks)
+def bottlenecks(backbone: Backbone, rank: int, dropout: float, activation: str = "relu") -> nn.ModuleList:
+    """A `Bottleneck` for every block of a ViT; `OptionError` for a rank or dropout out of range."""
+    check_whole("rank", rank)
+    check_number("dropout", dropout, least=0, below=1)
+    return nn.ModuleList(
+        Bottleneck(backbone.width_in, rank, activation=activation, dropout=dropout) for _ in backbone.blocks
+    )
 
 
 @register("adaptformer")
@@ -78,12 +82,10 @@ class AdaptFormer(BlockMethod):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_whole("rank", rank)
-        check_number("dropout", dropout, least=0, below=1)
         check_number("scale", scale)
         self.record(rank=rank, scale=scale, dropout=dropout)
         self.scale = scale
-        self.adapters = bottlenecks(self.backbone, rank, dropout=dropout)
+        self.adapters = bottlenecks(self.backbone, rank, dropout)
 
     def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
         x = x + attention_branch(block, x)
@@ -113,11 +115,9 @@ class Houlsby(BlockMethod):
 
     def __init__(self, backbone, num_classes: int, *, rank: int = 8, dropout: float = 0.0, **options):
         super().__init__(backbone, num_classes, **options)
-        check_whole("rank", rank)
-        check_number("dropout", dropout, least=0, below=1)
         self.record(rank=rank, dropout=dropout)
         self.after_attention, self.after_mlp = (
-            bottlenecks(self.backbone, rank, activation="gelu", dropout=dropout) for _ in range(2)
+            bottlenecks(self.backbone, rank, dropout, "gelu") for _ in range(2)
         )
 
     def block(self, i: int, block: nn.Module, x: Tensor) -> Tensor:

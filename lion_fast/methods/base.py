@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast import __version__
-from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import Backbone, cheaper, load_backbone
 from lion_fast.equilibrium.masked import match_masks
 from lion_fast.errors import (
     AdapterError,
@@ -129,7 +128,7 @@ class TunedModel(nn.Module):
                 f"method {self.method} works on {', '.join(self.families)} backbones; {backbone.name} is a "
                 f"{backbone.family} backbone. Methods that work on it: {able}"
             )
-        frozen.check_method(backbone, self.method)
+        cheaper.check_method(backbone, self.method)
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
@@ -198,10 +197,6 @@ class TunedModel(nn.Module):
         if head:
             return counts["kept_with_head" if kept else "with_head"]
         return counts["kept" if kept else "dense"]
-
-    def train(self, mode: bool = True) -> "TunedModel":
-        """As `nn.Module.train`; the backbone stays in evaluation mode."""
-        return super().train(mode)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the method and the head, and the backbone's only where trained."""
@@ -284,8 +279,7 @@ class TunedModel(nn.Module):
 
         Raises `AdapterError` as `methods.files.write_adapter` does, which says what the files hold.
         """
-        state = self.adapter_state_dict()
-        write_adapter(directory, self.describe(), state)
+        write_adapter(directory, self.describe(), self.adapter_state_dict())
 
     def extra_repr(self) -> str:
         return f"method={self.method}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items())

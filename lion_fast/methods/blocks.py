@@ -10,8 +10,7 @@ from collections.abc import Callable
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from lion_fast.backbones import Backbone, takes_prefix
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import Backbone, cheaper, takes_prefix
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.errors import BackboneError
 from lion_fast.methods.base import TunedModel
@@ -70,8 +69,8 @@ def heads(attn: nn.Module, rows: Tensor) -> Tensor:
 
 @works_for_first
 def attend(attn: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`frozen.attend`, then the frozen output projection: rows (B, N, D)."""
-    return attn.proj(frozen.attend(attn, x, q, k, v))
+    """`cheaper.attend`, then the frozen output projection: rows (B, N, D)."""
+    return attn.proj(cheaper.attend(attn, x, q, k, v))
 
 
 @works_for_first

@@ -59,10 +59,10 @@ class CVPT(PromptMethod):
         kv = self.prefix() if self.copies is None else None
         for i, block in enumerate(self.backbone.blocks):
             x = x + attention_branch(block, x)
-            attn = block.attn if kv is not None else self.copies[i]
             if kv is not None:
-                k, v = (part.expand(len(x), -1, -1, -1) for part in kv[i])
+                attn, (k, v) = block.attn, (part.expand(len(x), -1, -1, -1) for part in kv[i])
             else:
+                attn = self.copies[i]
                 k, v = project(attn, self._carried(i, x))
             x = x + after_attention(block, cross_attention(attn, x, k, v))
             x = x + mlp_branch(block, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.cheaper import mlp_branch
-from lion_fast.errors import OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import OptionError, check_choice, check_number
 from lion_fast.methods.adapter import bottlenecks
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
@@ -69,8 +69,6 @@ class DyT(BlockMethod):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_whole("rank", rank)
-        check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
         check_number("rate", rate, above=0, most=1, note="the share of tokens to let through")
         check_number("temperature", temperature, above=0)
@@ -79,7 +77,7 @@ class DyT(BlockMethod):
         self.record(scale=scale, dropout=dropout, form=form)
         self.rate, self.temperature, self.threshold = rate, temperature, threshold
         self.scale, self.form = scale, form
-        self.adapters = bottlenecks(self.backbone, rank, dropout=dropout)
+        self.adapters = bottlenecks(self.backbone, rank, dropout)
         self.dispatchers = nn.ModuleList(nn.Linear(self.backbone.width_in, 1) for _ in self.backbone.blocks)
         for dispatcher in self.dispatchers:
             nn.init.trunc_normal_(dispatcher.weight, std=0.02)

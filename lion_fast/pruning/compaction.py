@@ -76,8 +76,7 @@ def compact(layer: LionLayer) -> LionLayer:
     phi = ACTIVATIONS[layer.activation].phi
     b, c, W64, V64 = (t.double() for t in (layer.b, layer.c, Wh, V))
     values = torch.zeros_like(b[constant])
-    settled = not constant.any()
-    for _ in range(SETTLE if not settled else 0):
+    for _ in range(SETTLE):
         new = phi(W64[constant][:, constant] @ values + b[constant])
         settled = torch.equal(new, values) or bool((new - values).abs().max() < 1e-15 * new.abs().max())
         values = new

@@ -281,10 +281,8 @@ class RobustPruner:
         """
         matrices, kept, total = {}, 0, 0
         for m in self.matrices:
-            mask = self.masks.get(m.full_name)
-            size = m.parameter.numel()
-            count = size if mask is None else int(mask.sum())
-            off = m.parameter.detach()[~mask] if mask is not None else m.parameter.new_empty(0)
+            mask = self.masks.get(m.full_name, torch.ones_like(m.parameter, dtype=torch.bool))
+            size, count, off = mask.numel(), int(mask.sum()), m.parameter.detach()[~mask]
             matrices[m.full_name] = {
                 "kept": count,
                 "total": size,
@@ -383,5 +381,5 @@ def _from_first_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
 def kept_shares(target: nn.Module | Iterable[Masked] | Mapping[str, Masked]) -> dict[str, float]:
     """The share of entries that each matrix' mask keeps, by full name; 1 without a mask."""
     matrices = find_matrices(find_layers(target))
-    masks = {m.full_name: m.module.masks().get(m.name) for m in matrices}
-    return {name: 1.0 if mask is None else float(mask.float().mean()) for name, mask in masks.items()}
+    masks = {m.full_name: m.module.masks().get(m.name, torch.ones(1)) for m in matrices}
+    return {name: float(mask.float().mean()) for name, mask in masks.items()}

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_fast.backbones import Backbone
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import Backbone, cheaper
 from lion_fast.backbones.at_work import AtWork
 from lion_fast.training.memory import PeakMemory
 
@@ -66,14 +65,14 @@ class SavedTensors:
     def __enter__(self) -> "SavedTensors":
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
         self._hooks.__enter__()
-        frozen.KEEPS.append(self._keep)
+        cheaper.KEEPS.append(self._keep)
         self._work.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._held.clear()
         self._work.__exit__(*exc_info)
-        frozen.KEEPS.remove(self._keep)
+        cheaper.KEEPS.remove(self._keep)
         self._hooks.__exit__(*exc_info)
 
     @property
@@ -96,7 +95,8 @@ class SavedTensors:
 
     def _pack(self, t: Tensor) -> Tensor:
         self._keep(t)
-        return t
+        # a result would keep the node that it came from, and that keeps it
+        return t if t.is_leaf else t.detach()
 
     def _keep(self, t: Tensor) -> None:
         storage = t.untyped_storage()

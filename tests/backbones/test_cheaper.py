@@ -73,10 +73,10 @@ def images(backbone, n=3):
     return torch.randn(n, 3, side, side, generator=generator, dtype=next(backbone.parameters()).dtype)
 
 
-def outputs_and_gradients(model):
+def outputs_and_gradients(model, call=None):
     x = images(model.backbone).requires_grad_()
     torch.manual_seed(13)  # for methods that draw
-    logits = model(x)
+    logits = (model if call is None else call)(x)
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(17), dtype=logits.dtype)
     logits.backward(upstream)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -101,17 +101,23 @@ def methods_on(family):
 # -- memory="save"
 
 
-@pytest.mark.parametrize("method", methods_on("vit"))
-@pytest.mark.parametrize("kind", VITS)
-def test_saved_memory_changes_no_output_and_no_gradient(method, kind):
+@pytest.mark.parametrize(
+    ("build", "kind", "method"),
+    [
+        *((vit, kind, method) for kind in VITS for method in methods_on("vit")),
+        *((swin, "swin_tiny_patch4_window7_224", method) for method in methods_on("swin")),
+        (swin, "swinv2_tiny_window8_256", "lion:residual"),
+    ],
+)
+def test_saved_memory_changes_no_output_and_no_gradient(build, kind, method):
     """In float64 to 1e-12, so that it is the same formula and not just close."""
     try:
-        plain = make(vit(kind), method)
+        plain = make(build(kind), method)
     except BackboneError:  # a method that needs other blocks says so alike
         with pytest.raises(BackboneError):
-            make(vit(kind, memory="save"), method)
+            make(build(kind, memory="save"), method)
         return
-    save = make(vit(kind, memory="save"), method)
+    save = make(build(kind, memory="save"), method)
     assert_same(outputs_and_gradients(save), outputs_and_gradients(plain), 1e-12)
 
 
@@ -121,18 +127,6 @@ def test_saved_memory_in_float32(method):
     expected = outputs_and_gradients(make(vit(dtype=torch.float32), method))
     found = outputs_and_gradients(make(vit(dtype=torch.float32, memory="save"), method))
     assert_same(found, expected, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        *(("swin_tiny_patch4_window7_224", method) for method in methods_on("swin")),
-        ("swinv2_tiny_window8_256", "lion:residual"),
-    ],
-)
-def test_saved_memory_on_a_swin(name, method):
-    expected = outputs_and_gradients(make(swin(name), method))
-    assert_same(outputs_and_gradients(make(swin(name, memory="save"), method)), expected, 1e-12)
 
 
 def test_rows_are_recomputed_in_chunks(monkeypatch):
@@ -156,19 +150,24 @@ def test_saved_memory_under_autocast_is_the_plain_autocast(dtype):
         assert (plain - save).norm() <= torch.finfo(dtype).eps * plain.norm()
 
 
-def test_what_a_block_keeps_by_hand():
+@pytest.mark.parametrize("memory, wide, norms", [("plain", 10, 2), ("save", 5, 1)])
+def test_what_a_block_keeps_by_hand(memory, wide, norms):
     """Plain: 10 D a token (x, q, k, v, attention's output, second norm's input, 4 D activation); save: 5 D.
 
-    Beside them per token and block the attention's logsumexp (one a head) and the norms' mean and deviation.
+    Beside them per token and block the attention's logsumexp (one a head) and the norms' mean and deviation;
+    with a prefix, P rows of keys and values for each image, and no second copy of anything.
     """
-    B, N, D, h, L = 3, 5, 192, 3, 2
-    for memory, wide, norms in (("plain", 10, 2), ("save", 5, 1)):
-        backbone = vit(dtype=torch.float32, memory=memory)
-        rows = torch.randn(B, N, D, requires_grad=True)
-        with SavedTensors(backbone) as kept:
-            out = backbone.model.blocks(rows)
-        assert kept.bytes["backbone"] == kept.total == 4 * B * N * L * (wide * D + h + 2 * norms)
-        out.sum().backward()
+    B, N, P, D, h, L = 3, 5, 4, 192, 3, 2
+    backbone = vit(dtype=torch.float32, memory=memory)
+    rows, token = torch.randn(B, N, D, requires_grad=True), wide * D + h + 2 * norms
+    with SavedTensors(backbone) as kept:
+        out = backbone.model.blocks(rows)
+    assert kept.bytes["backbone"] == kept.total == 4 * B * N * L * token
+    k, v = torch.randn(2, h, P, D // h)
+    with SavedTensors(backbone, [k]) as kept:
+        prefixed = prefix_block(backbone.blocks[0], rows * 1, k, v)
+    assert kept.total == 4 * B * (N * token + 2 * P * D)
+    (out + prefixed).sum().backward()
 
 
 @pytest.mark.parametrize("method", ["lion:residual", "vpt", "full", "ssf", "lora"])
@@ -197,31 +196,11 @@ def test_vit_b_keeps_at_most_0_55_of_the_plain_step():
     assert sizes[1] <= 0.55 * sizes[0]
 
 
-@pytest.mark.parametrize("memory, wide", [("plain", 10), ("save", 5)])
-def test_what_a_block_keeps_with_a_prefix_by_hand(memory, wide):
-    """P rows of keys and values for each image more, and no second copy of anything."""
-    B, N, P, D, h = 2, 5, 3, 192, 3
-    backbone = vit(dtype=torch.float32, memory=memory)
-    rows = torch.randn(B, N, D, requires_grad=True)
-    k, v = torch.randn(2, h, P, D // h)
-    with SavedTensors(backbone, [k]) as kept:
-        out = prefix_block(backbone.blocks[0], rows * 1, k, v)
-    statistics = 2 * (2 if memory == "plain" else 1)
-    assert kept.total == 4 * B * (N * (wide * D + h + statistics) + 2 * P * D)
-    out.sum().backward()
-
-
 def test_a_compiled_model_with_saved_memory():
     model = make(vit(dtype=torch.float32, memory="save"), "lion:residual")
     expected = outputs_and_gradients(model)
     model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled.backbone = model.backbone
-    x = images(model.backbone).requires_grad_()
-    logits = compiled(x)
-    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(17)))
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_same((logits.detach(), grads | {"images": x.grad}), expected, 1e-5)
+    assert_same(outputs_and_gradients(model, torch.compile(model, backend="aot_eager")), expected, 1e-5)
 
 
 def test_nothing_is_kept_or_built_without_gradients():
@@ -304,10 +283,16 @@ def test_folding_in_float32():
     assert_same(found, expected, 5e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in available() if m not in cheaper.FOLDABLE])
-def test_folding_is_refused_where_a_method_reads_in_between(method):
-    with pytest.raises(OptionError, match=f"method {method} reads or trains"):
-        make(vit(fold=True), method)
+@pytest.mark.parametrize(
+    ("method", "options", "word"),
+    [
+        *((m, {"fold": True}, "reads or trains") for m in available() if m not in cheaper.FOLDABLE),
+        *((m, {"precision": "bf16"}, "bfloat16") for m in cheaper.OWNERS),
+    ],
+)
+def test_what_a_method_reads_or_trains_is_not_folded_and_not_held_in_half(method, options, word):
+    with pytest.raises(OptionError, match=word):
+        make(vit(dtype=torch.float32, **options), method)
 
 
 def test_folding_refuses_other_backbones():
@@ -348,12 +333,6 @@ def test_frozen_weights_in_bf16_with_fp32_adapters(method):
             assert p.dtype == torch.bfloat16 and p.grad is None, name
         else:
             assert p.dtype == torch.float32 and p.grad.dtype == torch.float32, name
-
-
-@pytest.mark.parametrize("method", cheaper.OWNERS)
-def test_weights_that_are_trained_are_not_held_in_half(method):
-    with pytest.raises(OptionError, match="holds them in bfloat16"):
-        make(vit(dtype=torch.float32, precision="bf16"), method)
 
 
 def test_held_norms_keep_half_rows_under_autocast():

@@ -5,22 +5,17 @@ import importlib
 import itertools
 import json
 import os
-import sys
-from pathlib import Path
 
+import aot
+import facts
 import pytest
+import sass
+import torch
+from shipped import Shipped, shipped
+
+from lion_kernels import launch
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-import aot  # noqa: E402
-import facts  # noqa: E402
-import sass  # noqa: E402
-import torch  # noqa: E402
-from shipped import Shipped, shipped  # noqa: E402
-
-from lion_kernels import launch  # noqa: E402
-
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"
 )

@@ -4,17 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench" / "gpu"))
-import warm  # noqa: E402
+from lion_kernels import launch, tuned
 
-from lion_kernels import launch, tuned  # noqa: E402
+pytest.importorskip("triton")
+import warm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from equilibrium_helpers import KINDS, every_kind
 from torch.nn.utils import prune
 
 from lion_fast.equilibrium import LionLayer, bounded, spectral_norm_bound
@@ -80,13 +81,13 @@ def holds(layer):
 
 
 @pytest.mark.parametrize("activation", LIPSCHITZ)
-@pytest.mark.parametrize("recurrence", ["free", "tied"])
-def test_layer_is_a_contraction_for_any_weights(activation, recurrence):
+@every_kind
+def test_layer_is_a_contraction_for_any_weights(activation, kind):
     for name, W in adversarial(8):
-        layer = LionLayer(8, 8, activation=activation, recurrence=recurrence, gamma=0.9)
+        layer = KINDS[kind](8, 8, activation=activation, gamma=0.9)
         with torch.no_grad():
-            (layer.W if recurrence == "free" else layer.A).copy_(W)
-            if recurrence == "tied":
+            (layer.A if kind == "tied" else layer.W).copy_(W)
+            if kind == "tied":
                 layer.V.copy_(torch.eye(8))
         assert holds(layer), name
 

@@ -95,23 +95,27 @@ def test_pixel_end_bound_survives_rounding():
         assert end.recurrence_kernel(9, 9).double().abs().sum() <= gamma
 
 
-def test_pixel_end_gradients():
-    """Against autograd through 400 unrolled steps, in float64, with a random upstream gradient."""
-    end = PixelEnd(3, 4, backward="exact", tol=1e-13, max_iter=400).double()
-    end.V.data.normal_()
-    end.W.data.mul_(3)  # so that the bound is active and its gradient counts
+@pytest.mark.parametrize("steps, activation, tol", [(1, "tanh", 1e-12), (400, "relu", 1e-9)])
+def test_pixel_end_and_its_gradients(steps, activation, tol):
+    """Against autograd through unrolled steps, in float64; one step is a plain adapter, without W."""
+    end = PixelEnd(3, 4, activation=activation, backward="exact", tol=1e-13, max_iter=steps).double()
+    for p in end.parameters():
+        p.data.normal_(std=0.6)  # so that the bound is active and its gradient counts
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    g = torch.randn_like(x)
     q = F.conv2d(x, end.U, end.b, padding=1)
-    z, kernel = torch.zeros_like(q), end.recurrence_kernel(8, 8)
-    for _ in range(400):
-        z = F.relu(F.conv2d(z, kernel, padding=1) + q)
-    expected = torch.autograd.grad(x + F.conv2d(z, end.V, end.c), [x, *end.parameters()], g)
+    z, kernel, phi = torch.zeros_like(q), end.recurrence_kernel(8, 8), getattr(torch, activation)
+    for _ in range(steps):
+        z = phi(F.conv2d(z, kernel, padding=1) + q)
+    expected, upstream = x + F.conv2d(z, end.V, end.c), torch.randn_like(x)
     out, info = end(x, return_info=True)
-    assert info.converged.all() and info.residual.shape == (2,)
-    found = torch.autograd.grad(out, [x, *end.parameters()], g)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert info.converged.all() == (steps > 1) and info.residual.shape == (2,)
+    with torch.no_grad():
+        torch.testing.assert_close(end(x), out, rtol=tol, atol=tol)
+    inputs = [x, *end.parameters()]
+    found = torch.autograd.grad(out, inputs, upstream)
+    for a, b in zip((out, *found), (expected, *torch.autograd.grad(expected, inputs, upstream)), strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+    assert found[1 + [n for n, _ in end.named_parameters()].index("W")].any() == (steps > 1)
 
 
 def test_pixel_end_does_not_mix_images():
@@ -119,19 +123,3 @@ def test_pixel_end_does_not_mix_images():
     end.V.data.normal_()
     x = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(end(x)[:1], end(x[:1]), rtol=0, atol=1e-6)
-
-
-def test_one_step_of_the_pixel_end_is_the_same_with_and_without_gradients():
-    end = PixelEnd(3, 4, activation="tanh", max_iter=1).double()
-    for p in end.parameters():
-        p.data.normal_(std=0.6)
-    x, upstream = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    expected = x + F.conv2d(torch.tanh(F.conv2d(x, end.U, end.b, padding=1)), end.V, end.c)
-    with torch.no_grad():
-        torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(end(x), expected, rtol=0, atol=1e-12)
-    given = (end.U, end.b, end.V, end.c)
-    found = torch.autograd.grad(end(x), (*given, end.W), upstream)
-    for a, b in zip(found, torch.autograd.grad(expected, given, upstream), strict=False):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert not found[4].any()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from equilibrium_helpers import MODES, assert_close_each
 from torch import nn
 
 from lion_fast import ImplicitLayer, SolveInfo
@@ -12,13 +13,11 @@ N = 6
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 
-def linear_map(rate, n=N, dtype=torch.float64, symmetric=True):
+def linear_map(rate, dtype=torch.float64, symmetric=True):
     """f(z) = J z + 1 with spectral radius `rate`, and its fixed point."""
-    U = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    J = U @ torch.diag(torch.linspace(-rate, rate, n, dtype=torch.float64)) @ U.T
-    if not symmetric:
-        J = rate * U
-    fixed = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - J, torch.ones(n, dtype=torch.float64))
+    U = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64))[0]
+    J = U @ torch.diag(torch.linspace(-rate, rate, N, dtype=torch.float64)) @ U.T if symmetric else rate * U
+    fixed = torch.linalg.solve(torch.eye(N, dtype=torch.float64) - J, torch.ones(N, dtype=torch.float64))
     J = J.to(dtype)
     return (lambda z: z @ J.T + 1), fixed
 
@@ -77,9 +76,6 @@ def test_few_iterations_count_applications(solver, max_iter):
     assert info.reason == "max_iter" and not torch.equal(z, z0)
     if max_iter == 1:
         assert torch.equal(z, f(z0))
-    assert picard(f, z0, max_iter=7, tol=0.0)[1].iterations.tolist() == [7, 7]
-    _, info = picard(f, z0, damping=0.01, max_iter=3, tol=0.5)  # the residual is that of the un-damped map
-    assert info.reason == "max_iter" and (info.residual > 0.5).all()
 
 
 @every_solver
@@ -118,13 +114,9 @@ def test_a_row_does_not_depend_on_its_batch(solver):
 
 
 @every_solver
-def test_expansion_is_flagged(solver):
+def test_expansion_is_flagged_and_no_rows_are_solved(solver):
     z, info = SOLVERS[solver](lambda z: z.exp() + 1, torch.zeros(2, N), max_iter=100)
     assert info.reason in ("non_finite", "max_iter") and torch.isfinite(z).all()
-
-
-@every_solver
-def test_empty_batch(solver):
     z, info = SOLVERS[solver](torch.cos, torch.zeros(0, N))
     assert z.shape == (0, N) and info.reason == "converged" and info.summary()["iterations"] == 0
 
@@ -180,35 +172,16 @@ def dense_gradient(cell, x, upstream, inverse):
     return torch.autograd.grad(cell(z, x), [x, *cell.parameters()], y)
 
 
-def series(k):
-    return lambda J: sum(torch.linalg.matrix_power(J, i) for i in range(k + 1))
-
-
-def phantom(steps):
-    """The damped unroll."""
-    return lambda J: 0.5 * series(steps - 1)(0.5 * torch.eye(len(J), dtype=J.dtype) + 0.5 * J)
-
-
 @every_solver
-@pytest.mark.parametrize(
-    "options, inverse",
-    [
-        ({"backward": "exact"}, lambda J: torch.linalg.inv(torch.eye(len(J), dtype=J.dtype) - J)),
-        ({"backward": "neumann", "neumann_terms": 3}, series(3)),
-        ({"backward": "neumann", "neumann_terms": 0}, series(0)),
-        ({"backward": "jfb"}, series(0)),
-        ({"backward": "phantom", "neumann_terms": 5}, phantom(5)),
-    ],
-)
-def test_gradients_against_dense_algebra(cell, solver, options, inverse):
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_against_dense_algebra(cell, solver, mode):
     f, x = cell
+    options, inverse = MODES[mode]
     upstream = torch.randn(start().shape, dtype=torch.float64)
     z, info = implicit(f, x, start(), solver=solver, tol=1e-13, max_iter=300, **options)
     actual = torch.autograd.grad(z, [x, *f.parameters()], upstream)
-    for a, e in zip(actual, dense_gradient(f, x, upstream, inverse), strict=True):
-        assert (a - e).norm() <= 1e-9 * e.norm()
-    if options["backward"] == "exact":
-        assert info.backward.reason == "converged"
+    assert_close_each(actual, dense_gradient(f, x, upstream, inverse), 1e-9)
+    assert mode != "exact" or info.backward.reason == "converged"
 
 
 def test_layer_of_any_f(cell):
@@ -252,10 +225,10 @@ def test_autocast(solver, backward):
 def test_policies(cell):
     f, x = cell
     layer = ImplicitLayer(f, max_iter=2, tol=1e-9, on_failure="raise")
-    with pytest.raises(ConvergenceError, match="2 of 2 rows did not reach"):
+    with pytest.raises(ConvergenceError, match="2 of 2"):
         layer(x, start())
     layer.on_failure = "warn"
-    with pytest.warns(UserWarning, match="2 of 2 rows"):
+    with pytest.warns(UserWarning, match="2 of 2"):
         layer(x, start())
 
 

@@ -6,10 +6,13 @@ By hand:  TRITON_INTERPRET=1 pytest tests/kernels
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     runs_kernels = ("solve", "adjoint", "step", "sparse", "layer_on_kernels", "exact")

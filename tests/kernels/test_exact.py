@@ -1,19 +1,14 @@
 """Exact and repeatable results of the whole-solve kernels, and what a CUDA device alone can show."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from kernel_helpers import DEVICE, DTYPES, GRADIENTS, INTERPRETED, problem, torch_adjoint, torch_solve
+from problems import integers
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
-from problems import integers  # noqa: E402
-
-from lion_fast import LionLayer  # noqa: E402
-from lion_kernels import launch  # noqa: E402
-from lion_kernels.adjoint import adjoint  # noqa: E402
-from lion_kernels.solve import solve  # noqa: E402
+from lion_fast import LionLayer
+from lion_kernels import launch
+from lion_kernels.adjoint import adjoint
+from lion_kernels.solve import solve
 
 on_gpu_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 

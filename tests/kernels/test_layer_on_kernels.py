@@ -49,43 +49,30 @@ def test_gradients_equal_those_of_the_unrolled_loop(activation, residual):
         assert relative < 5e-6, f"d{name}: {relative:.1e}"
 
 
-def assert_agree(expected, got):
+LAYERS = [
+    *((LionLayer, 12, {"recurrence": r, "activation": "tanh", "backward": backward})
+      for r in ("free", "tied") for backward in ("neumann", "jfb", "phantom", "exact")),
+    *((StateLayer, state, {"backward": backward}) for state in (12, 32) for backward in ("neumann", "exact")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, state, options", LAYERS)
+def test_a_layer_agrees_with_its_torch_backend(make, state, options):
     """out, dx and residual by entries; parameters' gradients, sums over rows that cancel, by their norm."""
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        layer = make(30, state, **options, tol=1e-6, backend=backend).to(DEVICE)
+        x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
+        out, info = layer(x, return_info=True)
+        out.backward(torch.randn_like(out))
+        results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
+        assert info.converged.all()
+    expected, got = results
     for theirs, ours in zip(expected[:3], got[:3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     for theirs, ours in zip(expected[3:], got[3:], strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
-
-
-@pytest.mark.parametrize("recurrence", ["free", "tied"])
-@pytest.mark.parametrize("backward", ["neumann", "jfb", "phantom", "exact"])
-def test_the_layer_agrees_with_its_torch_backend(recurrence, backward):
-    results = []
-    for backend in ("torch", "triton"):
-        torch.manual_seed(0)
-        options = {"recurrence": recurrence, "activation": "tanh", "backward": backward, "tol": 1e-6}
-        layer = LionLayer(30, 12, **options, backend=backend, device=DEVICE)
-        x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
-        out, info = layer(x, return_info=True)
-        out.backward(torch.randn(2, 35, 30, device=DEVICE))
-        results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
-        assert info.converged.all()
-    assert_agree(*results)
-
-
-@pytest.mark.parametrize("state", [12, 32])
-@pytest.mark.parametrize("backward", ["neumann", "exact"])
-def test_a_state_layer_agrees_with_its_torch_backend(backward, state):
-    results = []
-    for backend in ("torch", "triton"):
-        torch.manual_seed(0)
-        layer = StateLayer(30, state, backward=backward, tol=1e-6, backend=backend).to(DEVICE)
-        x = torch.randn(2, 35, 30, device=DEVICE, requires_grad=True)
-        out, info = layer(x, return_info=True)
-        out.backward(torch.randn(2, 35, state, device=DEVICE))
-        results.append([out, x.grad, info.residual, *(p.grad for p in layer.parameters())])
-        assert info.converged.all()
-    assert_agree(*results)
 
 
 def test_the_layer_compiles_to_one_graph():

@@ -8,10 +8,8 @@ from lion_kernels import launch_step, ops, reference
 from lion_kernels.launch_step import StepConfig
 from lion_kernels.step import adjoint_wide, solve_wide
 
-ACTIVATIONS = list(reference.ACTIVATIONS)
 # Several row tiles, column blocks and slices already for small problems.
 SMALL = StepConfig(32, 64, 32, 4, 2)
-NEVER = 0.0
 
 
 def test_a_shipped_configuration_and_the_dispatch_of_the_operators():

@@ -1,19 +1,18 @@
 """Pruned and compacted adapters in files: sizes, bits, damage."""
 
-import json
-
 import pytest
 import safetensors.torch
 import torch
-from training_helpers import tiny_backbone, tiny_model
+from method_helpers import described, replace_tensors, rewrite
+from training_helpers import same_bits, tiny_backbone, tiny_model
 
 from lion_fast import LionLayer
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.errors import AdapterError, OptionError
 from lion_fast.inspection import parameter_counts
-from lion_fast.methods.files import DESCRIPTION, TENSORS, read_adapter
-from lion_fast.pruning import compact_model, count_parameters, prune_once
+from lion_fast.methods.files import TENSORS, read_adapter
+from lion_fast.pruning import compact_model, prune_once
 from lion_fast.pruning.compaction import describe_compacted, restore_compacted
 from lion_fast.pruning.packing import pack_bits, pack_state, unpack_bits, unpack_state
 
@@ -69,7 +68,7 @@ def test_the_file_shrinks_and_loads_to_the_same_bits(tmp_path, keep, granularity
     prune_once(pruned, keep, granularity=granularity)
     save_adapter(pruned, tmp_path / "pruned")
     sizes = {name: (tmp_path / name / TENSORS).stat().st_size for name in ("dense", "pruned")}
-    matrices = sum(p.numel() for p in (*_matrices(dense),))
+    matrices = sum(p.numel() for p in _matrices(dense))
     kept = sum(int(mask.sum()) for end in _ends(pruned) for mask in end.masks().values())
     bits = sum(-(-p.numel() // 8) for p in _matrices(dense))
     # Four bytes a value: those off the mask go, the bits come, and the names of three tensors for one.
@@ -79,28 +78,22 @@ def test_the_file_shrinks_and_loads_to_the_same_bits(tmp_path, keep, granularity
         assert sizes["pruned"] < (keep + 0.13) * sizes["dense"] + 3000
 
     loaded = load_adapter(tmp_path / "pruned", tiny_backbone())
-    state, expected = loaded.adapter_state_dict(), pruned.adapter_state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[k], expected[k]) for k in state)
+    assert same_bits(loaded.adapter_state_dict(), pruned.adapter_state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), pruned(images))
     save_adapter(loaded, tmp_path / "again")
     first, again = (safetensors.torch.load_file(tmp_path / name / TENSORS) for name in ("pruned", "again"))
-    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    assert same_bits(first, again)
 
-    counts = parameter_counts(loaded)
-    assert counts == {
-        "dense": dense.num_trainable(),
-        "kept": dense.num_trainable() - matrices + kept,
-        "with_head": dense.num_trainable(head=True) - matrices + kept,
-    }
-    assert loaded.num_trainable(kept=True) == counts["kept"]
-    assert loaded.num_trainable(head=True, kept=True) == counts["with_head"]
-    told = count_parameters(loaded, loaded.head)
-    assert (told["dense"], told["kept"], told["kept_with_head"]) == tuple(counts.values())
-    description = json.loads((tmp_path / "pruned" / DESCRIPTION).read_text())
-    assert description["parameters"]["kept"] == counts["kept"]
-    assert description["parameters"]["kept_with_head"] == counts["with_head"]
+    without, dropped = dense.num_trainable(), matrices - kept
+    with_head = dense.num_trainable(head=True) - dropped
+    assert parameter_counts(loaded) == {"dense": without, "kept": without - dropped, "with_head": with_head}
+    assert loaded.num_trainable(kept=True) == without - dropped
+    assert loaded.num_trainable(head=True, kept=True) == with_head
+    told = [described(tmp_path / name) for name in ("dense", "pruned")]
+    assert [each["format_version"] for each in told] == [1, 2]  # who can read it
+    found = told[1]["parameters"]
+    assert (found["kept"], found["kept_with_head"]) == (without - dropped, with_head)
 
 
 def _ends(tuned) -> list[Masked]:
@@ -111,22 +104,13 @@ def _matrices(tuned):
     return [getattr(end, name) for end in _ends(tuned) for name in "AWV"]
 
 
-def test_versions_say_who_can_read_it(tmp_path):
-    dense, pruned = model(8), model(8)
-    prune_once(pruned, 0.5)
-    for name, tuned, version in (("dense", dense, 1), ("pruned", pruned, 2)):
-        save_adapter(tuned, tmp_path / name)
-        assert json.loads((tmp_path / name / DESCRIPTION).read_text())["format_version"] == version
-
-
 def test_a_model_takes_masks_from_an_adapter_and_gives_them_back():
     dense, pruned = model(8), model(8)
     prune_once(pruned, 0.5)
     states = [{k: v.clone() for k, v in tuned.adapter_state_dict().items()} for tuned in (dense, pruned)]
     for state in (states[1], states[0], states[1]):
         dense.load_adapter_state_dict(state)
-        own = dense.adapter_state_dict()
-        assert own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
+        assert same_bits(dense.adapter_state_dict(), state)
 
 
 @pytest.mark.parametrize("recurrence", ["free", "tied"])
@@ -150,18 +134,6 @@ def test_a_compacted_model_is_saved_and_loaded(tmp_path, recurrence):
         prune_once(loaded, 0.5)
 
 
-def _spoil(folder, change):
-    tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
-    change(tensors)
-    data = safetensors.torch.save(tensors, {"format": "lion_fast.adapter"})
-    (folder / TENSORS).write_bytes(data)
-    import hashlib
-
-    description = json.loads((folder / DESCRIPTION).read_text())
-    description["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / DESCRIPTION).write_text(json.dumps(description))
-
-
 A = "input_end.A"
 SPOILED = {
     "fewer values": lambda t: t.update({A + "#kept": t[A + "#kept"][:-1]}),
@@ -179,7 +151,9 @@ def test_packed_matrices_that_do_not_fit_are_refused(tmp_path, how):
     tuned = model(5)
     prune_once(tuned, 0.5)
     save_adapter(tuned, tmp_path)
-    _spoil(tmp_path, SPOILED[how])
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS)
+    SPOILED[how](tensors)
+    replace_tensors(tmp_path, tensors)
     with pytest.raises(AdapterError, match="input_end.A cannot be read"):
         read_adapter(tmp_path)
 
@@ -212,7 +186,6 @@ def test_a_compacted_form_that_does_not_fit_is_refused(tmp_path, compacted):
     compact_model(tuned)
     assert describe_compacted(tuned).keys() == {"input_end", "output_end"}
     save_adapter(tuned, tmp_path)
-    description = json.loads((tmp_path / DESCRIPTION).read_text())
-    (tmp_path / DESCRIPTION).write_text(json.dumps(description | {"compacted": compacted}))
+    rewrite(tmp_path, compacted=compacted)
     with pytest.raises(AdapterError):
         load_adapter(tmp_path, tiny_backbone())

@@ -1,13 +1,14 @@
 """What a step keeps, counted against counts by hand."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lion_fast import create, load_backbone
-from lion_fast.backbones import at_work
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import at_work, cheaper
 from lion_fast.backbones.at_work import AtWork
 from lion_fast.studies import memory
 
@@ -62,6 +63,15 @@ def test_what_is_not_kept_any_more_does_not_count_again():
     assert kept.total == 0 and kept.tensors == []
 
 
+def test_a_graph_that_was_counted_is_let_go():
+    x = torch.randn(3, 4, requires_grad=True)
+    with memory.SavedTensors(nn.Identity()):
+        out = x.exp()  # kept by the node that it came from
+    gone = weakref.ref(out)
+    del out
+    assert gone() is None
+
+
 @pytest.mark.parametrize("terms", [1, 8])
 def test_owners_of_a_lion_step_by_hand(terms):
     """Backbone: 10 rows of D per block and token, the last norm's; method: what the equilibria keep in R."""
@@ -89,10 +99,10 @@ def test_recomputed_stretches_count_what_they_keep():
     linear = nn.Linear(4, 4)
     x = torch.randn(7, 4, requires_grad=True)
     with memory.SavedTensors(linear) as kept:
-        out = frozen.again(linear, lambda t: linear(t).exp().sin(), x * 2)
+        out = cheaper.again(linear, lambda t: linear(t).exp().sin(), x * 2)
     assert kept.total == 4 * 7 * 4
     out.sum().backward()
-    assert frozen.KEEPS == []
+    assert cheaper.KEEPS == []
 
 
 class Outer(nn.Module):

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.backbones import cheaper as frozen
+from lion_fast.backbones import Backbone, cheaper, load_backbone
 from lion_fast.methods import TunedModel, available, create, method_options
 from lion_fast.methods.lion import VARIANTS
 from lion_fast.options import sides
@@ -26,7 +25,7 @@ def forms_of(method: str) -> list[str]:
         # LION's variants are two functions, the others' forms two ways to compute one
         forms = list(VARIANTS) if method == "lion" else ["exact", "naive"]
     # a method that trains the backbone's own weights is the bare backbone once trained: nothing to merge
-    if cls.merge is not TunedModel.merge and method not in frozen.OWNERS:
+    if cls.merge is not TunedModel.merge and method not in cheaper.OWNERS:
         forms.append("merged")
     return forms
 
@@ -42,8 +41,8 @@ class Backbones:
     def get(self, method: str) -> Backbone:
         """The backbone as a method gets it."""
         setting = self.setting
-        precision = "fp32" if method in frozen.OWNERS else setting.dtype
-        fold = setting.fold and method in (*frozen.FOLDABLE, "floor")
+        precision = "fp32" if method in cheaper.OWNERS else setting.dtype
+        fold = setting.fold and method in (*cheaper.FOLDABLE, "floor")
         return self.make(precision, setting.memory, fold)
 
     def exact(self) -> Backbone:

@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from training_helpers import TINY, random_splits, tiny_model, write_images
+from training_helpers import TINY, random_splits, same_bits, tiny_model, write_images
 
-from lion_fast.adapters import load_adapter
+from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.commands.main import main
 from lion_fast.errors import OptionError
 from lion_fast.pruning import kept_shares
+from lion_fast.pruning.masks import find_layers, find_matrices
 from lion_fast.training import TrainConfig, fit
 
 
@@ -31,24 +32,41 @@ def test_a_run_too_short_for_the_cut_is_cut_at_its_end(tmp_path, epochs):
     assert model.num_trainable(kept=True) == result.pruning["parameters"]["kept"] < model.num_trainable()
 
 
+@pytest.mark.parametrize("form", ["residual", "states"])
 @pytest.mark.parametrize("granularity", ["element", "unit"])
-def test_fit_prunes_and_reports(tmp_path, granularity):
-    model = tiny_model()
+def test_fit_prunes_and_reports(tmp_path, granularity, form):
+    model = tiny_model(form=form)
     result = fit(model, random_splits(), config(prune_granularity=granularity), tmp_path, progress=False)
     report = result.pruning
     assert report["phase"] == "hard" and report["step"] == result.steps == 12
     assert json.loads(json.dumps(result.to_dict()))["pruning"] == report
     # The cut is at three quarters: only the last epoch ends with pruned weights.
     assert result.best_epoch == 4
-    for end in (model.input_end, model.output_end):
-        assert len(end.masks()) == 3
-        for name, mask in end.masks().items():
-            assert (getattr(end, name)[~mask] == 0).all()
+    kept = {}
+    for m in find_matrices(find_layers(model)):
+        mask = m.module.masks()[m.name]
+        assert (m.parameter[~mask] == 0).all()
+        kept[m.full_name] = int(mask.sum())
+    assert kept == {name: m["kept"] for name, m in report["matrices"].items()}
+    total = sum(m["total"] for m in report["matrices"].values())
     assert kept_shares(model) == {name: m["share"] for name, m in report["matrices"].items()}
+    if form == "states":
+        assert total == 8 * 32 + 8 * 8
     if granularity == "element":
-        assert report["kept_share"] == pytest.approx(0.4, abs=1e-3)
-    assert model.num_trainable(kept=True) == report["parameters"]["kept"]
-    assert model.num_trainable(True, kept=True) == report["parameters"]["kept_with_head"]
+        assert sum(kept.values()) == -(-4 * total // 10)
+    elif form == "states":
+        assert kept == {"output_end.layer.A": 4 * 32, "output_end.layer.W": 4 * 4}
+    parameters = report["parameters"]
+    assert parameters["dense"] == model.num_trainable()
+    assert (
+        parameters["kept"]
+        == model.num_trainable(kept=True)
+        == parameters["dense"] - total + sum(kept.values())
+    )
+    assert model.num_trainable(True, kept=True) == parameters["kept_with_head"]
+    save_adapter(model, tmp_path / "adapter")
+    again, x = load_adapter(tmp_path / "adapter", backbone=model.backbone), torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
 
 
 def test_the_scope_of_the_ranking_is_the_settings(tmp_path):
@@ -75,8 +93,7 @@ def test_a_pruned_run_resumes_with_the_same_bits(tmp_path, step, optimizer, monk
     which = f"step-{step:08d}"
     again = fit(resumed, random_splits(), options, tmp_path / "again", resume=which, progress=False)
     state, expected = resumed.adapter_state_dict(), whole.adapter_state_dict()
-    assert state.keys() == expected.keys() and any(key.endswith("_mask") for key in state)
-    assert all(torch.equal(state[k], expected[k]) for k in state)
+    assert same_bits(state, expected) and any(key.endswith("_mask") for key in state)
     assert again.pruning == first.pruning and again.best_epoch == first.best_epoch
 
 
@@ -88,7 +105,7 @@ def test_early_stopping_counts_from_the_cut_on(tmp_path):
 
 
 def test_what_cannot_be_pruned_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="no LionLayer to prune"):
+    with pytest.raises(OptionError, match="no LionLayer"):
         fit(tiny_model("probe"), random_splits(), config(), tmp_path / "a", progress=False)
     for option, wrong in (("prune", 0.0), ("prune_granularity", "row"), ("prune_scope", "row")):
         with pytest.raises(OptionError, match=option):
