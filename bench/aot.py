@@ -33,6 +33,7 @@ import facts  # noqa: E402, I001
 import sass  # noqa: E402
 from facts import Facts  # noqa: E402
 from lion_fast.files import write_atomically  # noqa: E402
+from lion_fast.studies.markdown import table  # noqa: E402
 from shipped import Shipped, shipped  # noqa: E402
 
 CACHE = ROOT / "build" / "aot.json"
@@ -268,24 +269,19 @@ def markdown(rows: list[Row]) -> str:
     found = {(row.name.replace(f" sm_{row.capability}", ""), row.capability): row for row in rows}
     names = dict.fromkeys(name for name, _ in found)
     head = ["configuration", *(f"sm_{t}: registers / spills / shared KB / blocks per SM" for t in targets)]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for name in names:
-        cells = []
-        for target in targets:
-            row = found.get((name, target))
-            if row is None:
-                cells.append("")
-            elif row.error:
-                cells.append("does not compile")
-            else:
-                spilled = row.spill_stores + row.spill_loads
-                tensor = " ".join(row.tensor) or "no tensor core"
-                numbers = f"{row.registers} / {spilled} / {row.shared / 1024:.0f} / {row.blocks_per_sm}"
-                cells.append(f"{numbers}, {tensor}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    cells = [[name, *(_cell(found.get((name, target))) for target in targets)] for name in names]
     versions = ", ".join(sorted({row.triton for row in rows}))
-    lines.append(f"\nCompiled ahead of time with Triton {versions}; nothing in this table was timed.")
-    return "\n".join(lines)
+    told = f"Compiled ahead of time with Triton {versions}; nothing in this table was timed."
+    return "\n".join([*table(head, cells, left=range(len(head))), "", told])
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.error:
+        return "does not compile"
+    spilled, tensor = row.spill_stores + row.spill_loads, " ".join(row.tensor) or "no tensor core"
+    return f"{row.registers} / {spilled} / {row.shared / 1024:.0f} / {row.blocks_per_sm}, {tensor}"
 
 
 def markers(release: str) -> tuple[str, str]:

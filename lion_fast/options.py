@@ -10,14 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lion_fast.errors import (
-    OptionError,
-    check_bool,
-    check_choice,
-    check_number,
-    check_whole,
-    refuse_unknown,
-)
+from lion_fast.errors import OptionError, check_bool, check_choice, check_number, check_whole, refuse_unknown
 
 # Choices that several rooms take.
 # How images are brought to the backbone's size: short side and centre, or both sides.
@@ -148,9 +141,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"),
-        list("+-.0123456789"),
+        "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"), list("+-.0123456789")
     )
 
 

@@ -33,19 +33,21 @@ VITS = ["vit", "qk-norm", "registers", "no class token", "norm_pre", "post-norm"
 FAMILIES = ["vit", "swin", "resnet"]
 
 
-def backbone(key="vit", **more):
-    """Random, with LayerScales, norms and statistics that are not the identity."""
-    name, kwargs = BACKBONES[key]
-    kwargs = dict(kwargs) | more
-    built = load_backbone(name, pretrained=False, **kwargs)
-    for module in built.modules():
+def off_identity(model):
+    """The model with LayerScales, norms and statistics that are not the identity."""
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.5, 1.5)
-    for parameter in built.parameters():
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return built
+    return model
+
+
+def backbone(key="vit", **more):
+    name, kwargs = BACKBONES[key]
+    return off_identity(load_backbone(name, pretrained=False, **kwargs | more))
 
 
 def images(model, batch=3, dtype=torch.float32):

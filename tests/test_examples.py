@@ -11,16 +11,14 @@ import timm
 from safetensors.torch import save_file
 from training_helpers import write_images
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 3
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+assert len(EXAMPLES) >= 3
 
 
 def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch, capsys):
     """As they stand, but for the weights: random ones stand in for those of timm's hub."""
-    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^<!-- needs photos.*?-->\n```python\n(.*?)^```", page, re.S | re.M)
     name, settings = '"vit_base_patch16_224"', "TrainConfig(**few.train)"
     assert name in code and settings in code
@@ -42,13 +40,8 @@ def test_example(path, tmp_path):
         weights = tmp_path / "weights.safetensors"
         save_file(timm.create_model("test_vit").state_dict(), weights)
         arguments = [str(write_images(tmp_path / "data", each=40, size=20)), "test_vit", str(weights)]
-    done = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, str(path), *arguments]
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=environment, **how)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

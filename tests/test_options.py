@@ -5,15 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from lion_fast.errors import OptionError, refuse_unknown
-from lion_fast.options import (
-    Options,
-    documented,
-    dump_yaml,
-    key_lists,
-    key_values,
-    parse_yaml,
-    setting,
-)
+from lion_fast.options import Options, documented, dump_yaml, key_lists, key_values, parse_yaml, setting
 
 
 @documented
@@ -30,12 +22,8 @@ class Some(Options):
 
 
 def test_the_docstring_says_help_choices_and_default():
-    for line in (
-        "rate: how fast [0.5]",
-        "steps: how many [all]",
-        "kind: which: a, b [a]",
-        "quick: whether [yes]",
-    ):
+    lines = "rate: how fast [0.5]", "steps: how many [all]", "kind: which: a, b [a]", "quick: whether [yes]"
+    for line in lines:
         assert f"\n        {line}\n" in Some.__doc__
 
 

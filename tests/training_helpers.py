@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,10 +101,8 @@ def start(
         resume,
         *told,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
-    )
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, "preexec_fn": preexec_fn}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
 
 
 def run(*args, **settings) -> None:
@@ -111,6 +110,19 @@ def run(*args, **settings) -> None:
     with start(*args, **settings) as process:
         told = process.communicate(timeout=300)[1]
     assert process.returncode == 0, told
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Until the log says that a step is done."""
+    deadline = time.time() + 240
+    while time.time() < deadline and process.poll() is None:
+        rows = (out / "steps.csv").read_text().splitlines() if (out / "steps.csv").exists() else []
+        done = rows[-1].split(",")[0] if rows else ""
+        if done.isdigit() and int(done) >= step:
+            return
+        time.sleep(0.002)
+    told = process.poll() is not None and process.stderr.read()
+    raise AssertionError(f"the training never got there: {told}")
 
 
 def main() -> None:
@@ -129,12 +141,11 @@ def main() -> None:
         values[key] = type(getattr(TrainConfig(), key))(int(value) if value.isdigit() else value)
     model = tiny_model("lion", form="states", grid=2) if method == "states" else tiny_model(method)
     fit(model, load_data(data), TrainConfig(**values), out, resume=resume != "no" and resume, progress=False)
-    if torch.distributed.is_initialized():
-        if torch.distributed.get_rank() == 0:
-            save_file(model.adapter_state_dict(), result)
-        torch.distributed.destroy_process_group()
-    else:
+    several = torch.distributed.is_initialized()
+    if not several or torch.distributed.get_rank() == 0:
         save_file(model.adapter_state_dict(), result)
+    if several:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ which is their best case.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -198,40 +199,21 @@ def _torchdeq(problem: Problem, monitored: bool) -> Ready:
     return Ready(call, leaves)
 
 
+KNOWN, STOPS = "count known", "stops itself, host syncs"
+EVERY = "injection in every application, host syncs"
+# Those that look at the device from the host.
+_host = partial(Contender, captured=False)
 ALL = (
     Contender("lion-fast", _ours),
-    Contender("torch R-space, half", _state_space, note="all in the tokens' dtype, count known"),
-    Contender("torch R-space, float32 state", lambda p: _operators(p, "torch"), note="count known"),
-    Contender(
-        "reference free", lambda p: _hoisted(p, "free"), captured=False, note="stops itself, host syncs"
-    ),
-    Contender(
-        "reference tied",
-        lambda p: _hoisted(p, "tied"),
-        "tied",
-        captured=False,
-        note="stops itself, host syncs",
-    ),
-    Contender(
-        "reference free, as written",
-        lambda p: _reference(p, "free"),
-        captured=False,
-        note="injection in every application, host syncs",
-    ),
-    Contender(
-        "reference tied, as written",
-        lambda p: _reference(p, "tied"),
-        "tied",
-        captured=False,
-        note="injection in every application, host syncs",
-    ),
-    Contender("torch D-space, half", _token_space, "tied", note="count known"),
-    Contender(
-        "torchdeq monitored", lambda p: _torchdeq(p, True), captured=False, note="stops itself, host syncs"
-    ),
-    Contender(
-        "torchdeq blind", lambda p: _torchdeq(p, False), captured=False, note="count known, one-step gradient"
-    ),
-    Contender("torch R-space, compiled", _state_space, compiled=True, note="count known"),
-    Contender("torch D-space, compiled", _token_space, "tied", compiled=True, note="count known"),
+    Contender("torch R-space, half", _state_space, note=f"all in the tokens' dtype, {KNOWN}"),
+    Contender("torch R-space, float32 state", lambda p: _operators(p, "torch"), note=KNOWN),
+    _host("reference free", lambda p: _hoisted(p, "free"), note=STOPS),
+    _host("reference tied", lambda p: _hoisted(p, "tied"), "tied", note=STOPS),
+    _host("reference free, as written", lambda p: _reference(p, "free"), note=EVERY),
+    _host("reference tied, as written", lambda p: _reference(p, "tied"), "tied", note=EVERY),
+    Contender("torch D-space, half", _token_space, "tied", note=KNOWN),
+    _host("torchdeq monitored", lambda p: _torchdeq(p, True), note=STOPS),
+    _host("torchdeq blind", lambda p: _torchdeq(p, False), note=f"{KNOWN}, one-step gradient"),
+    Contender("torch R-space, compiled", _state_space, compiled=True, note=KNOWN),
+    Contender("torch D-space, compiled", _token_space, "tied", compiled=True, note=KNOWN),
 )

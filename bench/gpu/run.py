@@ -93,8 +93,9 @@ def steps(options: argparse.Namespace) -> list[Step]:
     tests = ("tests/kernels", "tests/studies", "tests/backbones")
     pack = (("LION_FAST_CACHE", str(options.pack)), ("LION_FAST_OFFLINE", "1"))
     experiment = ("-m", "lion_fast", "experiment", str(options.grid), "--rows-only")
-    experiment += ("--workers", "1" if dry else "8")
+    experiment += ("--workers", "1" if dry else "8", "--out", str((out / ROW_FILES[1]).parent))
     no_pack = f"{options.pack} is not there: make it with bench/gpu/pack.py and let it travel"
+    no_pack = None if options.pack.exists() else no_pack
     contenders = Step("warm", "compile contenders", script("dense", "--compile-only"), 1.5, gates=False)
     return [
         Step("warm", "compile kernels", script("warm"), 1.5, beside=contenders),
@@ -109,14 +110,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
         Step("rest", "all dense kernels", script("dense", "--rest"), 3),
         Step("rest", "all methods", bench("full", "vpt"), 5),
         Step("rest", "all sparse kernels", script("sparse", "--rest"), 3),
-        Step(
-            "accuracy",
-            "accuracy",
-            (*experiment, "--out", str((out / ROW_FILES[1]).parent)),
-            7,
-            missing=None if options.pack.exists() else no_pack,
-            variables=pack,
-        ),
+        Step("accuracy", "accuracy", experiment, 7, missing=no_pack, variables=pack),
     ]
 
 
@@ -146,16 +140,8 @@ class Running:
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         variables = {**os.environ, **dict(step.variables), "PYTHONUNBUFFERED": "1"}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        self.process = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        self.process = subprocess.Popen(words, cwd=ROOT, env=variables, start_new_session=True, **output)
         self.reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self.reader.start()
 

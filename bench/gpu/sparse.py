@@ -222,6 +222,14 @@ def _loop(problem: SparseProblem, compress: Callable, product: Callable, backwar
     return Ready(lambda x: _Loop.apply(x, *leaves, operands, product, steps), leaves)
 
 
+def _bsr_loop(problem: SparseProblem) -> Ready:
+    return _loop(problem, lambda matrix: _bsr(matrix, problem.case.block), _add_bsr)
+
+
+def _csr_loop(problem: SparseProblem) -> Ready:
+    return _loop(problem, torch.Tensor.to_sparse_csr, _add_csr)
+
+
 def _two_of_four_reason(problem: SparseProblem) -> None:
     x = problem.x[0]
     for name, mask in problem.masks.items():
@@ -253,29 +261,17 @@ def chosen(case: Case, rest: bool = True) -> list[Contender]:
         Contender(DENSE, contenders._ours, note="with zeros"),
         Contender("dense loop", contenders._state_space, note="with zeros, count known"),
     ]
-    csr = Contender(
-        "CSR loop",
-        lambda p: _loop(p, torch.Tensor.to_sparse_csr, _add_csr),
-        captured=False,
-        note="count known, weight gradients dense",
-    )
+    note = "count known, weight gradients dense"
+    csr = Contender("CSR loop", _csr_loop, captured=False, note=note)
     if case.granularity == "block":
-        bsr = Contender(
-            "BSR loop",
-            lambda p: _loop(p, lambda matrix: _bsr(matrix, case.block), _add_bsr),
-            note="count known, weight gradients dense",
-        )
-        return [*found, Contender("block-sparse fused", _block_sparse), *((bsr, csr) if rest else ())]
+        found.append(Contender("block-sparse fused", _block_sparse))
+        return [*found, Contender("BSR loop", _bsr_loop, note=note), csr] if rest else found
     if case.granularity == "unit":
         return [*found, Contender("compacted", _compacted)]
     if case.granularity == "2:4":
-        return [
-            *found,
-            Contender(
-                "2:4 form", _our_two_of_four, captured=False, note="inference, stops itself, host syncs"
-            ),
-            Contender("2:4 loop", _torch_two_of_four, note="inference, count known"),
-        ]
+        note = "inference, stops itself, host syncs"
+        found.append(Contender("2:4 form", _our_two_of_four, captured=False, note=note))
+        return [*found, Contender("2:4 loop", _torch_two_of_four, note="inference, count known")]
     return [*found, csr]
 
 

@@ -57,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="say what would be measured, and stop")
     parser.add_argument("--compare", metavar="OLD", help="rows to compare with: their folder or file")
     parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="rise of a time that is a regression [0.1]",
+        "--threshold", type=float, default=0.1, metavar="X", help="rise of a time that is a regression [0.1]"
     )
     common.add_progress(parser)
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ def wait(device: torch.device | str) -> None:
     """Return when the device has done its work; a CPU always has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def host_seconds(work: Callable[[], object], device: torch.device | str, times: int = 1) -> float:
+    """Seconds each of some calls takes, until the device has done its work, by the host's clock."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait(device)
+    return (time.perf_counter() - started) / times
 
 
 class HostTimer:

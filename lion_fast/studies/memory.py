@@ -95,7 +95,8 @@ class SavedTensors:
 
     def _pack(self, t: Tensor) -> Tensor:
         self._keep(t)
-        return t
+        # a result would keep the node that it came from, and that keeps it
+        return t if t.is_leaf else t.detach()
 
     def _keep(self, t: Tensor) -> None:
         storage = t.untyped_storage()

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from lion_fast.training.memory import PeakMemory
     from lion_fast.training.metrics import Metrics, evaluate, predict, predict_files
     from lion_fast.training.order import Plan
-    from lion_fast.training.run import FitResult, fit
+    from lion_fast.training.result import FitResult
+    from lion_fast.training.run import fit
     from lion_fast.training.stop import Interrupted, TrainingError
 
 __all__ = [

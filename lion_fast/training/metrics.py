@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -65,17 +65,8 @@ class Metrics:
     def to_dict(self, classes: Sequence[str] | None = None) -> dict:
         """JSON-able; recall and counts by class name where the names are given."""
         names = list(classes) if classes is not None else [str(i) for i in range(len(self.recall))]
-        return {
-            "accuracy": self.accuracy,
-            "balanced_accuracy": self.balanced_accuracy,
-            "loss": self.loss,
-            "n": self.n,
-            "seconds": self.seconds,
-            "images_per_second": self.images_per_second,
-            "recall": dict(zip(names, self.recall, strict=True)),
-            "counts": dict(zip(names, self.counts, strict=True)),
-            "confusion": self.confusion,
-        }
+        by_class = {name: dict(zip(names, getattr(self, name), strict=True)) for name in ("recall", "counts")}
+        return asdict(self) | by_class | {"images_per_second": self.images_per_second}
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -207,10 +198,7 @@ def predict(
         model: Maps images (B, 3, H, W) to logits (B, classes).
         dataset: Items are image tensors, or tuples that begin with one. An `ImageSet` without a transform
             gets that of the model's backbone.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-        mixed_precision: "no", "bf16" or "fp16".
-        progress: Show a progress bar on stderr.
+        batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
@@ -264,11 +252,8 @@ def predict_files(
     Args:
         model: A `TunedModel`; its backbone says how the images are prepared.
         paths: Image files.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-        mixed_precision: "no", "bf16" or "fp16".
         strict: Raise at the first image that cannot be read.
-        progress: Show a progress bar on stderr.
+        batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Raises:
         DataError: An image cannot be read and `strict` is set.

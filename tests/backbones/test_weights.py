@@ -278,9 +278,6 @@ def test_load_state_names_what_it_found(tmp_path, content, word):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=word):
         weights.load_state(tmp_path / "w.pth")
-
-
-def test_load_state_takes_files_of_known_names(tmp_path):
     with pytest.raises(WeightsError, match="does not exist"):
         weights.load_state(tmp_path / "nowhere.pth")
     (tmp_path / "w.h5").write_bytes(b"x")

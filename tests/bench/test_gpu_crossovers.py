@@ -1,9 +1,8 @@
 """Crossovers from made rows: where a storage begins to pay, the file `choose_storage` reads, the plot."""
 
 import json
-import sys
-from pathlib import Path
 
+import crossovers
 import pytest
 import torch
 
@@ -11,10 +10,6 @@ from lion_fast import LionLayer, pruning
 from lion_fast.errors import OptionError
 from lion_fast.pruning import storage
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
-import crossovers  # noqa: E402
-
-sys.path.pop(0)
 DEVICE = "A device"
 
 

@@ -1,11 +1,10 @@
 """Packs for a machine without a network: that they suffice, and that nothing in them can mislead."""
 
-import importlib.util
 import json
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
+import pack as packing
 import pytest
 import timm
 import torch
@@ -18,11 +17,6 @@ from lion_fast.files import sha256_file
 from lion_fast.studies import experiment
 from lion_fast.studies.grid import make_grid, read_grid
 from lion_fast.studies.rows import read_rows
-
-PATH = Path(__file__).parents[2] / "bench" / "gpu" / "pack.py"
-SPEC = importlib.util.spec_from_file_location("gpu_pack", PATH)
-packing = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(packing)
 
 SHAPE = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
 TINY = "vit_tiny_patch16_224"

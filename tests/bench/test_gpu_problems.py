@@ -1,19 +1,14 @@
 """What the GPU run measures: shapes in their order, counted bytes, sparse contenders that are all right."""
 
-import sys
-from pathlib import Path
-
+import check
+import dense
+import problems
 import pytest
+import sparse
+import timing
 import torch
 
 from lion_fast.studies import measuring
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
-import check  # noqa: E402
-import dense  # noqa: E402
-import problems  # noqa: E402
-import sparse  # noqa: E402
-import timing  # noqa: E402
 
 
 def test_shapes_come_in_order_of_importance_and_cover_the_plan():

@@ -11,23 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rows as stage
+import run
+import table
+from git_helpers import git
 from image_helpers import class_folders
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
-import rows as stage  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("one_revision")
 # What may come back from the machine: few files, not deep, with plain names.
 PLAIN = re.compile(r"([A-Za-z0-9._-]+/){0,2}[A-Za-z0-9._-]+")
-
-
-@pytest.fixture(autouse=True)
-def _one_revision(monkeypatch):
-    """A commit between two runs of a test would make them different runs."""
-    monkeypatch.setenv("LION_FAST_REVISION", "test")
-    monkeypatch.delenv("LION_FAST_RUN", raising=False)
 
 
 def step(code: str, name: str = "a step", minutes: float = 0.5, **more) -> run.Step:
@@ -178,17 +171,13 @@ def test_the_table_holds_committed_rows_only(tmp_path):
     def write(name, *rows):
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
-    def git(*words):
-        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     write(
         "a.jsonl", roof, {**row, "us": 5.0}, row, peer, {**right, **common},
         {**row, "contender": "dry", "dry_run": True}, {**row, "device": "cpu"},
     )  # fmt: skip
-    git("add", ".")
-    git("commit", "-qm", "rows")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "rows")
     write("b.jsonl", {**row, "contender": "not committed"})
     write("a.jsonl", {**row, "contender": "changed since"})
     rows = table.committed_rows(tmp_path)

@@ -6,48 +6,33 @@ import dataclasses
 import functools
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import check
+import contenders
+import dense
+import measure
+import problems
 import pytest
+import rows as stage
+import run
+import sparse
+import timing
 import torch
+from git_helpers import git
 
 from lion_fast.studies import measuring
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
-import check  # noqa: E402
-import contenders  # noqa: E402
-import dense  # noqa: E402
-import measure  # noqa: E402
-import problems  # noqa: E402
-import rows as stage  # noqa: E402
-import run  # noqa: E402
-import sparse  # noqa: E402
-import timing  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("one_revision")
 STAGES = {"check": check, "dense": dense, "sparse": sparse}
-
-
-@pytest.fixture(autouse=True)
-def _one_revision(monkeypatch):
-    """A commit between two runs of a test would make them different runs."""
-    monkeypatch.setenv("LION_FAST_REVISION", "test")
-    monkeypatch.delenv("LION_FAST_RUN", raising=False)
 
 
 def read(folder: Path) -> list[dict]:
     (file,) = folder.glob("gpu-*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    done = subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def dry(name: str, folder: Path, *words: str) -> int:
@@ -357,21 +342,16 @@ def test_a_capture_that_breaks_off_ends_the_process_and_the_next_one_does_withou
 ):
     ours, good = contenders.ALL[:2]
     todo = [ours, dataclasses.replace(good, name="breaks"), dataclasses.replace(good, name="last")]
-    capture = measure.Subject._capture
-    left = []
+    capture, captured = measure.Subject._capture, []
 
     def broken(self):
-        if broken.at == 1:
+        if captured:
             raise measure.NotCaptured("RuntimeError: operation not permitted when stream is capturing")
-        broken.at += 1
+        captured.append(self)
         return capture(self)
 
-    def ends(status):
-        left.append(status)
-        raise SystemExit
-
     monkeypatch.setattr(measure.Subject, "_capture", broken)
-    monkeypatch.setattr(stage.os, "_exit", ends)
+    monkeypatch.setattr(stage.os, "_exit", sys.exit)
 
     def go_on(batch: int):
         known = {"mode": "forward", "batch": batch}
@@ -380,10 +360,9 @@ def test_a_capture_that_breaks_off_ends_the_process_and_the_next_one_does_withou
             timing.Bench(rows, "cuda", 1e-3).time(known, todo, small_problem, lambda c, p: {})
         return {row["contender"]: row for row in rows.matching(**known)}
 
-    broken.at = 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         go_on(1)
-    assert left == [stage.LOST_DEVICE]
+    assert ended.value.code == stage.LOST_DEVICE
     (row,) = made_rows(tmp_path).rows
     assert row["contender"] == "breaks" and row["uncaptured"] and "not permitted" in row["failed"]
     monkeypatch.setattr(measure.Subject, "_capture", capture)

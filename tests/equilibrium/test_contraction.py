@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from equilibrium_helpers import KINDS, every_kind
 from torch.nn.utils import prune
 
-from lion_fast.equilibrium import LionLayer, StateLayer, bounded, spectral_norm_bound
+from lion_fast.equilibrium import LionLayer, bounded, spectral_norm_bound
 from lion_kernels.reference import ACTIVATIONS
 
 LIPSCHITZ = {"relu": 1.0, "tanh": 1.0, "gelu": 1.1290, "gelu_tanh": 1.1290, "silu": 1.0998}
@@ -80,12 +81,10 @@ def holds(layer):
 
 
 @pytest.mark.parametrize("activation", LIPSCHITZ)
-@pytest.mark.parametrize("kind", ["free", "tied", "states"])
+@every_kind
 def test_layer_is_a_contraction_for_any_weights(activation, kind):
     for name, W in adversarial(8):
-        options = {"recurrence": "tied"} if kind == "tied" else {}
-        make = StateLayer if kind == "states" else LionLayer
-        layer = make(8, 8, activation=activation, gamma=0.9, **options)
+        layer = KINDS[kind](8, 8, activation=activation, gamma=0.9)
         with torch.no_grad():
             (layer.A if kind == "tied" else layer.W).copy_(W)
             if kind == "tied":

@@ -1,12 +1,24 @@
-"""Gradients of the layers against independent references: unrolled autograd, dense linear algebra, the eager
-loop."""
+"""Gradients of the layers against unrolled autograd, dense linear algebra and the eager loop."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from state_helpers import MODES, PHI, assert_close_each, assert_equal_each, gradients, rough, states, unrolled
+from equilibrium_helpers import (
+    KINDS,
+    MODES,
+    PHI,
+    REFERENCES,
+    assert_close_each,
+    assert_equal_each,
+    both,
+    every_backward,
+    every_kind,
+    gradients,
+    rough,
+    states,
+    unrolled,
+)
 from torch.utils.checkpoint import checkpoint
 
 from lion_fast.equilibrium import LionLayer, StateLayer, reference
@@ -14,14 +26,6 @@ from lion_fast.pruning import prune_once
 from lion_fast.pruning.blocksparse import BlockSparseLayer
 
 D, R = 12, 5
-KINDS = {"free": LionLayer, "tied": partial(LionLayer, recurrence="tied"), "states": StateLayer}
-REFERENCES = {
-    "reference": reference.LionLayer,
-    "reference tied": partial(reference.LionLayer, recurrence="tied"),
-}
-both = pytest.mark.parametrize("cls", [LionLayer, reference.LionLayer])
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_backward = pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
 
 
 def solved(kind="free", **options):

@@ -6,12 +6,23 @@ import gc
 import inspect
 import pickle
 import weakref
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from state_helpers import PHI, assert_close_each, assert_equal_each, gradients, rough, unrolled
+from equilibrium_helpers import (
+    KINDS,
+    PHI,
+    REFERENCES,
+    assert_close_each,
+    assert_equal_each,
+    both,
+    every_backward,
+    every_kind,
+    gradients,
+    rough,
+    unrolled,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lion_fast.equilibrium import (
@@ -27,15 +38,7 @@ from lion_fast.errors import ConvergenceError, OptionError
 from lion_kernels import reference as kernels
 
 D, R = 12, 5
-KINDS = {"free": LionLayer, "tied": partial(LionLayer, recurrence="tied"), "states": StateLayer}
-REFERENCES = {
-    "reference": reference.LionLayer,
-    "reference tied": partial(reference.LionLayer, recurrence="tied"),
-}
-both = pytest.mark.parametrize("cls", [LionLayer, reference.LionLayer])
 either = pytest.mark.parametrize("cls", [LionLayer, StateLayer])
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_backward = pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
 
 
 def test_replace_layers_keeps_weights_and_optimisers():
@@ -382,6 +385,8 @@ def test_unknown_options_raise():
         with pytest.raises(TypeError, match="'gama'; did you mean gamma") as raised:
             cls(D, R, gama=0.5)
         assert isinstance(raised.value, OptionError)
+    with pytest.raises(OptionError, match="recurrence"):
+        StateLayer(D, R, recurrence="tied")
     with pytest.raises(TypeError, match="iterations"):
         LionLayer(D, R)(torch.randn(2, D), iterations=3)
     layer = LionLayer(D, R)

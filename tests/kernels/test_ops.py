@@ -4,21 +4,17 @@ import warnings
 
 import pytest
 import torch
+from kernel_helpers import problem
 
 from lion_kernels import ops, present
 
 ROWS, D, R = 70, 24, 8
 
 
-def arguments(dtype=torch.float32):
-    shapes = ((ROWS, D), (R, D), (R, R), (R,), (D, R), (D,))
-    return [torch.randn(s, dtype=dtype) * 0.2 for s in shapes]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("save", [True, False])
 def test_solve_is_registered_as_torch_wants(dtype, save):
-    args = (*arguments(dtype), "relu", 50, 1e-4, 1.0, True, save, "torch")
+    args = (*problem(ROWS, D, R, dtype), "relu", 50, 1e-4, 1.0, True, save, "torch")
     report = torch.library.opcheck(ops.solve, args)
     assert set(report.values()) == {"SUCCESS"}
     assert ops.solve(*args)[1].shape == (ROWS if save else 0, R)
@@ -26,14 +22,14 @@ def test_solve_is_registered_as_torch_wants(dtype, save):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_adjoint_is_registered_as_torch_wants(dtype):
-    x, A, W, _, V, _ = arguments(dtype)
-    args = (torch.randn_like(x), x, torch.randn(ROWS, R).to(dtype), A, W, V)
+    x, A, W, _, V, _ = problem(ROWS, D, R, dtype)
+    args = (torch.randn_like(x), x, torch.randn(ROWS, R).to(x), A, W, V)
     report = torch.library.opcheck(ops.adjoint, (*args, "gelu", 8, 0.0, 1.0, True, "torch"))
     assert set(report.values()) == {"SUCCESS"}
 
 
 def test_outputs_do_not_alias_inputs():
-    args = arguments()
+    args = problem(ROWS, D, R)
     for residual in (True, False):
         out, p, change, count = ops.solve(*args, "relu", 3, 0.0, 1.0, residual, True, "torch")
         x, A, W, _, V, _ = args

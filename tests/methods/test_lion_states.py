@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from equilibrium_helpers import assert_close_each, gradients, rough, unrolled
 from method_helpers import BACKBONES, FAMILIES, VITS, assert_slopes, backbone, images
-from state_helpers import assert_close_each, gradients, rough, unrolled
 from training_helpers import random_splits, tiny_model
 
 import lion_fast

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lion_fast.backbones import load_backbone
+from lion_fast.studies import measuring
 from lion_fast.studies.cost import check, measure, models, plan, plots, report, timing
 from lion_fast.studies.cost.compare import compare
 from lion_fast.studies.cost.setting import FLOOR, Contender, Setting
@@ -14,6 +15,8 @@ from lion_fast.studies.measuring import distance, quantiles
 
 TINY = "vit_tiny_patch16_224"
 SETTING = Setting(TINY, "train", 2, img_size=32)
+INFER = Setting(TINY, "infer", 1, img_size=32)
+BOTH = [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_turns_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
             order.append(self.name)
             clock[0] += self.cost * (1 + 0.1 * len(order))
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     a, b = Contender("a"), Contender("b")
     steps = {FLOOR: Fake("floor", 1.0), a: Fake("a", 2.0), b: Fake("b", 3.0)}
     times, floors = timing.take_turns(steps, 6, lambda i: None, pytest.fail)
@@ -84,7 +87,7 @@ def test_a_longer_step_is_timed_longer(monkeypatch):
     def delay():
         now[0] += 0.25
 
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=look))
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=look))
 
     def slow(backbone, contender):
         model = build(backbone, contender)
@@ -94,12 +97,7 @@ def test_a_longer_step_is_timed_longer(monkeypatch):
         return model
 
     monkeypatch.setattr(models, "build", slow)
-    found = measure.measure(
-        Setting(TINY, "infer", 1, img_size=32),
-        [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")],
-        rounds=3,
-    )
-    exact, naive = found[1:]
+    _, exact, naive = measure.measure(INFER, BOTH, rounds=3)
     assert naive["status"] == exact["status"] == "ok"
     assert exact["seconds"] == pytest.approx(0.001) and naive["seconds"] == pytest.approx(0.251)
     assert naive["images_per_second"] == pytest.approx(1 / 0.251)
@@ -129,11 +127,9 @@ def test_a_row_says_everything(measured):
 def test_the_two_forms_of_lion():
     """States keep nothing in the backbone and run no backward through it: by hand, against the floor."""
     assert models.forms_of("lion") == ["states", "residual"]
-    assert [c.label() for c in plan.contenders(TINY, "train", methods=("lion",))] == [
-        "lion:states",
-        "lion:residual",
-    ]
-    found = measure.measure(SETTING, plan.contenders(TINY, "train", methods=("lion",)), rounds=1)
+    both = plan.contenders(TINY, "train", methods=("lion",))
+    assert [c.label() for c in both] == ["lion:states", "lion:residual"]
+    found = measure.measure(SETTING, both, rounds=1)
     states, residual = row_of(found, "lion:states"), row_of(found, "lion:residual")
     assert [row["status"] for row in found] == ["ok"] * 3
     D, R, K = 192, 32, models.NUM_CLASSES
@@ -168,9 +164,7 @@ def test_floors_and_training(measured):
 
 def test_forms_that_differ_are_not_timed(monkeypatch):
     build = models.build
-    setting = Setting(TINY, "infer", 1, img_size=32)
-    pair = [Contender("vpt", (("length", 2),), form) for form in ("exact", "naive")]
-    merged = measure.measure(setting, [Contender("lora", form="merged")], rounds=1)[1]
+    merged = measure.measure(INFER, [Contender("lora", form="merged")], rounds=1)[1]
     assert merged["checked"].startswith("merged = unmerged to ") and "adapter_bytes" not in merged
 
     def wrong(backbone, contender):
@@ -182,18 +176,11 @@ def test_forms_that_differ_are_not_timed(monkeypatch):
         return model
 
     monkeypatch.setattr(models, "build", wrong)
-    found = measure.measure(setting, [*pair, Contender("lora", form="merged")], rounds=1)
+    found = measure.measure(INFER, [*BOTH, Contender("lora", form="merged")], rounds=1)
     assert [row["status"] for row in found] == ["ok", "failed", "failed", "failed"]
     for row in found[1:]:
         assert row["reason"].startswith("Wrong:") and "differ" in row["reason"]
         assert "seconds" not in row and "ratio" not in row
-
-
-def test_what_a_backbone_cannot_is_skipped_with_the_reason():
-    found = measure.measure(
-        Setting("resnet10t", "infer", 1, img_size=32), [Contender("vpt", (("depth", "deep"),))], rounds=1
-    )
-    assert found[1]["status"] == "skipped" and found[1]["reason"]
 
 
 @pytest.mark.parametrize("dtype, save", [("bf16", "plain"), ("bf16", "save"), ("fp32", "save")])
@@ -254,7 +241,7 @@ def test_a_floor_that_breaks_while_it_is_timed_leaves_no_ratios(monkeypatch):
         return timed(step, repeats)
 
     monkeypatch.setattr(timing, "timed", fail)
-    floor, probe = measure.measure(Setting(TINY, "infer", 1, img_size=32), [Contender("probe")], rounds=2)
+    floor, probe = measure.measure(INFER, [Contender("probe")], rounds=2)
     assert floor["status"] == probe["status"] == "failed" and "ratio" not in probe
     assert floor["reason"] == "RuntimeError: out of paper" and floor["reason"] in probe["reason"]
 
@@ -272,12 +259,11 @@ def test_a_lost_device_ends_the_setting(monkeypatch, where, name):
 
     monkeypatch.setattr(where, name, fail)
     monkeypatch.setattr(check, "forms", lambda contender, backbones: "not here")
-    some = [Contender("probe"), Contender("vpt", (("depth", "magic"),))]
-    some += [Contender("vpt", (("length", 2),), form) for form in ("naive", "exact")]
+    some = [Contender("probe"), Contender("vpt", (("depth", "magic"),)), *BOTH[::-1]]
     with pytest.raises(measure.DeviceLost) as lost:
-        measure.measure(Setting(TINY, "infer", 1, img_size=32), some, rounds=1)
+        measure.measure(INFER, some, rounds=1)
     assert lost.value.key.endswith("/vpt(length=2):naive")
-    told = {row["label"]: row["status"] for row in lost.value.rows}
+    told = {row["label"]: row["status"] for row in lost.value.rows if row["reason"]}
     assert told == {"vpt(depth=magic)": "skipped", "vpt(length=2):naive": "failed"}
 
 

@@ -21,6 +21,11 @@ def small_command(out, *more):
     return ["bench", *options, "--rows-only", "--device", "cpu", "--no-progress", "--out", str(out)]
 
 
+def bare_rows(setting, contenders, where):
+    """What `measure` might give, without a time."""
+    return [{"key": key, "status": "ok", "reason": None, **where} for key in keys(setting, contenders)]
+
+
 def append(folder, rows):
     with Store(folder) as store:
         store.add(*rows)
@@ -31,8 +36,7 @@ def test_a_run_skips_what_is_there_and_measures_what_is_not(tmp_path, monkeypatc
 
     def fake(setting, contenders, *, device, rounds, where, say):
         asked.append((setting.mode, [c.label() for c in contenders]))
-        bare = {"status": "ok", "reason": None}
-        return [{"key": key, **bare, **where} for key in keys(setting, contenders)]
+        return bare_rows(setting, contenders, where)
 
     def told(*plan, **options):
         with Store(tmp_path) as store:
@@ -59,8 +63,7 @@ def test_a_run_skips_what_is_there_and_measures_what_is_not(tmp_path, monkeypatc
 def test_rows_of_the_older_file_are_held(tmp_path, monkeypatch):
     """As released versions wrote them, all in one rows.json; it stays as it is."""
     setting, probe = Setting(TINY, "infer", 2), Contender("probe")
-    where = run.context(run.torch.device("cpu"))
-    old = [{"key": key, "status": "ok", "reason": None, **where} for key in keys(setting, [probe])]
+    old = bare_rows(setting, [probe], run.context(run.torch.device("cpu")))
     text = json.dumps({"format": 1, "written": "2026-01-01T00:00:00Z", "rows": old})
     (tmp_path / "rows.json").write_text(text)
     monkeypatch.setattr(run, "measure", lambda *args, **options: pytest.fail("they are there"))
@@ -179,7 +182,7 @@ def test_a_new_process_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch
 
     def fake(setting, contenders, *, where, **_):
         asked.append((setting.mode, [c.form or c.method for c in contenders]))
-        found = [{"key": k, "status": "ok", "reason": None, **where} for k in keys(setting, contenders)]
+        found = bare_rows(setting, contenders, where)
         bad = [i for i, c in enumerate(contenders, 1) if c.form == "naive"]
         if bad:
             row = {**found[bad[0]], "status": "failed", "reason": "CUDA error: an illegal memory access"}

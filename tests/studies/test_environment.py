@@ -1,19 +1,17 @@
 """Which revision of the code rows are of."""
 
-import subprocess
+from functools import partial
+
+from git_helpers import git as git_in
 
 from lion_fast.studies import environment
 
 
 def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
-    def git(*args):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *who, *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     def found():
         return tuple(environment.git_revision().values())
 
+    git = partial(git_in, tmp_path)
     monkeypatch.delenv("LION_FAST_REVISION", raising=False)
     (tmp_path / "lion_fast").mkdir()
     source, notes = tmp_path / "lion_fast" / "__init__.py", tmp_path / "notes.txt"

@@ -1,5 +1,7 @@
 """What a step keeps, counted against counts by hand."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,15 @@ def test_what_is_not_kept_any_more_does_not_count_again():
             with torch.no_grad():
                 x.exp()
     assert kept.total == 0 and kept.tensors == []
+
+
+def test_a_graph_that_was_counted_is_let_go():
+    x = torch.randn(3, 4, requires_grad=True)
+    with memory.SavedTensors(nn.Identity()):
+        out = x.exp()  # kept by the node that it came from
+    gone = weakref.ref(out)
+    del out
+    assert gone() is None
 
 
 @pytest.mark.parametrize("terms", [1, 8])

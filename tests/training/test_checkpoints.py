@@ -5,13 +5,23 @@ import os
 import random
 import shutil
 import signal
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import QUICK, random_splits, read_csv, run, same_bits, start, tiny_backbone, tiny_model
+from training_helpers import (
+    QUICK,
+    random_splits,
+    read_csv,
+    run,
+    same_bits,
+    start,
+    tiny_backbone,
+    tiny_model,
+    wait_for_step,
+)  # fmt: skip
 
 import lion_fast
 from lion_fast.backbones import Backbone
@@ -34,20 +44,6 @@ def uninterrupted(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     run(images, out, **WRITTEN)
     return out
-
-
-def wait_for_step(process, out: Path, step: int) -> None:
-    """Until the log says that a step is done."""
-    deadline = time.time() + 240
-    while time.time() < deadline and process.poll() is None:
-        rows = (out / "steps.csv").read_text().splitlines() if (out / "steps.csv").exists() else []
-        done = rows[-1].split(",")[0] if rows else ""
-        if done.isdigit() and int(done) >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(
-        f"the training never got there: {process.poll() is not None and process.stderr.read()}"
-    )
 
 
 def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bits(images, uninterrupted, tmp_path):
@@ -104,13 +100,6 @@ def test_interrupted_in_any_batch_even_while_validating(tmp_path, method, config
             assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
-def test_a_finished_run_resumes_to_itself(tmp_path):
-    model, again = tiny_model(), tiny_model()
-    fit(model, random_splits(), TrainConfig(**QUICK), tmp_path)
-    result = fit(again, random_splits(), TrainConfig(**QUICK), tmp_path, resume=True)
-    assert result.steps == 6 and same_bits(again.adapter_state_dict(), model.adapter_state_dict())
-
-
 @pytest.mark.parametrize("step", [9, 12])
 def test_checkpoints_of_format_1_still_resume(tmp_path, monkeypatch, step):
     """Files of a finished pruned run from before; from step 9 the last epoch is trained again."""
@@ -151,8 +140,8 @@ def test_two_checkpoints_are_kept_without_a_pickle_and_nothing_else(tmp_path):
 
 
 def test_checkpoints_by_steps_hold_at_the_end_of_an_epoch_too(tmp_path):
-    config = TrainConfig(**QUICK | {"epochs": 4}, checkpoint_epochs=0, checkpoint_every=3)
-    fit(tiny_model("probe"), random_splits(), config, tmp_path)  # an epoch has 3 steps
+    config = replace(FOUR, checkpoint_epochs=0, checkpoint_every=3)  # an epoch has 3 steps
+    fit(tiny_model("probe"), random_splits(), config, tmp_path)
     assert names(tmp_path) == ["step-00000009", "step-00000012"]
 
 
@@ -228,15 +217,21 @@ def other_backbone():
     ],
 )
 def test_a_foreign_checkpoint_is_refused_naming_the_difference(earlier, model, splits, config, told):
-    config = TrainConfig(**QUICK | {"epochs": 4} | config)
-    with pytest.raises(CheckpointError) as raised:
-        fit(model(), splits(), config, earlier, resume=True)
-    assert told in str(raised.value)
+    with pytest.raises(CheckpointError, match=told):
+        fit(model(), splits(), replace(FOUR, **config), earlier, resume=True)
 
 
-def test_speed_options_may_differ_on_resume(earlier):
-    config = TrainConfig(**QUICK | {"epochs": 4}, num_workers=1, log_every=3, checkpoint_every=2)
-    assert fit(tiny_model(), random_splits(), config, earlier, resume=True).steps == 12
+def test_a_finished_run_resumes_to_itself_and_speed_options_may_differ(earlier):
+    speed = {"num_workers": 1, "log_every": 3, "checkpoint_every": 2}
+    found = []
+    for more in ({}, speed):
+        model = tiny_model()
+        result = fit(model, random_splits(), replace(FOUR, **more), earlier, resume=True)
+        assert result.steps == 12 and result.best_epoch > 0
+        found.append(model.adapter_state_dict())
+    best = load_file(checkpoints.list_checkpoints(earlier / "checkpoints")[-1] / "tensors.safetensors")
+    for state in found:
+        assert same_bits(state, {name: best[f"best/{name}"] for name in state})
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident_and_resume_names_what_is_there(tmp_path):

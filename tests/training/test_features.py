@@ -40,6 +40,8 @@ def test_features_and_their_head_are_the_model(method, options):
     model = tiny_model(method, **options).eval()
     splits = random_splits()
     found = encode(model, splits.val, 3)
+    predict(model.behind(), found)
+    assert not any(module.training for module in model.modules())  # the part behind has its model's mode
     images = torch.stack([splits.val[i][0] for i in range(len(splits.val))])
     assert not any(p.requires_grad for p in model.backbone.parameters())
     torch.testing.assert_close(model.behind()(found.tensors[0]), model(images), rtol=1e-5, atol=1e-5)
@@ -73,11 +75,6 @@ def test_nothing_is_cached_where_the_input_end_is_trained(options):
     assert not features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
 
 
-def test_nothing_is_cached_under_augmentation():
-    assert features_are_constant(tiny_model("probe"), TrainConfig(**QUICK))
-    assert not features_are_constant(tiny_model("probe"), TrainConfig(**QUICK, augment="flip"))
-
-
 @pytest.mark.parametrize(
     "method,options", [("vpt", {}), ("ssf", {}), ("lion", {**STATES, "ends": ("input", "output")})]
 )
@@ -99,14 +96,10 @@ def test_what_a_method_has_in_front_counts_when_it_is_frozen(tmp_path, method, o
 @pytest.mark.parametrize("name", ["features", "forward", "loss_terms"])
 def test_nothing_is_cached_where_a_method_overrides_what_features_leave_out(name):
     model = tiny_model("probe")
+    assert features_are_constant(model, TrainConfig(**QUICK))
+    assert not features_are_constant(model, TrainConfig(**QUICK, augment="flip"))
     model.__class__ = type("Own", (type(model),), {name: lambda self, *args: getattr(super(), name)(*args)})
     assert not features_are_constant(model, TrainConfig(**QUICK))
-
-
-def test_the_part_behind_has_the_mode_of_its_model():
-    model = tiny_model(**STATES).eval()
-    predict(model.behind(), encode(model, random_splits().val))
-    assert not any(module.training for module in model.modules())
 
 
 def test_a_store_reads_images_once_for_models_that_read_alike(tmp_path):
@@ -176,14 +169,8 @@ def test_a_transform_of_the_callers_is_used_in_training_and_may_be_random(tmp_pa
     found = fit(tiny_model(**STATES), given, TrainConfig(**QUICK), tmp_path)
     assert not found.cached_features
     assert sorted(seen) == sorted(list(range(len(splits.train))) * TrainConfig(**QUICK).epochs)
-
-
-def test_augmentation_and_a_transform_of_the_callers_do_not_go_together(tmp_path):
-    train = random_splits().train
-    train.transform = "the caller's"
-    given = SimpleNamespace(train=train, val=None)
     with pytest.raises(OptionError, match="transform of their own"):
-        fit(tiny_model(**STATES), given, TrainConfig(**QUICK, augment="flip"), tmp_path)
+        fit(tiny_model(**STATES), given, TrainConfig(**QUICK, augment="flip"), tmp_path / "flip")
 
 
 def test_without_checkpoints_a_run_ends_with_the_same_weights(tmp_path):

@@ -110,12 +110,6 @@ def test_deterministic_mode_is_only_for_the_run(tmp_path, monkeypatch, after_ste
     assert seen == [True] * 6 + [False] * 6 and not torch.are_deterministic_algorithms_enabled()
 
 
-def test_fp16_on_a_cpu_is_refused_and_the_next_run_works(tmp_path):
-    with pytest.raises(OptionError, match="fp16"):
-        fit(tiny_model(), random_splits(), TrainConfig(**QUICK, mixed_precision="fp16"), tmp_path)
-    fit(tiny_model(), random_splits(), TrainConfig(**QUICK), tmp_path)
-
-
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_early_stopping_counts_from_the_best_epoch_and_keeps_what_is_asked(tmp_path, keep):
     splits = random_splits()
@@ -218,25 +212,23 @@ def test_data_that_cannot_be_learnt_is_refused(tmp_path, labels, told):
         fit(tiny_model(), splits, TrainConfig(**QUICK), tmp_path)
 
 
-def test_early_stopping_needs_something_to_judge_by(tmp_path):
-    with pytest.raises(OptionError, match="early_stop"):
-        fit(tiny_model(), random_splits(n_val=0), TrainConfig(**QUICK, early_stop=3), tmp_path)
+def test_options_that_cannot_be_here_are_refused_and_the_next_run_works(tmp_path):
+    for name, value in (("mixed_precision", "fp16"), ("early_stop", 3)):
+        with pytest.raises(OptionError, match=name):
+            fit(tiny_model(), random_splits(n_val=0), TrainConfig(**QUICK, **{name: value}), tmp_path)
+    fit(tiny_model(), random_splits(), TrainConfig(**QUICK), tmp_path)
 
 
 @pytest.mark.parametrize(
     "options,told",
     [
-        ({"lr": -1.0}, "lr must be a finite number above 0; got -1.0"),
-        ({"lr": float("nan")}, "lr must be"),
-        ({"epochs": 0}, "epochs must be a whole number of at least 1; got 0"),
-        ({"epochs": True}, "epochs must be a whole"),
-        ({"batch_size": 1.5}, "batch_size must be a whole"),
-        ({"label_smoothing": 1.0}, "below 1; got 1.0"),
-        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd; got 'adam'"),
-        ({"deterministic": 1}, "deterministic must be true or false"),
-        ({"learning_rate": 0.1}, "unknown option 'learning_rate'.*Valid: epochs, batch_size"),
+        ({"lr": -1.0}, "above 0; got -1.0"), ({"lr": float("nan")}, "lr"), ({"epochs": True}, "epochs"),
+        ({"epochs": 0}, "at least 1; got 0"), ({"batch_size": 1.5}, "batch_size"),
+        ({"deterministic": 1}, "deterministic"), ({"label_smoothing": 1.0}, "below 1"),
+        ({"optimizer": "adam"}, "adamw, sgd; got 'adam'"),
+        ({"learning_rate": 0.1}, "'learning_rate'.*Valid: epochs, batch_size"),
     ],
-)
+)  # fmt: skip
 def test_wrong_options_say_what_is_valid(options, told):
     with pytest.raises(OptionError, match=told):
         TrainConfig.from_dict(options)
@@ -280,7 +272,6 @@ def test_class_names_of_the_data_reach_the_model(tmp_path):
 
 @pytest.mark.parametrize("progress, lines", [(None, 2), (False, 0)])
 def test_without_a_terminal_every_epoch_has_a_line(tmp_path, capsys, progress, lines):
-    config = TrainConfig(**{**QUICK, "epochs": 2})
-    fit(tiny_model("probe"), random_splits(), config, tmp_path, progress=progress)
+    fit(tiny_model("probe"), random_splits(), TrainConfig(**QUICK), tmp_path, progress=progress)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
     assert len(told) == lines and all("of 2: loss" in line and "val accuracy" in line for line in told)

@@ -13,7 +13,7 @@ from lion_fast.backbones import fp8
 from lion_fast.studies.cost import check, models
 from lion_fast.studies.cost.flops import counted_macs
 from lion_fast.studies.cost.setting import FLOOR, Contender, Setting
-from lion_fast.studies.measuring import wait
+from lion_fast.studies.measuring import host_seconds
 from lion_fast.studies.memory import cuda_activations, peak_bytes, resident_bytes, saved_bytes
 
 # Small, so that no weight goes anywhere while it is timed: iterations depend on weights.
@@ -94,14 +94,8 @@ class Step:
 
     def describe(self) -> dict[str, Any]:
         """The part of the row that is no time of a step."""
-        started = time.perf_counter()
-        self.run()
-        wait(self.device)
-        told: dict[str, Any] = {
-            "status": "ok",
-            "build_seconds": self.build_seconds,
-            "first_step_seconds": time.perf_counter() - started,
-        }
+        told: dict[str, Any] = {"status": "ok", "build_seconds": self.build_seconds}
+        told["first_step_seconds"] = host_seconds(self.run, self.device)
         eager = self.setting.engine == "eager"
         if not eager:
             told["checked"] = check.compiled(self)

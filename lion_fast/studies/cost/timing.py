@@ -2,13 +2,12 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lion_fast.studies.cost.setting import FLOOR, Contender
 from lion_fast.studies.cost.step import Step
-from lion_fast.studies.measuring import spread, wait
+from lion_fast.studies.measuring import host_seconds, spread
 
 # Timed at once in a round, at least; on a GPU a step may take a millisecond
 ROUND_SECONDS = {"cpu": 0.0, "cuda": 0.1}
@@ -72,12 +71,7 @@ def take_turns(
 
 def timed(step: Step, repeats: int) -> float:
     """Seconds a run, over some runs."""
-    wait(step.device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step.run()
-    wait(step.device)
-    return (time.perf_counter() - started) / repeats
+    return host_seconds(step.run, step.device, repeats)
 
 
 def summary(seconds: list[float], floor: list[float], batch_size: int) -> dict[str, Any]:

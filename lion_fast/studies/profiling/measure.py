@@ -13,7 +13,7 @@ from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.inspection import measure_ends, parameter_counts
 from lion_fast.methods import TunedModel
 from lion_fast.studies.environment import context
-from lion_fast.studies.measuring import quantiles, spread, wait
+from lion_fast.studies.measuring import host_seconds, quantiles, spread, wait
 from lion_fast.studies.memory import cuda_activations, peak_bytes, resident_bytes, saved_bytes
 from lion_fast.studies.profiling import report, snapshot
 from lion_fast.studies.profiling.parts import PARTS, PHASES, Clock, Place, Ranges, name_of
@@ -150,10 +150,7 @@ def _measure(step: Step, told: dict, folder: Path | None, steps: int, warmup: in
     """Fill `told` with everything about one kind of step, the cheapest first."""
     kind = step.kind
     say(f"{kind}: first step")
-    started = time.perf_counter()
-    step.run()
-    wait(step.device)
-    told["first_step_seconds"] = time.perf_counter() - started
+    told["first_step_seconds"] = host_seconds(step.run, step.device)
     say(f"{kind}: memory")
     told |= _memory(step)
     if diagnostics := step.model.diagnostics():
@@ -175,11 +172,7 @@ def _times(step: Step, steps: int, say: Callable[[int], None]) -> dict[str, Any]
     plain, clocked = [], []
     for i in range(steps):
         say(i + 1)
-        wait(step.device)
-        started = time.perf_counter()
-        step.run()
-        wait(step.device)
-        plain.append(time.perf_counter() - started)
+        plain.append(host_seconds(step.run, step.device))
         clocked.append(clocked_step(step, clock))
     return {
         **spread("seconds", plain),

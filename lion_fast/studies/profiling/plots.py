@@ -50,7 +50,8 @@ def time_by_part(modes: Mapping[str, Any], path: Path, title: str) -> bool:
             whole = 1e3 * told["clocked"]["seconds"]
             _finish(axes, rows[kind], f"{kind}: {_short(whole)} ms a step, with the clock")
         panels[-1].set_xlabel("ms, median")
-        _legend(figure, panels[0], {p: c for p, c in _PHASES.items() if _seen(timed, p)})
+        seen = {phase for told in timed.values() for phase in told["parts"]}
+        _legend(panels[0], {phase: colour for phase, colour in _PHASES.items() if phase in seen})
         figure.suptitle(f"Time by part: {title}", fontsize=10)
     return True
 
@@ -91,10 +92,6 @@ def allocator_level(level: Sequence[tuple[float, int]], path: Path) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _seen(timed: Mapping[str, Any], phase: str) -> bool:
-    return any(phase in told["parts"] for told in timed.values())
-
-
 def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
 
@@ -109,7 +106,7 @@ def _finish(axes, names: Sequence[str], title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left")
 
 
-def _legend(figure, axes, colours: Mapping[str, str]) -> None:
+def _legend(axes, colours: Mapping[str, str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=phase) for phase, colour in colours.items()]

@@ -1,8 +1,21 @@
-"""Equilibria written out: unrolled layers, and layers on which every term counts."""
+"""Equilibria written out: the layers under test, unrolled, and with weights on which every term counts."""
 
+from functools import partial
+
+import pytest
 import torch
 import torch.nn.functional as F
 
+from lion_fast.equilibrium import LionLayer, StateLayer, reference
+
+KINDS = {"free": LionLayer, "tied": partial(LionLayer, recurrence="tied"), "states": StateLayer}
+REFERENCES = {
+    "reference": reference.LionLayer,
+    "reference tied": partial(reference.LionLayer, recurrence="tied"),
+}
+both = pytest.mark.parametrize("cls", [LionLayer, reference.LionLayer])
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_backward = pytest.mark.parametrize("backward", ["neumann", "jfb", "exact", "phantom"])
 PHI = {
     "relu": F.relu,
     "tanh": torch.tanh,
