@@ -62,8 +62,13 @@ def kind(option: Field) -> Any:
 
 def default_of(option: Field) -> str:
     """The default of an option in words."""
-    default = option.metadata["default_is"] or ("none" if option.default is None else option.default)
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+    return option.metadata["default_is"] or in_words(option.default)
+
+
+def in_words(value: object) -> str:
+    """A value as `--help` shows it."""
+    words = {True: "yes", False: "no", None: "none"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def help_of(option: Field, default: str | None = None) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from lion_fast.commands.common import add_progress, add_settings, given_settings, say
 from lion_fast.errors import OptionError
 from lion_fast.files import write_atomically
-from lion_fast.options import default_of, read_settings
+from lion_fast.options import default_of, in_words, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _tell_start(settings: Settings, model: "TunedModel", splits: "Splits") -> No
     say(f"preset: {settings.model.preset or 'none'}; {differs} the defaults")
     for name, told in changed.items():
         default = defaults.get(name, told["default"])
-        say(f"  {name}: {told['value']} [{default}], from {told['from']}")
+        say(f"  {name}: {in_words(told['value'])} [{in_words(default)}], from {told['from']}")
     say(
         f"{model.method} on {model.backbone.name}: {model.num_trainable():,} trained parameters, "
         f"{model.num_trainable(head=True):,} with the head; {sizes['train']:,} training, "

@@ -72,7 +72,7 @@ def equilibrium(
     x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
     *, activation: str = "relu", residual: bool = True, return_info: bool = False, **solve,
 ) -> Tensor | tuple[Tensor, SolveInfo]:  # fmt: skip
-    """out = x + Z V^T + c with the equilibrium Z = phi(Z W^T + x A^T + b), rows independent.
+    """out = x + Z V^T + c with the equilibrium Z = phi(Z W^T + x A^T + b), token by token.
 
     x [..., D] of any float dtype and leading shape; A [R, D], W [R, R], b [R], V [D, R], c [D]. W is
     taken as it is: it must be a contraction, Lip(phi) ||W|| < 1 (see `contraction.bounded`), or the

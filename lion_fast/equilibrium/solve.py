@@ -34,14 +34,14 @@ class SolveOptions:
     """The options of a solve, which every layer and call takes as keyword arguments of these names.
 
     max_iter: applications of f at most; 1 is one application, with its own gradient.
-    tol: relative residual per row; None is 1e-2 for half types, 1e-4 float32, 1e-8 float64; 0 always makes
+    tol: relative residual per token; None is 1e-2 for half types, 1e-4 float32, 1e-8 float64; 0 always makes
         `max_iter` applications.
     damping: step length beta in (0, 1].
     backward: the gradient: "neumann" with `neumann_terms` terms of the series after the first, "jfb"
         without, "exact" to `tol`, "phantom" of `neumann_terms` damped steps.
     neumann_terms: from 0 on.
     backend: "auto", "torch" or "triton"; auto is Triton on a CUDA device that has it.
-    on_failure: "ignore", "warn" or "raise" when a row does not converge; the last two synchronise with the
+    on_failure: "ignore", "warn" or "raise" when a token does not converge; the last two synchronise with the
         device, and outside `torch.compile` only.
 
     Raises OptionError on a value outside its range.
@@ -69,7 +69,7 @@ class SolveOptions:
             check_number("tol", self.tol, least=0, below=1, note="0: always max_iter iterations")
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """The relative residual asked for of rows of `dtype`; TypeError where that is no float."""
+        """The relative residual asked for of tokens of `dtype`; TypeError where that is no float."""
         default = default_tol(dtype)
         return default if self.tol is None else self.tol
 
@@ -140,7 +140,7 @@ for _name in OPTIONS:
 
 @dataclass
 class SolveInfo:
-    """How a solve ended, one entry a row, on the device until somebody reads it.
+    """How a solve ended, one entry a token, on the device until somebody reads it.
 
     `residual` is |f(z) - z| / (|f(z)| + 1e-3) of the un-damped map, root mean squares, at the last
     application (inf where it was not finite); `iterations` counts applications of f; `tol` is what
@@ -154,18 +154,18 @@ class SolveInfo:
 
     @property
     def converged(self) -> Tensor:
-        """Bool per row, on the device."""
+        """Bool per token, on the device."""
         return self.residual <= self.tol
 
     @property
     def reason(self) -> str:
-        """Why the worst row stopped: converged, max_iter or non_finite. Reads the device."""
+        """Why the worst token stopped: converged, max_iter or non_finite. Reads the device."""
         if not torch.isfinite(self.residual).all():
             return "non_finite"
         return "converged" if self.converged.all() else "max_iter"
 
     def summary(self) -> dict[str, float | str]:
-        """Plain numbers over all rows, for a log. Reads the device."""
+        """Plain numbers over all tokens, for a log. Reads the device."""
         some = self.residual.numel() > 0
         return {
             "converged": self.converged.float().mean().item() if some else 1.0,
@@ -177,12 +177,12 @@ class SolveInfo:
 
 
 def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
-    """Warn or raise when a row did not converge; reads the device unless `on_failure` is ignore."""
+    """Warn or raise when a token did not converge; reads the device unless `on_failure` is ignore."""
     if on_failure == "ignore" or (reason := info.reason) == "converged":
         return
     failed = int((~info.converged).sum())
     message = (
-        f"{failed} of {info.residual.numel()} rows did not reach their equilibrium ({reason}): "
+        f"{failed} of {info.residual.numel()} tokens did not reach their equilibrium ({reason}): "
         f"worst residual {info.residual.max().item():.3g} against tol {info.tol:.3g} after "
         f"{int(info.iterations.max())} iterations. "
         f"{hint or 'Raise max_iter or tol, or make the map contract more.'}"

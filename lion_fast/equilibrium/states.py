@@ -18,8 +18,8 @@ class StateLayer(Solving, Masked):
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
     in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype, under autocast too. The
-    injection is a product of its own in x's dtype; the solve then runs on rows of width R, by the kernels of
-    `LionLayer`.
+    injection is a product of its own in x's dtype; the solve then runs on tokens of width R, by the kernels
+    of `LionLayer`.
 
     Args:
         dim: width D of a token.

@@ -150,17 +150,17 @@ class TunedModel(nn.Module):
         self.options.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to what stands in front of `behind`, a row each; the frozen backbone here."""
+        """Images (B, 3, H, W) to what `behind` reads, (B, E); the frozen backbone here."""
         return self.backbone.pool(self.backbone.body(self.backbone.enter(images)), self.pool)
 
     def encoding(self) -> tuple:
-        """What tells rows of `encode` apart from those of other methods on the same backbone."""
+        """What tells the output of `encode` apart from that of other methods on the same backbone."""
         return (type(self).encode, self.pool)
 
     def behind(self) -> nn.Module:
-        """The part that turns rows of `encode` into logits: the head here.
+        """The part that turns the output of `encode` into logits: the head here.
 
-        Where everything that is trained lies in it, `fit` computes the rows once and trains on them.
+        Where everything that is trained lies in it, `fit` encodes each image once and trains on that.
         """
         return self.head
 

@@ -14,7 +14,7 @@ from lion_fast.equilibrium.pixel import PixelEnd
 from lion_fast.equilibrium.solve import OPTIONS, SolveInfo, SolveOptions, takes_solve_options
 from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
+from lion_fast.methods.read_out import GRID, ReadOut, features_and_cells, map_place
 
 ENDS = ("input", "output")
 VARIANTS = ("states", "residual")
@@ -27,8 +27,8 @@ class _Behind(nn.Module):
         super().__init__()
         self.end, self.head, self._told = end, head, told
 
-    def forward(self, rows: Tensor) -> Tensor:
-        features, self._told["output"] = self.end(rows, return_info=True)
+    def forward(self, encoded: Tensor) -> Tensor:
+        features, self._told["output"] = self.end(encoded, return_info=True)
         return self.head(features.to(self.head.weight.dtype))
 
 
@@ -41,7 +41,7 @@ class LionModel(TunedModel):
     R C + R^2 + R numbers for a map of C channels. Nothing in front of the output end is trained unless
     `ends` asks for it, so `fit` runs the backbone once over the images and no gradient passes through it.
 
-    form="residual", LION as its public text describes it: both ends are `LionLayer`s that add to token rows
+    form="residual", LION as its public text describes it: both ends are `LionLayer`s that add to tokens
     of the backbone's own widths (ViT tokens with position embedding and prefix tokens, Swin's channels-last
     maps, the last feature map of a CNN), and the head pools as the backbone does. One end of width D with
     state width R trains 2 R D + R^2 + R + D numbers (tied: no R^2).
@@ -130,7 +130,7 @@ class LionModel(TunedModel):
         x = self._end("input", self.backbone.enter(images))
         if isinstance(self.output_end, ReadOut):
             y, maps = self.backbone.body_and_map(x, self.at)
-            return coarse_rows(self.backbone.pool(y, self.pool), maps, self.grid)
+            return features_and_cells(self.backbone.pool(y, self.pool), maps, self.grid)
         return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
 
     def encoding(self) -> tuple:
@@ -142,8 +142,8 @@ class LionModel(TunedModel):
         return self.head
 
     def features(self, images: Tensor) -> Tensor:
-        rows = self.encode(images)
-        return self._end("output", rows) if isinstance(self.output_end, ReadOut) else rows
+        encoded = self.encode(images)
+        return self._end("output", encoded) if isinstance(self.output_end, ReadOut) else encoded
 
     def _end(self, name: str, x: Tensor) -> Tensor:
         end = self.input_end if name == "input" else self.output_end

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from lion_fast.errors import check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import Cells, coarse_rows, map_place
+from lion_fast.methods.read_out import Cells, features_and_cells, map_place
 
 
 @register("probe")
@@ -40,7 +40,7 @@ class Probe(TunedModel):
         if self.cells is None:
             return super().encode(images)
         y, maps = self.backbone.body_and_map(self.backbone.enter(images), map_place(self.backbone))
-        return coarse_rows(self.backbone.pool(y, self.pool), maps, self.grid)
+        return features_and_cells(self.backbone.pool(y, self.pool), maps, self.grid)
 
     def encoding(self) -> tuple:
         return (*super().encoding(), self.grid)
@@ -49,5 +49,5 @@ class Probe(TunedModel):
         return self.head if self.cells is None else nn.Sequential(self.cells, self.head)
 
     def features(self, images: Tensor) -> Tensor:
-        rows = self.encode(images)
-        return rows if self.cells is None else self.cells(rows)
+        encoded = self.encode(images)
+        return encoded if self.cells is None else self.cells(encoded)

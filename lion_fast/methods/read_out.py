@@ -20,8 +20,8 @@ def map_place(backbone: Backbone) -> int:
     return depth // 3 if backbone.family == "vit" else max(depth - 2, 0)
 
 
-def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
-    """Features (B, F) and a map (B, H, W, C) to one row per image, (B, F + grid^2 C), float32 at least.
+def features_and_cells(features: Tensor, maps: Tensor, grid: int) -> Tensor:
+    """Features (B, F) and a map (B, H, W, C) side by side, (B, F + grid^2 C), float32 at least.
 
     The map is averaged to `grid` x `grid` cells. Nothing here is trained, so it can be computed once.
     """
@@ -31,7 +31,7 @@ def coarse_rows(features: Tensor, maps: Tensor, grid: int) -> Tensor:
 
 
 class Cells(nn.Module):
-    """Rows as `coarse_rows` makes them, (B, F + cells C), with features and each cell normed, no parameters.
+    """What `features_and_cells` makes, (B, F + cells C), with features and each cell normed, no parameters.
 
     >>> Cells(features=8, cells=4, width=6)(torch.randn(3, 8 + 4 * 6)).shape
     torch.Size([3, 32])
@@ -42,8 +42,8 @@ class Cells(nn.Module):
         self.features, self.cells, self.width = features, cells, width
         self.out_features = features + cells * width
 
-    def forward(self, rows: Tensor) -> Tensor:
-        features, cells = rows.split((self.features, self.cells * self.width), 1)
+    def forward(self, encoded: Tensor) -> Tensor:
+        features, cells = encoded.split((self.features, self.cells * self.width), 1)
         cells = F.layer_norm(cells.unflatten(1, (self.cells, self.width)), (self.width,))
         return torch.cat([F.layer_norm(features, (self.features,)), cells.flatten(1)], 1)
 
@@ -51,8 +51,8 @@ class Cells(nn.Module):
 class ReadOut(nn.Module):
     """The states of each cell of a map, at their places, beside the backbone's own features.
 
-    (B, F + cells C) as `coarse_rows` makes it gives (B, F + cells R): the cells of `Cells` go through a
-    `StateLayer` of width R, and the head that follows has weights of its own for every cell. Options as
+    (B, F + cells C) as `features_and_cells` makes it gives (B, F + cells R): the cells of `Cells` go through
+    a `StateLayer` of width R, and the head that follows has weights of its own for every cell. Options as
     `StateLayer`.
 
     >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape
@@ -65,10 +65,10 @@ class ReadOut(nn.Module):
         self.layer = StateLayer(width, state_dim, **solve)
         self.out_features = features + cells * state_dim
 
-    def forward(self, rows: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+    def forward(self, encoded: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         cells = self.cells
-        features, rows = cells(rows).split((cells.features, cells.cells * cells.width), 1)
-        found = self.layer(rows.unflatten(1, (cells.cells, cells.width)), return_info=return_info)
+        features, maps = cells(encoded).split((cells.features, cells.cells * cells.width), 1)
+        found = self.layer(maps.unflatten(1, (cells.cells, cells.width)), return_info=return_info)
         z, info = found if return_info else (found, None)
-        out = torch.cat([features, z.flatten(1).to(rows.dtype)], 1)
+        out = torch.cat([features, z.flatten(1).to(encoded.dtype)], 1)
         return (out, info) if return_info else out

@@ -12,7 +12,7 @@ from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
-from lion_fast.methods.read_out import GRID, ReadOut, coarse_rows, map_place
+from lion_fast.methods.read_out import GRID, ReadOut, features_and_cells, map_place
 from lion_fast.methods.vpt_border import PixelBorder
 from lion_fast.options import sides
 
@@ -146,7 +146,7 @@ class VPT(PrefixCache, TunedModel):
         features = self.backbone.pool(self.backbone.norm(x), self.pool)
         if self.output_end is None:
             return features
-        return self.output_end(coarse_rows(features, self.backbone.map_of(inside), GRID))
+        return self.output_end(features_and_cells(features, self.backbone.map_of(inside), GRID))
 
     def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows behind the last block, and behind the one that an output end reads."""

@@ -192,7 +192,7 @@ def _common(method: str) -> tuple[dict, dict, dict, str]:
     rank = {name: {"rank": 8} for name in ("adaptformer", "houlsby", "lora", "dyt")}
     length = {name: {"length": 10} for name in ("vpt", "e2vpt", "vfpt", "cvpt", "apt")}
     options = (rank | length).get(method, {})
-    # six configurations for each; LION's default form wants a stronger decay than methods that tune blocks
+    # six configurations for each; LION's default variant wants a stronger decay than methods that tune blocks
     grid = {"lr": (1e-3, 5e-3, 1e-2), "weight_decay": (1e-4, 1e-2)}
     grid = {"lr": (1e-3, 5e-3), "weight_decay": (1e-4, 0.1, 0.3)} if method == "lion" else grid
     return options, _ADAMW, grid, ""

@@ -17,7 +17,7 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.inspection import ends, measure_ends, parameter_counts
 from lion_fast.methods import LionModel, create
-from lion_fast.methods.read_out import ReadOut, coarse_rows, map_place
+from lion_fast.methods.read_out import ReadOut, features_and_cells, map_place
 from lion_fast.pruning import compact, compact_model, describe_storage, prune_once
 from lion_fast.training import TrainConfig, fit
 
@@ -108,7 +108,7 @@ def test_the_read_outs_layout_by_hand():
     features, maps = torch.randn(B, N, dtype=torch.float64), torch.randn(B, H, W, C, dtype=torch.float64)
     end = ReadOut(N, g * g, C, R, tol=1e-13, max_iter=300).double()
     rough(end.layer)
-    out = end(coarse_rows(features, maps, g))
+    out = end(features_and_cells(features, maps, g))
     assert out.shape == (B, N + g * g * R) and out.dtype == torch.float64 and end.out_features == out.shape[1]
     for b in range(B):
         normed = (features[b] - features[b].mean()) / (features[b].var(correction=0) + 1e-5).sqrt()
@@ -123,7 +123,7 @@ def test_the_read_outs_layout_by_hand():
 
 def test_half_rows_become_float32_and_a_small_map_repeats():
     features, maps = torch.randn(2, 3).bfloat16(), torch.randn(2, 1, 2, 4).bfloat16()
-    rows = coarse_rows(features, maps, 4)
+    rows = features_and_cells(features, maps, 4)
     assert rows.dtype == torch.float32 and rows.shape == (2, 3 + 16 * 4)
     cells = rows[:, 3:].view(2, 4, 4, 4)
     for i, j in itertools.product(range(4), range(4)):
@@ -218,7 +218,7 @@ def test_vpt_with_lions_output_end(key):
     side = math.isqrt(inside.shape[1] - head)
     maps = inside[:, head:].unflatten(1, (side, side))
     features = torch.cat([rows[:, 0], rows[:, head:].mean(1)], 1)
-    expected = model.head(model.output_end(coarse_rows(features, maps, 4)))
+    expected = model.head(model.output_end(features_and_cells(features, maps, 4)))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
     prompts = len(net.blocks) * 3 * net.width_in
     assert model.num_trainable() == prompts + R * net.width_out + R * R + R

@@ -93,7 +93,7 @@ def first() -> Plan:
     # a probe keeps nothing that could be saved
     exact = [c for c in (*near, *far) if c.form != "naive" and c.method != "probe"]
     plan.append((Setting(VIT_B, "train", 64, "bf16", memory="save"), exact))
-    # 8 bits pay where their rounding is fused, so both dtypes are compiled: LION's default form and the floor
+    # 8 bits pay where their rounding is fused, so both dtypes are compiled: LION's default and the floor
     plan += [(Setting(VIT_B, "infer", 64, dtype, "compile"), near[:1]) for dtype in ("bf16", "fp8")]
     return plan
 
