@@ -111,17 +111,14 @@ class E2VPT(PromptMethod):
 
     # what the blocks see
 
-    def features(self, images: Tensor) -> Tensor:
-        if self.form == "exact":
-            return super().features(images)
+    def _naive(self, x: Tensor) -> Tensor:
         prompts, kv = self.visual_prompts(), self._kv()
-        x = carry_prompts(
+        return carry_prompts(
             self.backbone,
-            self.backbone.enter(images),
+            x,
             lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1)),
             lambda i, block, x: prefix_block(block, x, *kv[i]),
         )
-        return self.backbone.pool(self.backbone.norm(x), self.pool)
 
     def visual_prompts(self) -> Tensor:
         """The prompts as the blocks see them, zeros where pruned: (L, P, D), pruned tokens left out with

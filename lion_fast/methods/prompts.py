@@ -52,12 +52,15 @@ class PromptMethod(PrefixCache, BlockMethod):
             for block, (k, v) in zip(self.backbone.blocks, self.prefix(), strict=True):
                 x = prefix_block(block, x, k, v)
         else:
-            x = carry_prompts(self.backbone, x, self._carried)
+            x = self._naive(x)
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
     def dropped(self, prompts: Tensor) -> Tensor:
         """Prompts as training drops them."""
         return F.dropout(prompts, self.dropout, self.training)
+
+    def _naive(self, x: Tensor) -> Tensor:
+        return carry_prompts(self.backbone, x, self._carried)
 
     def _carried(self, i: int, x: Tensor) -> Tensor:
         """The prompts (B, P, D) that the naive form puts in front of block i with rows x."""

@@ -120,6 +120,11 @@ def test_edge_cases_of_compaction():
     assert small.state_dim == 3
     assert_same(small, one_step)
 
+    slow = loud(LionLayer(D, 4, gamma=0.9999))
+    slow.A.data[1], slow.b.data[1] = 0, 1
+    slow.W.data.zero_()[1, 1] = 1
+    assert compact(slow).state_dim == 4  # a constant that does not come to rest in time stays
+
     frozen = loud(LionLayer(D, 4)).requires_grad_(False).eval()
     rng = torch.get_rng_state()
     frozen.V[:, 1] = 0
