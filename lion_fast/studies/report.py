@@ -125,7 +125,7 @@ def _accuracies(results: Results, backbone: str, metric: str) -> list[str]:
         row = [label, *(_cell(cell, metric) for cell in cells), _mean(cells, metric)]
         if metric == "accuracy":
             seconds = results.seconds(backbone, label)
-            row += [_range(results.parameters(backbone, label, n)) for n in ("kept", "kept_with_head")]
+            row += [_range(results.parameters(backbone, label, n) or ()) for n in ("kept", "kept_with_head")]
             row.append(MISSING if seconds is None else f"{seconds:,.1f}")
         rows.append(row)
     return table(head, rows)
@@ -209,7 +209,7 @@ def _settings(results: Results) -> list[str]:
         sizes = [row["data"]["sizes"] for cell in cells for row in cell.rows.values()]
         told = ""
         if sizes:
-            told = ", ".join(f"{_range(_ends(s[part] for s in sizes))} {part}" for part in sizes[0])
+            told = ", ".join(f"{_range([s[part] for s in sizes])} {part}" for part in sizes[0])
             told = f"; images: {told}"
         own = f"; {json.dumps(dict(images.train))}" if images.train else ""
         lines.append(f"- {label}: {json.dumps(dict(images.data))}{own}{told}")
@@ -219,15 +219,10 @@ def _settings(results: Results) -> list[str]:
     return lines + [f"- {taken}" for taken in sources(results.rows)]
 
 
-def _ends(values) -> tuple[int, int]:
-    values = list(values)
-    return min(values), max(values)
-
-
-def _range(ends: tuple[int, int] | None) -> str:
-    if ends is None:
+def _range(values: Sequence[int]) -> str:
+    if not values:
         return MISSING
-    low, high = ends
+    low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

@@ -28,15 +28,6 @@ ALIASES = {
 }
 
 
-def group_of(task: str) -> str:
-    """The group of a task.
-
-    >>> group_of("kitti")
-    'structured'
-    """
-    return next(group for group, tasks in GROUPS.items() if task in tasks)
-
-
 def find_tasks(root: str | os.PathLike, wanted: Sequence[str] | None = None) -> dict[str, Path]:
     """The folders of the tasks below `root`, in the order of the benchmark; each has its four lists.
 
