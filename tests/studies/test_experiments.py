@@ -489,6 +489,31 @@ def test_resampling_agrees_with_resampling_image_by_image(metric):
     assert [found.low, found.high] == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.012)
 
 
+def test_one_seed_is_the_spread_of_its_images():
+    n, d = 400, 0.1
+    a, b = np.zeros(n, bool), np.zeros(n, bool)
+    a[: int(d * n)] = True
+    found = paired_difference([a], [b], [np.zeros(n, int)])
+    half = 1.96 * (d * (1 - d) / n) ** 0.5
+    assert found.point == pytest.approx(d)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.07)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    n = 1000
+    labels = [np.zeros(n, int)] * 4
+    none = [np.zeros(n, bool)] * 4
+    same, apart = [], []
+    for k in range(4):
+        same.append(np.arange(n) < 200)
+        apart.append(np.arange(n) < (100 if k % 2 else 300))
+    narrow, wide = (paired_difference(x, none, labels) for x in (same, apart))
+    assert [narrow.point, wide.point] == pytest.approx([0.2, 0.2])
+    # means of four seeds drawn from two at 0.1 and two at 0.3: standard deviation 0.1 / 2
+    assert wide.resampled.std() == pytest.approx((0.05**2 + 0.2 * 0.8 / n / 4) ** 0.5, rel=0.1)
+    assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     """Ten seeds whose true difference varies around 5 points; few seeds cost some coverage."""
     rng = np.random.default_rng(1)
