@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lion_fast.studies.figures import figure_at, points, styles_of
+from lion_fast.studies.grid import Grid
 from lion_fast.studies.statistics import Estimate
 from lion_fast.studies.tables import Results
 
@@ -30,11 +31,20 @@ def draw_all(results: Results, folder: str | os.PathLike) -> list[str]:
     return drawn
 
 
+def _styles(grid: Grid) -> list[tuple[str, str, str]]:
+    """(label, colour, marker); a label that stands alone for its method is drawn as that method."""
+    methods = [spec.method for spec in grid.methods.values()]
+    names = [
+        spec.method if methods.count(spec.method) == 1 else label for label, spec in grid.methods.items()
+    ]
+    return [(label, *look) for label, (_, *look) in zip(grid.methods, styles_of(names), strict=True)]
+
+
 def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> bool:
     """Mean over the sets of the metric, with intervals, against trained parameters, head included."""
     grid = results.grid
     metric, found = _metric(results), []
-    for label, colour, marker in styles_of(grid.methods):
+    for label, colour, marker in _styles(grid):
         estimate = results.mean_estimate(backbone, label, metric)
         ends = results.parameters(backbone, label, "kept_with_head")
         if estimate is not None and ends is not None:
@@ -54,12 +64,13 @@ def accuracy_against_parameters(results: Results, backbone: str, path: Path) -> 
         axes.xaxis.set_minor_formatter(NullFormatter())
         low, high = min(p[3] for p in found), max(p[3] for p in found)
         axes.set_xlim(low / 1.5, high * 1.5)
+        seeds = "1 seed and its" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds and their"
         sets = "1 set" if len(grid.sets) == 1 else f"mean of {len(grid.sets)} sets"
         axes.set(
             xlabel="trained parameters, head included (log scale)",
             ylabel=f"{_NAMES[metric]} on test images, %, {sets}",
             title=f"Accuracy against trained parameters, {backbone}\n"
-            f"bars: 95 % intervals over {len(grid.seeds)} seeds and their test images",
+            f"bars: 95 % intervals over {seeds} test images",
         )
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return True
@@ -71,7 +82,7 @@ def differences(results: Results, backbone: str, path: Path) -> bool:
     if grid.reference is None:
         return False
     metric = _metric(results)
-    styles = [s for s in styles_of(grid.methods) if s[0] != grid.reference]
+    styles = [s for s in _styles(grid) if s[0] != grid.reference]
     panels: list[tuple[str, list[Estimate | None]]] = []
     for set_label in grid.sets:
         found = [results.difference(backbone, set_label, s[0], grid.reference, metric) for s in styles]
