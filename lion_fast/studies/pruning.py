@@ -20,7 +20,7 @@ import torch
 from lion_fast.backbones import load_backbone
 from lion_fast.data import Splits, load_data
 from lion_fast.methods import TunedModel, create
-from lion_fast.pruning import kept_shares, prune_once
+from lion_fast.pruning import count_parameters, kept_shares, prune_once
 from lion_fast.pruning.masks import GRANULARITIES
 from lion_fast.studies.environment import context
 from lion_fast.studies.figures import COLOURS, figure_at, points
@@ -144,17 +144,14 @@ class Bench:
                 self.dense[seed] = {k: v.clone() for k, v in model.adapter_state_dict().items()}
         store = self.store if self.settings.form == "states" else None
         metrics, _ = judge(model, self.splits(seed).test, TrainConfig(batch_size=64), store)
+        counts = count_parameters(model, model.head)
         return {
             **item,
             "test_accuracy": metrics["accuracy"],
             "test_balanced_accuracy": metrics["balanced_accuracy"],
             "test_images": metrics["n"],
             "kept_shares": kept_shares(model),
-            "parameters": {
-                "dense": model.num_trainable(),
-                "kept": model.num_trainable(kept=True),
-                "kept_with_head": model.num_trainable(head=True, kept=True),
-            },
+            "parameters": {name: counts[name] for name in ("dense", "kept", "kept_with_head")},
             "pruning": report,
             "seconds": round(time.perf_counter() - begin, 1),
             **self.about,

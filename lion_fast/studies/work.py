@@ -19,6 +19,7 @@ from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.data import ImageSet, Splits, load_data, transforms
 from lion_fast.errors import CheckpointError
 from lion_fast.methods import TunedModel, create
+from lion_fast.pruning import count_parameters
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
 from lion_fast.studies.rows import pack_bits, pack_integers
@@ -166,11 +167,9 @@ class Workshop:
         except TrainingError as error:
             # the message may name a folder that is gone
             row["failed"] = str(error).split(";")[0]
-        row["parameters"] = {
-            "method": model.num_trainable(),
-            "with_head": model.num_trainable(head=True),
-            "kept": model.num_trainable(kept=True),
-            "kept_with_head": model.num_trainable(head=True, kept=True),
+        counts = count_parameters(model, model.head)
+        row["parameters"] = {"method": counts["dense"]} | {
+            name: counts[name] for name in ("with_head", "kept", "kept_with_head")
         }
         del model
         gc.collect()
