@@ -162,7 +162,7 @@ class _Worker:
         (self.process,) = (p for p in multiprocessing.active_children() if p.pid not in others)
 
     def exit_code(self) -> str:
-        self.process.join(10)
+        self.pool.shutdown(wait=True)  # its thread waits for the process, and only one can be told the code
         return "" if self.process.exitcode is None else f" (exit code {self.process.exitcode})"
 
     def end(self) -> None:

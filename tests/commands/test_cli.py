@@ -242,16 +242,17 @@ def test_help_is_quick(command):
     assert not loaded & {"torch", "timm", "accelerate", "torchvision", "matplotlib"}
 
 
-def test_finetune_refuses_to_overwrite_and_resumes_a_finished_run(trained, capsys):
-    config = ["finetune", "--config", str(trained / "config.yaml")]
-    weights = trained / "adapter/adapter.safetensors"
-    before = (trained / "config.yaml").read_bytes(), load_file(weights)
+def test_finetune_refuses_to_overwrite_and_resumes_a_finished_run(trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "run")  # what resumes writes the results anew
+    config = ["finetune", "--config", str(out / "config.yaml"), "--out", str(out)]
+    weights = out / "adapter/adapter.safetensors"
+    before = (out / "config.yaml").read_bytes(), load_file(weights)
     assert main(config) == 1
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
     assert main([*config, "--resume"]) == 0
     assert main([*config, "--resume", "--lr", "0.5"]) == 1
     assert "config.lr was 0.01, now 0.5" in capsys.readouterr().err
-    assert (trained / "config.yaml").read_bytes() == before[0]
+    assert (out / "config.yaml").read_bytes() == before[0]
     after = load_file(weights)
     assert after.keys() == before[1].keys() and all(torch.equal(after[k], before[1][k]) for k in after)
 
