@@ -335,46 +335,6 @@ def test_an_unreadable_image_is_skipped_told_and_reported(tmp_path, capsys):
     assert "kitti: 1 unreadable images were skipped" in (tmp_path / "out" / "report.md").read_text()
 
 
-# ---- numbers
-
-
-def a_row(task, accuracy, seed=0, parameters=100, head=30):
-    return {
-        "stage": "final", "set": task, "seed": seed, "failed": None,
-        "test": {"accuracy": accuracy, "n": 100}, "configuration": {"train.lr": 0.1},
-        "parameters": {"kept": parameters, "kept_with_head": parameters + head},
-    }  # fmt: skip
-
-
-def test_means_by_hand():
-    # natural 10, 20, ..., 70: 40; specialized 80, 90, 100, 90: 90; structured 10 and seven times 30: 27.5
-    values = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.9, 0.1, *[0.3] * 7]
-    rows = [a_row(task, value) for task, value in zip(VTAB, values, strict=True)]
-    found = report.summarize(rows)
-    groups = {name: group["accuracy"] for name, group in found["groups"].items()}
-    assert groups == pytest.approx({"natural": 0.4, "specialized": 0.9, "structured": 0.275})
-    assert found["mean_of_groups"] == pytest.approx(1.575 / 3)
-    assert found["mean"] == pytest.approx((2.8 + 3.6 + 2.2) / 19) and found["n"] == 19
-    assert found["absent"] == [] and (found["parameters"], found["with_head"]) == (100, 130)
-
-    some = report.summarize(
-        [r for r in rows if r["set"] in ("cifar", "svhn", "kitti")] + [a_row("kitti", 0.5, 1)]
-    )
-    assert some["groups"]["natural"] == {"accuracy": pytest.approx(0.35), "tasks": 2, "of": 7}
-    assert some["groups"]["specialized"] == {"accuracy": None, "tasks": 0, "of": 4}
-    assert some["mean_of_groups"] is None  # a group without a task is not left out of its mean in silence
-    assert some["tasks"]["kitti"]["accuracy"] == pytest.approx(0.4)
-    assert some["mean"] == pytest.approx((0.1 + 0.6 + 0.4) / 3) and len(some["absent"]) == 16
-    line = next(line for line in report.table(some).splitlines() if "specialized" in line)
-    assert "(0 of 4)" in line and " - " in line
-
-
-def test_tasks_and_groups_are_the_benchmarks():
-    assert [len(group) for group in tasks.GROUPS.values()] == [7, 4, 8] and set(tasks.SIZES) == set(VTAB)
-    assert "sun397" in tasks.GROUPS["natural"] and "kitti" in tasks.GROUPS["structured"]
-    assert tasks.differences("dtd", 47, 1000, 1880) == []
-
-
 def test_a_value_out_of_range_is_refused_before_anything_is_run(root, tmp_path):
     with pytest.raises(OptionError, match="lr must be a"):
         run(root, tmp_path / "a", grid={"lr": (0.1, -1)})
