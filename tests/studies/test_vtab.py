@@ -52,7 +52,7 @@ def write_task(folder, classes, seed=0):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("vtab-1k")
+    root = tmp_path_factory.mktemp("vtab") / "vtab-1k"  # alone in its parent
     for seed, (task, classes) in enumerate(TREE.items()):
         write_task(root / task, classes, seed)
     return root
