@@ -176,21 +176,6 @@ def table(rows: Sequence[Mapping[str, Any]], *, pad: bool = False) -> list[str]:
     return markdown.table(head, cells, pad=pad)
 
 
-def old_rows(path: Path) -> list[dict]:
-    """The rows of a results.csv, which earlier demonstrations wrote, as far as `table` reads them."""
-    labels = {spec.get("method"): label for label, spec in GRID["methods"].items()}
-    return [
-        {
-            "label": labels.get(row["method"], row["method"]),
-            "test": {name: row[name] for name in ("accuracy", "balanced_accuracy", "loss", "n")},
-            "parameters": {"method": row["parameters"], "with_head": row["parameters_with_head"]},
-            "peak_memory_bytes": 1e6 * row["peak_memory_mb"],
-            **{name: row[name] for name in ("training_seconds", "milliseconds_per_image")},
-        }
-        for row in _csv(path)
-    ]
-
-
 def _csv(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
