@@ -49,7 +49,7 @@ class _Equilibrium(torch.autograd.Function):
 
 
 def check_input(x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is [..., width], TypeError unless it is floating-point."""
+    """Raise ValueError unless x is [..., width], TypeError unless it is of a float type of `TOLERANCES`."""
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(
             f"the last dimension of x must be the layer's width {width}; x has shape {tuple(x.shape)}"
@@ -85,8 +85,8 @@ def equilibrium(
     max_iter=1 is phi(x A^T + b), with its own gradient. Nothing synchronises with the device. Second
     derivatives raise RuntimeError.
 
-    Raises ValueError on shapes and options that do not fit, TypeError on integer input, RuntimeError
-    where `backend="triton"` cannot run.
+    Raises ValueError on shapes and options that do not fit, TypeError on tensors that are no floats,
+    RuntimeError where `backend="triton"` cannot run.
 
     >>> x, A, V = torch.randn(2, 7, 6), torch.randn(4, 6), torch.randn(6, 4)
     >>> out, info = equilibrium(x, A, 0.5 * torch.eye(4), torch.zeros(4), V, torch.zeros(6), return_info=True)
@@ -112,6 +112,8 @@ def solve_tokens(
     """
     if options.max_iter == 1:
         W = W * 0  # it stands in no result, so it gets no gradient
+    for weight in (A, W, b, V, c):
+        default_tol(weight.dtype)
     tol = options.tolerance(x.dtype)
     backend = ops.resolve_backend(options.backend, x.device, x.dtype, A.shape[0])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, W, b, V, c))
