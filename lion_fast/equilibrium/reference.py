@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lion_fast.equilibrium import layer
 from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.solve import SolveInfo, apply_policy
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
@@ -51,11 +51,21 @@ class LionLayer(layer.LionLayer):
                 def f(y: Tensor, x: Tensor) -> Tensor:
                     return F.linear(phi(F.linear(x + s * y, A, b)), V)
 
-            z, info = solve_implicit(f, tokens, z0, options, options.terms, early_exit=True)
+            z, info = solve_implicit(
+                f,
+                tokens,
+                z0,
+                options,
+                options.terms,
+                early_exit=True,
+                return_info=return_info,
+                hint=self._hint,
+            )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype).reshape(x.shape)
-        info = SolveInfo(info.residual.reshape(x.shape[:-1]), info.iterations.reshape(x.shape[:-1]), info.tol)
-        apply_policy(info, self.on_failure, self._hint())
+        info.residual, info.iterations = (
+            told.reshape(x.shape[:-1]) for told in (info.residual, info.iterations)
+        )
         return (out, info) if return_info else out
 
 
