@@ -1,14 +1,23 @@
 """`LionLayer`: the drop-in equilibrium layer."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.contraction import bounded, bounded_product
 from lion_fast.equilibrium.functional import check_input, solve_tokens
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solve import TOLERANCES, SolveInfo, SolveOptions, Solving, takes_solve_options
+from lion_fast.equilibrium.solve import (
+    TOLERANCES,
+    SolveInfo,
+    SolveOptions,
+    Solving,
+    apply_policy,
+    takes_solve_options,
+)
 from lion_fast.errors import OptionError, check_choice, check_number, check_whole
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, flag_rows
 
 RECURRENCES = ("free", "tied")
 # The read-out starts small, so that the layer starts near the identity, and not at zero, where no
@@ -25,6 +34,15 @@ def hint(layer: nn.Module) -> str:
         "Raise max_iter or tol, or lower gamma; where it is not finite, look for NaN and Inf in the input or "
         "for numbers beyond its dtype."
     )
+
+
+def flag_output(layer: Solving, info: SolveInfo, *results: Tensor) -> None:
+    """Residual inf where a token's row of `results` [tokens, N] is not finite, told by the layer's policy."""
+    flagged = torch.zeros_like(info.residual)
+    for result in results:
+        flagged = flag_rows(flagged, result.detach())
+    info.residual = info.residual + flagged
+    apply_policy(replace(info, residual=flagged), layer.on_failure, lambda: hint(layer))
 
 
 class LionLayer(Solving, Masked):
@@ -121,7 +139,8 @@ class LionLayer(Solving, Masked):
         check_input(x, self.dim)
         found = solve_tokens(
             x, self.masked("A"), self.recurrence_matrix(), self.b, self.masked("V"), self.c,
-            self.activation, self.solve, return_info=return_info, hint=lambda: hint(self),
+            self.activation, self.solve, return_info=return_info, contracts=self.gamma < 1,
+            hint=lambda: hint(self),
         )  # fmt: skip
         return found if return_info else found[0]
 

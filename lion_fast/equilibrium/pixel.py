@@ -7,20 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.contraction import scale_within
-from lion_fast.equilibrium.layer import READ_OUT_STD, hint
+from lion_fast.equilibrium.layer import READ_OUT_STD, flag_output, hint
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.solve import (
     OPTIONS,
     SolveInfo,
     SolveOptions,
     Solving,
-    apply_policy,
     default_tol,
     takes_solve_options,
 )
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_fast.errors import check_choice, check_gamma, check_whole
-from lion_kernels.reference import ACTIVATIONS, flag_rows
+from lion_kernels.reference import ACTIVATIONS
 
 # Frequencies per dimension above which the torus is sampled: a trigonometric polynomial of degree d exceeds
 # its largest sample of n by at most 1 / cos(pi d / n), 0.5 % per dimension at 3 x 3.
@@ -155,9 +154,15 @@ class PixelEnd(Solving, Masked):
         def f(z: Tensor, q: Tensor) -> Tensor:
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
-        z, info = solve_implicit(f, q, torch.zeros_like(q), self.solve, self.solve.terms)
+        z, info = solve_implicit(
+            f,
+            q,
+            torch.zeros_like(q),
+            self.solve,
+            self.solve.terms,
+            return_info=return_info,
+            hint=lambda: hint(self),
+        )
         out = x + F.conv2d(z, V, self.c.to(x.dtype))
-        for result in (q, out):
-            info.residual = flag_rows(info.residual, result.detach().flatten(1))
-        apply_policy(info, self.on_failure, hint(self))
+        flag_output(self, info, q.flatten(1), out.flatten(1))
         return (out, info) if return_info else out

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lion_fast.equilibrium import layer
 from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.solve import SolveInfo, apply_policy
+from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.equilibrium.solvers import solve_implicit
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype, flag_rows
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
 
 class LionLayer(layer.LionLayer):
@@ -52,13 +52,23 @@ class LionLayer(layer.LionLayer):
                 def f(y: Tensor, x: Tensor) -> Tensor:
                     return F.linear(phi(F.linear(x + s * y, A, b)), V)
 
-            z, info = solve_implicit(f, tokens, z0, options, options.terms, early_exit=True)
+            z, info = solve_implicit(
+                f,
+                tokens,
+                z0,
+                options,
+                options.terms,
+                early_exit=True,
+                return_info=return_info,
+                hint=lambda: layer.hint(self),
+            )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype)
-        change, lead = flag_rows(info.residual, out.detach()), x.shape[:-1]
-        info = SolveInfo(change.reshape(lead), info.iterations.reshape(lead), info.tol)
+        layer.flag_output(self, info, out)
+        info.residual, info.iterations = (
+            told.reshape(x.shape[:-1]) for told in (info.residual, info.iterations)
+        )
         out = out.reshape(x.shape)
-        apply_policy(info, self.on_failure, layer.hint(self))
         return (out, info) if return_info else out
 
 
