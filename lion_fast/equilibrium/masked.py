@@ -1,6 +1,6 @@
 """Modules whose matrices can carry a pruning mask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -77,6 +77,11 @@ class Masked(nn.Module):
             known = getattr(self, f"{name}_mask", None) is not None
             if f"{prefix}{name}_mask" in state and matrix is not None and not known:
                 self._put_mask(name, torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device))
+
+
+def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """What changes where one of the tensors is replaced, moved or written to, while the old ones are held."""
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -2,14 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solve import SolveInfo
+from lion_fast.equilibrium.layer import LionLayer, hint
+from lion_fast.equilibrium.masked import stamps
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy, record_backward
+from lion_fast.equilibrium.solvers import final
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
-from lion_kernels.blocks import BLOCKS, BlockPattern, BlockSparse, find_pattern
+from lion_kernels.blocks import BLOCKS, BlockSparse, find_pattern
 from lion_kernels.sparse import has_kernels
 
 
@@ -17,7 +18,7 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
     """As `functional._Equilibrium`; A, W and V are the values of their patterns where they have one."""
 
     @staticmethod
-    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint):
+    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint, told):
         weights = _weights((A, W, V), patterns)
         if _on_kernels(x, b):
             from lion_kernels.step import solve_wide as solve
@@ -27,26 +28,33 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
             x, weights[0], weights[1], b, weights[2], c, activation, max_iter, tol, damping, True
         )
         ctx.save_for_backward(x, p, A, W, V)
+        ctx.told = told
         ctx.patterns, ctx.options, ctx.dtypes = patterns, (activation, *adjoint, True), (b.dtype, c.dtype)
         ctx.mark_non_differentiable(change, count)
         return out, change, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, _change, _count):
         x, p, A, W, V = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _BlockSparseEquilibrium._gradients(ctx, grad_out, x, p, A, W, V)
+        return *final(grads, grad_out, x, A, W, V), *[None] * 7
+
+    @staticmethod
+    def _gradients(ctx, grad_out, x, p, A, W, V):
         weights, kernels = _weights((A, W, V), ctx.patterns), _on_kernels(x, p)
         if kernels:
             from lion_kernels.step import adjoint_wide as adjoint
         else:
             weights, adjoint = [_dense(w) for w in weights], reference.adjoint
-        dx, dA, dW, db, dV, dc, _, _ = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
+        dx, dA, dW, db, dV, dc, *record = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
+        ctx.told(*record, grad_out)
         grads = []
         for grad, own, pattern in zip((dA, dW, dV), (A, W, V), ctx.patterns, strict=True):
             grad = grad if pattern is None or kernels else pattern.gather(grad)
             grads.append(grad.to(own.dtype))
         dA, dW, dV = grads
-        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1]), *[None] * 6
+        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1])
 
 
 def _weights(tensors, patterns) -> list[Tensor | BlockSparse]:
@@ -68,8 +76,8 @@ class BlockSparseLayer(nn.Module):
     """Runs a pruned LionLayer over the kept blocks of A, W and V alone; same parameters, same outputs.
 
     A block of `block` x `block` without a kept entry is neither loaded nor multiplied, and its weights'
-    gradient is not formed. Which blocks these are is looked up from the layer's masks here and by
-    `refresh()`, which is due after a mask has changed. A matrix without a mask stays dense. Where the
+    gradient is not formed. Which blocks these are is looked up from the layer's masks here, by `refresh()`,
+    and where a mask has changed since. A matrix without a mask stays dense. Where the
     kernels do not run, plain torch does, with dense products.
 
     Raises OptionError for a tied layer, whose Wh = A V is dense, for one without masks, and for another
@@ -94,16 +102,11 @@ class BlockSparseLayer(nn.Module):
 
     def refresh(self) -> None:
         """Look up the kept blocks again."""
-        if not self.layer.masks():
+        masks = self.layer.masks()
+        if not masks:
             raise OptionError("the layer has no masks: prune it with granularity='block' first")
-        self._patterns = {name: find_pattern(mask, self.block) for name, mask in self.layer.masks().items()}
-
-    def _pattern(self, name: str, device: torch.device) -> BlockPattern | None:
-        found = self._patterns.get(name)
-        if found is not None and found.starts.device != device:
-            self.refresh()
-            found = self._patterns.get(name)
-        return found
+        self._patterns = {name: find_pattern(mask, self.block) for name, mask in masks.items()}
+        self._masks, self._stamps = masks, stamps(masks.values())
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         """As `LionLayer.forward`."""
@@ -111,7 +114,9 @@ class BlockSparseLayer(nn.Module):
         check_input(x, layer.dim)
         tol = layer.solve.tolerance(x.dtype)
         matrices = {"A": layer.masked("A"), "W": layer.recurrence_matrix(), "V": layer.masked("V")}
-        patterns = tuple(self._pattern(name, t.device) for name, t in matrices.items())
+        if self._stamps != stamps(layer.masks().values()):
+            self.refresh()
+        patterns = tuple(self._patterns.get(name) for name in matrices)
         A, W, V = (
             t if pattern is None else pattern.gather(t)
             for t, pattern in zip(matrices.values(), patterns, strict=True)
@@ -119,11 +124,19 @@ class BlockSparseLayer(nn.Module):
         if layer.max_iter == 1:
             W = W * 0  # as in `equilibrium`
         with torch.autocast(x.device.type, enabled=False):
+            sink: list[SolveInfo] = []
+
+            def told(change: Tensor, count: Tensor, grad_out: Tensor) -> None:
+                if layer.backward == "exact":
+                    record = SolveInfo(change, count, tol)
+                    record_backward(sink[0], record, grad_out, layer.on_failure, lambda: hint(layer))
+
             out, change, count = _BlockSparseEquilibrium.apply(
                 x.reshape(-1, layer.dim).contiguous(), A, W, layer.b, V, layer.c, patterns, layer.activation,
-                layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol),
+                layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol), told,
             )  # fmt: skip
         out = out.reshape(x.shape)
-        if not return_info:
-            return out
-        return out, SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        sink.append(info)
+        apply_policy(info, layer.on_failure, lambda: hint(layer))
+        return (out, info) if return_info else out
