@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lion_fast.equilibrium.solve import default_tol
+from lion_fast.equilibrium.solve import check_tensor, default_tol
+from lion_fast.errors import check_number
 
 # Gram squarings: the bound exceeds the norm by at most R**(1/256) - 1 (1.1 % at R = 16, 1.6 % at 64).
 SQUARINGS = 6
@@ -23,7 +24,9 @@ def spectral_norm_bound(W: Tensor, squarings: int = SQUARINGS) -> Tensor:
     >>> bool(3 <= bound <= 3.01)
     True
     """
-    default_tol(W.dtype)
+    check_tensor(W, "W")
+    if W.ndim != 2 or 0 in W.shape:
+        raise ValueError(f"W must be a matrix with entries; got shape {tuple(W.shape)}")
     W = W if W.dtype == torch.float64 else W.float()
     tiny = torch.finfo(W.dtype).tiny
     with torch.autocast(W.device.type, enabled=False):
@@ -92,6 +95,7 @@ def bounded(W: Tensor, limit: float) -> Tensor:
     >>> bool(torch.linalg.matrix_norm(small, 2) <= 0.8)
     True
     """
+    check_number("limit", limit, above=0)
     scale = contraction_scale(W, limit)
     return (W.to(scale.dtype) * scale).to(W.dtype)
 

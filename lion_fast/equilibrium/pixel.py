@@ -14,7 +14,7 @@ from lion_fast.equilibrium.solve import (
     SolveInfo,
     SolveOptions,
     Solving,
-    default_tol,
+    check_tensor,
     takes_solve_options,
 )
 from lion_fast.equilibrium.solvers import solve_implicit
@@ -44,7 +44,12 @@ def conv_norm_bound(weight: Tensor, height: int, width: int) -> Tensor:
     >>> bool(1 <= conv_norm_bound(identity, 8, 8) < 1.001)
     True
     """
-    default_tol(weight.dtype)
+    check_tensor(weight, "weight")
+    if weight.ndim != 4 or any(k % 2 == 0 for k in weight.shape[2:]) or min(*weight.shape, height, width) < 1:
+        raise ValueError(
+            f"a bound needs a weight (c_out, c_in, k, k) with k odd and a map of at least 1 x 1; got "
+            f"{tuple(weight.shape)} and {height} x {width}"
+        )
     weight = weight if weight.dtype == torch.float64 else weight.float()
     tiny = torch.finfo(weight.dtype).tiny
     with torch.autocast(weight.device.type, enabled=False):
@@ -142,10 +147,10 @@ class PixelEnd(Solving, Masked):
         return (whole * scale).to(W.dtype)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        check_tensor(x)
         channels = self.U.shape[1]
-        if x.ndim != 4 or x.shape[1] != channels:
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
             raise ValueError(f"x must be (B, {channels}, H, W) for this layer; it has shape {tuple(x.shape)}")
-        default_tol(x.dtype)
         phi = ACTIVATIONS[self.activation].phi
         weights = self.masked("U"), self.masked("V"), self.recurrence_kernel(*x.shape[2:])
         U, V, kernel = (t.to(x.dtype) for t in weights)

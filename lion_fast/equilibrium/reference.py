@@ -30,9 +30,9 @@ class LionLayer(layer.LionLayer):
     """
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        check_input(x, self.dim)
         phi = ACTIVATIONS[self.activation].phi
         acc = accumulate_dtype(x.dtype)
-        check_input(x, self.dim)
         options = replace(self.solve, tol=self.solve.tolerance(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, self.dim).to(acc)

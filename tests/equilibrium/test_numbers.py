@@ -4,7 +4,15 @@ import pytest
 import torch
 from equilibrium_helpers import KINDS, REFERENCES, assert_equal_each, every_backward, rough
 
-from lion_fast.equilibrium import LionLayer, PixelEnd, StateLayer, equilibrium, reference
+from lion_fast.equilibrium import (
+    LionLayer,
+    PixelEnd,
+    StateLayer,
+    bounded,
+    conv_norm_bound,
+    equilibrium,
+    reference,
+)
 from lion_fast.errors import ConvergenceError, OptionError
 from lion_kernels.reference import relative_change
 
@@ -199,11 +207,41 @@ def test_tokens_of_every_float_type_and_weights_of_another(kind, dtype):
 
 def test_pixels_that_do_not_fit():
     end = PixelEnd(3, 4)
-    for shape in ((3, 6, 6), (2, 4, 6, 6), (2, 6, 6, 3)):
+    for shape in ((3, 6, 6), (2, 4, 6, 6), (2, 6, 6, 3), (2, 3, 0, 6)):
         with pytest.raises(ValueError, match="3"):
             end(torch.zeros(shape))
     with pytest.raises(OptionError, match="backend"):
         PixelEnd(3, 4, backend="triton")
+
+
+@every_layer
+def test_what_is_no_dense_tensor_is_refused(kind):
+    layer = make(kind)
+    for wrong in ([1.0], None, tokens(kind).numpy(), tokens(kind).to_sparse()):
+        with pytest.raises(TypeError, match="dense tensor"):
+            layer(wrong)
+
+
+def test_weights_and_matrices_that_do_not_fit_are_refused():
+    x, A, W, b, V, c = (torch.zeros(s) for s in ((3, D), (R, D), (R, R), R, (D, R), D))
+    for wrong in ((x, A[0], W, b, V, c), (x, A, W, b, V, c.to("meta")), (x.to("meta"), A, W, b, V, c)):
+        with pytest.raises(ValueError):
+            equilibrium(*wrong)
+    for wrong in ((x, None, W, b, V, c), (x, A, [[1.0]], b, V, c), (x, A, W, b, V, c.to(torch.complex64))):
+        with pytest.raises(TypeError):
+            equilibrium(*wrong)
+    for W in (torch.ones(3), torch.ones(2, 3, 3), torch.ones(0, 0)):
+        with pytest.raises(ValueError, match="matrix"):
+            bounded(W, 0.8)
+    for limit in (float("nan"), -1.0, 0.0):
+        with pytest.raises(OptionError, match="limit"):
+            bounded(torch.eye(3), limit)
+    for shape, height in (((2, 2, 2, 2), 8), ((2, 2, 3), 8), ((2, 2, 3, 3), 0), ((0, 2, 3, 3), 8)):
+        with pytest.raises(ValueError, match="odd"):
+            conv_norm_bound(torch.ones(shape), height, 8)
+    for name in ("max_iter", "neumann_terms"):
+        with pytest.raises(OptionError, match=name):
+            LionLayer(D, R, **{name: 10**22})
 
 
 # Small and degenerate
