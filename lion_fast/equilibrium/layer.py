@@ -25,12 +25,17 @@ RECURRENCES = ("free", "tied")
 READ_OUT_STD = 1e-2
 
 
+def broken_weights(layer: nn.Module) -> str:
+    """What is wrong with weights that hold NaN or Inf, or nothing. Reads the device."""
+    broken = [name for name, p in layer.named_parameters() if not torch.isfinite(p).all()]
+    if not broken:
+        return ""
+    return f"The weights {', '.join(broken)} hold NaN or Inf: load or initialise them again."
+
+
 def hint(layer: nn.Module) -> str:
     """What to do about a solve of `layer` that failed. Reads the device."""
-    broken = [name for name, p in layer.named_parameters() if not torch.isfinite(p).all()]
-    if broken:
-        return f"The weights {', '.join(broken)} hold NaN or Inf: load or initialise them again."
-    return (
+    return broken_weights(layer) or (
         "Raise max_iter or tol, or lower gamma; where it is not finite, look for NaN and Inf in the input or "
         "for numbers beyond its dtype."
     )

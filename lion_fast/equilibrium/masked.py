@@ -57,10 +57,11 @@ class Masked(nn.Module):
             raise OptionError(f"{name!r} has no mask; those with one are {', '.join(self.matrices)}")
         self.masks()
         if mask is not None:
-            if mask.shape != matrix.shape or mask.dtype != torch.bool:
+            of = getattr(mask, "dtype", type(mask).__name__), tuple(getattr(mask, "shape", ()))
+            if of != (torch.bool, tuple(matrix.shape)):
                 raise OptionError(
-                    f"the mask of {name} must be a boolean of shape {tuple(matrix.shape)}; got "
-                    f"{mask.dtype} of shape {tuple(mask.shape)}"
+                    f"the mask of {name} must be a boolean of shape {tuple(matrix.shape)}; got {of[0]} of "
+                    f"shape {of[1]}"
                 )
             mask = mask.to(matrix.device, copy=True)
             matrix.masked_fill_(~mask, 0)

@@ -65,6 +65,7 @@ class StateLayer(Solving, Masked):
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         check_input(x, self.dim)
+        W = self.recurrence_matrix()
         # as a LionLayer's, the state does not depend on whether autocast is on
         with torch.autocast(x.device.type, enabled=False):
             q = linear(x.reshape(-1, self.dim), self.masked("A"), self.b).reshape(
@@ -76,7 +77,7 @@ class StateLayer(Solving, Masked):
         A, V = (torch.eye(self.state_dim, **new) for _ in range(2))
         b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
         z, info = solve_tokens(
-            q, A, self.recurrence_matrix(), b, V, c, self.activation, self.solve,
+            q, A, W, b, V, c, self.activation, self.solve,
             residual=False, return_info=return_info, contracts=True, hint=lambda: hint(self),
         )  # fmt: skip
         z = z.to(x.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.contraction import contraction_scale
-from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.layer import LionLayer, broken_weights
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
 from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
@@ -56,7 +56,8 @@ def compact(layer: LionLayer) -> LionLayer:
     becomes a free one with W = Wh, R x R numbers more, where not. Element masks are cut to size. A layer
     without dead units comes back as a copy; one without live ones keeps a single unit of zeros.
 
-    Raises OptionError for something else than a LionLayer, a `StateLayer` among it: its states are outputs.
+    Raises OptionError for something else than a LionLayer, a `StateLayer` among it: its states are outputs;
+    and for weights that hold NaN or Inf.
 
     >>> from lion_fast import pruning
     >>> layer = LionLayer(8, 4)
@@ -71,6 +72,8 @@ def compact(layer: LionLayer) -> LionLayer:
         )
     if not isinstance(layer, LionLayer):
         raise OptionError(f"only a LionLayer can be compacted; got {type(layer).__name__}")
+    if broken := broken_weights(layer):
+        raise OptionError(broken)
     masks = layer.masks()
     live, constant = find_units(layer)
     Wh, A, V = layer.recurrence_matrix(), layer.masked("A"), layer.masked("V")

@@ -232,3 +232,38 @@ def test_torch_prune_works_on_a_layer_and_ours_says_what_to_do(make):
     assert torch.equal(layer(x), out)
     prune_once(layer, 0.25)
     assert set(layer.masks()) == set(layer.matrices)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("granularity", ["element", "unit", "2:4"])
+def test_what_is_not_finite_has_no_place_in_a_ranking(granularity, bad):
+    layer = loud(LionLayer(8, 4))
+    pruner = RobustPruner(
+        layer, torch.optim.SGD(layer.parameters(), 0.1), keep=0.5, total_steps=4, granularity=granularity
+    )
+    layer(torch.randn(3, 8)).sum().backward()
+    layer.A.grad[0, 0] = bad
+    with pytest.raises(OptionError, match="A or its gradient"):
+        prune_once(layer, 0.5, criterion="saliency", granularity=granularity)
+    with torch.no_grad():
+        layer.A[0, 0] = bad
+    with pytest.raises(OptionError, match="A or its gradient"):
+        prune_once(layer, 0.5, granularity=granularity)
+    layer.A.grad.zero_()
+    with pytest.raises(OptionError, match="A or its gradient"):
+        pruner.step()
+    with pytest.raises(OptionError, match="weights A hold"):
+        compact(layer)
+    assert not layer.masks()
+
+
+@pytest.mark.parametrize("mask", [[True], torch.ones(4, 8), torch.ones(8, 4, dtype=torch.bool), "all"])
+def test_a_mask_that_does_not_fit_is_refused(mask):
+    with pytest.raises(OptionError, match="boolean of shape"):
+        LionLayer(8, 4).set_mask("A", mask)
+
+
+def test_seeds_that_torch_does_not_take_are_refused():
+    for seed in (2**64, "a", 1.5, None):
+        with pytest.raises(OptionError, match="seed"):
+            prune_once(LionLayer(8, 4), 0.5, criterion="random", seed=seed)
