@@ -13,7 +13,8 @@ import torch
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
-from lion_fast.data.sources import PUBLISHED, Raw, collect, read_csv, read_folder, read_vtab
+from lion_fast.data.published import PUBLISHED, read_vtab
+from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir
 from lion_fast.options import CHECK
@@ -177,11 +178,13 @@ def load_images(
 
 def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
     check_choice("check", check, CHECK)
+    if classes is not None:
+        check_classes(classes)
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
         raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
-        if classes is not None and [str(c) for c in classes] != raw.classes:
+        if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
     path = Path(source).expanduser()
@@ -190,7 +193,8 @@ def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
         for reader, lists in PUBLISHED.items():
             if any(all((path / name).is_file() for name in marks) for marks in lists):
                 more = {"val": val, "test": test} if reader is read_vtab else {}
-                return collect(reader(path, **more), path, check=check, strict=strict)
+                listed = reader(path, classes, **more)
+                return collect(listed, path, check=check, strict=strict, classes=classes)
         return collect(read_folder(path, classes), path, check=check, strict=strict, classes=classes)
     if path.is_file() and path.suffix.lower() == ".csv":
         return collect(read_csv(path, classes), path, check=check, strict=strict, classes=classes)
@@ -219,5 +223,5 @@ def _fingerprint(sets: dict[str, ImageSet | None]) -> str:
     for split, images in sets.items():
         if images is not None:
             for name, label in zip(images.names, images.labels.tolist(), strict=True):
-                digest.update(f"{split}\t{name}\t{label}\n".encode())
+                digest.update(f"{split}\t{name}\t{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
