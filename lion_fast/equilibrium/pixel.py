@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.layer import HINT, READ_OUT_STD
+from lion_fast.equilibrium.layer import READ_OUT_STD
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, takes_solve_options
+from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, apply_policy, takes_solve_options
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_fast.errors import check_choice, check_gamma, check_whole
 from lion_kernels.reference import ACTIVATIONS
@@ -138,13 +138,8 @@ class PixelEnd(Solving, Masked):
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
         z, info = solve_implicit(
-            f,
-            q,
-            torch.zeros_like(q),
-            self.solve,
-            self.solve.terms,
-            return_info=return_info,
-            hint=lambda: HINT,
+            f, q, torch.zeros_like(q), self.solve, self.solve.terms, return_info=return_info
         )
+        apply_policy(info, self.on_failure)
         out = x + F.conv2d(z, self.masked("V"), self.c)
         return (out, info) if return_info else out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lion_fast.equilibrium import layer
 from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.solve import SolveInfo
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
@@ -63,9 +63,9 @@ class LionLayer(layer.LionLayer):
             )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype).reshape(x.shape)
-        info.residual, info.iterations = (
-            told.reshape(x.shape[:-1]) for told in (info.residual, info.iterations)
-        )
+        info.residual = info.residual.reshape(x.shape[:-1])
+        info.iterations = info.iterations.reshape(x.shape[:-1])
+        apply_policy(info, self.on_failure, self._hint)
         return (out, info) if return_info else out
 
 
