@@ -45,7 +45,7 @@ class WeightsError(LionError, RuntimeError):
 
 
 class ConvergenceError(LionError, RuntimeError):
-    """An equilibrium that was not reached while `on_failure="raise"`."""
+    """An equilibrium, or its gradient, that was not reached while `on_failure="raise"`."""
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
