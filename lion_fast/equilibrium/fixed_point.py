@@ -42,7 +42,7 @@ def picard(
         return new, new
 
     start = rows_of(z0)
-    floor = floor * start.shape[1] ** 0.5
+    floor = floor * max(start.shape[1], 1) ** 0.5
     z, new, change, count = iterate(step, start, max_iter, tol, damping, floor, early_exit=early_exit)
     return _result(torch.where(torch.isfinite(change), new, z), z0, change, count, tol)
 
@@ -148,12 +148,13 @@ def _flatten(f: Callable[[Tensor], Tensor], z0: Tensor) -> Callable[[Tensor], Te
 
     def flat(z: Tensor) -> Tensor:
         value = f(z.to(z0.dtype).reshape(z0.shape))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"f must return a tensor of real floating-point numbers; it returned {found}")
         if value.shape != z0.shape:
             raise ValueError(
                 f"f must keep the state's shape {tuple(z0.shape)}; it returned {tuple(value.shape)}"
             )
-        if not value.is_floating_point():
-            raise TypeError(f"f must return real floating-point numbers; it returned {value.dtype}")
         return value.reshape(z.shape).to(z.dtype)
 
     return flat
@@ -174,7 +175,7 @@ def _accelerated(
     """
     max_iter, tol = options.max_iter, options.tolerance(z0.dtype)
     state = rows_of(z0)
-    floor = floor * state.shape[1] ** 0.5
+    floor = floor * max(state.shape[1], 1) ** 0.5
     best = state
     best_change = state.new_full((state.shape[0], 1), torch.inf)
     active = torch.ones_like(best_change, dtype=torch.bool)

@@ -131,7 +131,30 @@ def solve_tokens(
     adjoint, compiling = options.adjoint(tol), torch.compiler.is_compiling()
     inspect = options.on_failure != "ignore" and not compiling
     watched = (return_info or inspect) and save and options.max_iter > 1 and not compiling
-    sink: list[SolveInfo] = []
+    told, tell = backward_record(activation, options, tol, contracts, hint)
+    out, change, count = _Equilibrium.apply(
+        x.reshape(-1, x.shape[-1]).contiguous(), A, W, b, V, c, activation, options.max_iter, tol,
+        options.damping, adjoint, residual, backend, save, tell if watched else None,
+    )  # fmt: skip
+    out = out.reshape(x.shape)
+    if not (return_info or inspect):
+        return out, None
+    info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+    told.append(info)
+    if inspect:
+        apply_policy(info, options.on_failure, hint)
+    return out, info
+
+
+def backward_record(
+    activation: str, options: SolveOptions, tol: float, contracts: bool, hint: Callable[[], str]
+) -> tuple[list[SolveInfo], Callable[[SolveInfo, Tensor, Tensor, Tensor, Tensor], None]]:
+    """A list for the info of a forward, and tell(record, grad_out, p, W, V), by which its backward joins it.
+
+    `contracts` and `hint` as in `solve_tokens`.
+    """
+    told: list[SolveInfo] = []
+    adjoint = options.adjoint(tol)
 
     def tell(record: SolveInfo, grad_out: Tensor, p: Tensor, W: Tensor, V: Tensor) -> None:
         if options.backward != "exact":
@@ -141,19 +164,9 @@ def solve_tokens(
                 record.grows = torch.zeros_like(record.residual, dtype=torch.bool)
             else:
                 record = _series_record(grad_out, p, W, V, activation, adjoint, tol)
-        record_backward(sink[0], record, grad_out, options.on_failure, hint)
+        record_backward(told[0], record, grad_out, options.on_failure, hint)
 
-    out, change, count = _Equilibrium.apply(
-        x.reshape(-1, x.shape[-1]).contiguous(), A, W, b, V, c, activation, options.max_iter, tol,
-        options.damping, adjoint, residual, backend, save, tell if watched else None,
-    )  # fmt: skip
-    out = out.reshape(x.shape)
-    if not (return_info or inspect):
-        return out, None
-    info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
-    sink.append(info)
-    apply_policy(info, options.on_failure, hint)
-    return out, info
+    return told, tell
 
 
 def _series_record(

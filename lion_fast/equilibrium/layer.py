@@ -1,7 +1,5 @@
 """`LionLayer`: the drop-in equilibrium layer."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +11,10 @@ from lion_fast.equilibrium.solve import (
     SolveInfo,
     SolveOptions,
     Solving,
-    apply_policy,
     takes_solve_options,
 )
 from lion_fast.errors import OptionError, check_choice, check_number, check_whole
-from lion_kernels.reference import ACTIVATIONS, flag_rows
+from lion_kernels.reference import ACTIVATIONS
 
 RECURRENCES = ("free", "tied")
 # The read-out starts small, so that the layer starts near the identity, and not at zero, where no
@@ -39,15 +36,6 @@ def hint(layer: nn.Module) -> str:
         "Raise max_iter or tol, or lower gamma; where it is not finite, look for NaN and Inf in the input or "
         "for numbers beyond its dtype."
     )
-
-
-def flag_output(layer: Solving, info: SolveInfo, *results: Tensor) -> None:
-    """Residual inf where a token's row of `results` [tokens, N] is not finite, told by the layer's policy."""
-    flagged = torch.zeros_like(info.residual)
-    for result in results:
-        flagged = flag_rows(flagged, result.detach())
-    info.residual = info.residual + flagged
-    apply_policy(replace(info, residual=flagged), layer.on_failure, lambda: hint(layer))
 
 
 class LionLayer(Solving, Masked):
@@ -81,6 +69,7 @@ class LionLayer(Solving, Masked):
     """
 
     matrices = ("A", "W", "V")
+    _hint = hint
     # The state width of the layer that `pruning.compact` made this one from.
     compacted_from: int | None = None
 
@@ -145,7 +134,7 @@ class LionLayer(Solving, Masked):
         found = solve_tokens(
             x, self.masked("A"), self.recurrence_matrix(), self.b, self.masked("V"), self.c,
             self.activation, self.solve, return_info=return_info, contracts=self.gamma < 1,
-            hint=lambda: hint(self),
+            hint=self._hint,
         )  # fmt: skip
         return found if return_info else found[0]
 

@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.contraction import scale_within
-from lion_fast.equilibrium.layer import READ_OUT_STD, flag_output, hint
+from lion_fast.equilibrium.layer import READ_OUT_STD, hint
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.solve import (
     OPTIONS,
     SolveInfo,
     SolveOptions,
     Solving,
+    apply_policy,
     check_tensor,
     takes_solve_options,
 )
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_fast.errors import check_choice, check_gamma, check_whole
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, flag_rows
 
 # Frequencies per dimension above which the torus is sampled: a trigonometric polynomial of degree d exceeds
 # its largest sample of n by at most 1 / cos(pi d / n), 0.5 % per dimension at 3 x 3.
@@ -104,6 +105,7 @@ class PixelEnd(Solving, Masked):
     """
 
     matrices = ("U", "W", "V")
+    _hint = hint
 
     @takes_solve_options(*(name for name in OPTIONS if name != "backend"))
     def __init__(
@@ -160,14 +162,10 @@ class PixelEnd(Solving, Masked):
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
         z, info = solve_implicit(
-            f,
-            q,
-            torch.zeros_like(q),
-            self.solve,
-            self.solve.terms,
-            return_info=return_info,
-            hint=lambda: hint(self),
+            f, q, torch.zeros_like(q), self.solve, self.solve.terms, return_info=return_info, hint=self._hint
         )
         out = x + F.conv2d(z, V, self.c.to(x.dtype))
-        flag_output(self, info, q.flatten(1), out.flatten(1))
+        for result in (q, out):
+            info.residual = flag_rows(info.residual, result.detach().flatten(1))
+        apply_policy(info, self.on_failure, self._hint)
         return (out, info) if return_info else out

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lion_fast.equilibrium import layer
 from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.solve import SolveInfo
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.equilibrium.solvers import solve_implicit
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype, flag_rows
 
 
 class LionLayer(layer.LionLayer):
@@ -60,14 +60,13 @@ class LionLayer(layer.LionLayer):
                 options.terms,
                 early_exit=True,
                 return_info=return_info,
-                hint=lambda: layer.hint(self),
+                hint=self._hint,
             )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype)
-        layer.flag_output(self, info, out)
-        info.residual, info.iterations = (
-            told.reshape(x.shape[:-1]) for told in (info.residual, info.iterations)
-        )
+        info.residual = flag_rows(info.residual, out.detach()).reshape(x.shape[:-1])
+        info.iterations = info.iterations.reshape(x.shape[:-1])
+        apply_policy(info, self.on_failure, self._hint)
         out = out.reshape(x.shape)
         return (out, info) if return_info else out
 

@@ -22,7 +22,7 @@ from lion_fast.equilibrium.solve import (
     record_backward,
     takes_solve_options,
 )
-from lion_fast.errors import check_choice, refuse_unknown
+from lion_fast.errors import OptionError, check_choice, refuse_unknown
 from lion_kernels.reference import ADJOINT_FLOOR, iterate
 
 __all__ = ["ImplicitLayer", "anderson", "broyden", "implicit", "picard"]
@@ -170,6 +170,18 @@ class _ImplicitGradient(torch.autograd.Function):
         return *final((solved,), grad, recorded), *([None] * (4 + len(rest) - ctx.has_x))
 
 
+def _leaves(applied: Tensor, x: Tensor | None) -> tuple[Tensor, ...]:
+    """The leaves that `applied` was made of, but for those behind x: what a plain function f closes over."""
+    seen, found, nodes = {None if x is None else x.grad_fn, None}, [], [applied.grad_fn]
+    while nodes and not torch.compiler.is_compiling():
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            found += [node.variable] if type(node).__name__ == "AccumulateGrad" else []
+            nodes += [further for further, _ in node.next_functions]
+    return tuple(found)
+
+
 def _once_only(z: Tensor) -> Tensor:
     return z if torch.compiler.is_compiling() else _OnceOnly.apply(z)
 
@@ -177,10 +189,12 @@ def _once_only(z: Tensor) -> Tensor:
 def _own_options(solver: str, given: Mapping[str, float] | None) -> dict[str, float]:
     """`given` as a dict, once every name in it is an option of `solver` alone and its value is in range."""
     check_choice("solver", solver, SOLVERS)
-    given = dict(given or {})
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise OptionError(f"solver_options must be names and values, or None; got {given!r}")
     refuse_unknown(given, OWN_OPTIONS[solver], f"option of solver {solver!r}")
     SOLVERS[solver](lambda z: z, torch.zeros(0, 1), **given)
-    return given
+    return dict(given)
 
 
 @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
@@ -217,7 +231,9 @@ def implicit(
     """
     own = _own_options(solver, solver_options)
     options = SolveOptions(**{"backward": DEFAULT_BACKWARD[solver]} | solve)
-    return solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit, own)
+    z, info = solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit, own)
+    apply_policy(info, options.on_failure)
+    return z, info
 
 
 def solve_implicit(
@@ -235,14 +251,14 @@ def solve_implicit(
 ) -> tuple[Tensor, SolveInfo]:
     """`implicit` by checked options, with `terms` in place of their `neumann_terms`.
 
-    A "jfb" gradient is looked at, for one product with J, where `return_info` or `on_failure` asks for it.
+    `on_failure` and `hint` are for the backward here; the caller applies the policy to the forward. A "jfb"
+    gradient is looked at, by one product with J, where `return_info` or `on_failure` asks for it.
     """
     refuse_transforms()
     tol, backward, on_failure = options.tolerance(z0.dtype), options.backward, options.on_failure
     solve = partial(SOLVERS[solver], tol=tol, damping=options.damping, early_exit=early_exit, **own or {})
     with torch.no_grad():
         z, info = solve(lambda z: f(z, x), z0, max_iter=options.max_iter)
-    apply_policy(info, on_failure, hint)
     if not torch.is_grad_enabled():
         return z, info
     single = options.max_iter == 1  # no equilibrium
@@ -265,7 +281,7 @@ def solve_implicit(
         record_backward(info, record, g, on_failure, hint)
         return y
 
-    parameters = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
+    parameters = tuple(f.parameters()) if isinstance(f, nn.Module) else _leaves(applied, x)
     return _ImplicitGradient.apply(applied, z, x, f, solve_adjoint, *parameters), info
 
 
@@ -306,6 +322,7 @@ class ImplicitLayer(Solving, nn.Module):
             self.f, x, z0, self.solve, self.solve.neumann_terms, self.solver, self.early_exit,
             self.solver_options, return_info=return_info, hint=self._hint,
         )  # fmt: skip
+        apply_policy(info, self.on_failure, self._hint)
         return (z, info) if return_info else z
 
     def _hint(self) -> str:

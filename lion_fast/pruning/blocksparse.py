@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.layer import LionLayer, hint
+from lion_fast.equilibrium.functional import backward_record, check_input
+from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.masked import stamps
-from lion_fast.equilibrium.solve import SolveInfo, apply_policy, record_backward
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.equilibrium.solvers import final
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
@@ -18,7 +18,7 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
     """As `functional._Equilibrium`; A, W and V are the values of their patterns where they have one."""
 
     @staticmethod
-    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint, told):
+    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint, tell):
         weights = _weights((A, W, V), patterns)
         if _on_kernels(x, b):
             from lion_kernels.step import solve_wide as solve
@@ -28,8 +28,8 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
             x, weights[0], weights[1], b, weights[2], c, activation, max_iter, tol, damping, True
         )
         ctx.save_for_backward(x, p, A, W, V)
-        ctx.told = told
         ctx.patterns, ctx.options, ctx.dtypes = patterns, (activation, *adjoint, True), (b.dtype, c.dtype)
+        ctx.tol, ctx.tell = tol, tell
         ctx.mark_non_differentiable(change, count)
         return out, change, count
 
@@ -47,8 +47,9 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
             from lion_kernels.step import adjoint_wide as adjoint
         else:
             weights, adjoint = [_dense(w) for w in weights], reference.adjoint
-        dx, dA, dW, db, dV, dc, *record = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
-        ctx.told(*record, grad_out)
+        dx, dA, dW, db, dV, dc, change, count = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
+        if ctx.tell is not None:
+            ctx.tell(SolveInfo(change, count, ctx.tol), grad_out, p, _dense(weights[1]), _dense(weights[2]))
         grads = []
         for grad, own, pattern in zip((dA, dW, dV), (A, W, V), ctx.patterns, strict=True):
             grad = grad if pattern is None or kernels else pattern.gather(grad)
@@ -123,20 +124,16 @@ class BlockSparseLayer(nn.Module):
         )
         if layer.max_iter == 1:
             W = W * 0  # as in `equilibrium`
+        wanted = (return_info or layer.on_failure != "ignore") and layer.max_iter > 1
+        told, tell = backward_record(layer.activation, layer.solve, tol, layer.gamma < 1, layer._hint)
         with torch.autocast(x.device.type, enabled=False):
-            sink: list[SolveInfo] = []
-
-            def told(change: Tensor, count: Tensor, grad_out: Tensor) -> None:
-                if layer.backward == "exact":
-                    record = SolveInfo(change, count, tol)
-                    record_backward(sink[0], record, grad_out, layer.on_failure, lambda: hint(layer))
-
             out, change, count = _BlockSparseEquilibrium.apply(
                 x.reshape(-1, layer.dim).contiguous(), A, W, layer.b, V, layer.c, patterns, layer.activation,
-                layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol), told,
+                layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol),
+                tell if wanted else None,
             )  # fmt: skip
         out = out.reshape(x.shape)
         info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
-        sink.append(info)
-        apply_policy(info, layer.on_failure, lambda: hint(layer))
+        told.append(info)
+        apply_policy(info, layer.on_failure, layer._hint)
         return (out, info) if return_info else out

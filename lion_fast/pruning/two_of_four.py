@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
-from lion_fast.equilibrium.layer import LionLayer, hint
+from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.masked import stamps
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.errors import OptionError
@@ -138,5 +138,5 @@ class TwoOfFourLayer(nn.Module):
             )
         out = out.reshape(x.shape)
         info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
-        apply_policy(info, layer.on_failure, lambda: hint(layer))
+        apply_policy(info, layer.on_failure, layer._hint)
         return (out, info) if return_info else out
