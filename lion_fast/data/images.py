@@ -67,7 +67,8 @@ def _decode(image: Image.Image) -> Image.Image:
     if scale and "transparency" in image.info:  # PIL scales the levels to 0..255 and not this one
         image.info["transparency"] *= scale
     image.filename = ""  # no memory map: PIL mixes up the sides of a turned TIFF in it
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.format != "TIFF":  # PIL turns it while it reads, and some versions would turn it once more
+        ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
 
 
