@@ -20,7 +20,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image as RGB: grey is repeated, alpha composited on white, integer grey scaled from 16 bits to 8.
 
-    Raises ValueError for floating-point images and for integers outside 0..65535.
+    Raises ValueError for floating-point images, for integers outside 0..65535, and where one side is more
+    than 1000 times the other.
 
     >>> from PIL import Image
     >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
@@ -49,7 +50,9 @@ def _layout(image: Image.Image) -> str:
 
 
 def _refuse(image: Image.Image) -> None:
-    """ValueError for what PIL reads without an error and wrongly, as far as the file's head tells."""
+    """ValueError for what cannot be used, or is read wrongly by PIL, as far as the file's head tells."""
+    if max(image.size) > 1000 * min(image.size):  # the short side resized to 224, it would fill the memory
+        raise ValueError("one side is more than 1000 times the other")
     if image.mode == "F":
         raise ValueError("floating-point images have no defined range; save them as 8 or 16 bit")
     if (

@@ -119,6 +119,7 @@ def unreadable(folder):
     folder.mkdir()
     Image.new("F", (1, 1), 0.5).save(folder / "floating.tif")
     Image.new("I", (1, 1), 70_000).save(folder / "0..65535.tif")
+    Image.new("L", (2001, 2)).save(folder / "1000 times.png")
     negative = TiffImagePlugin.ImageFileDirectory_v2()
     negative[262] = 0
     Image.new("I;16", (1, 1), 7).save(folder / "white.tif", tiffinfo=negative)
