@@ -99,7 +99,7 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
             + ": these would be classes. Name the parts train, val and test and move everything else away"
         )
     items, empty = [], {}
-    ignored = sum(p.is_file() for top in roots.values() for p in _entries(top))
+    ignored = [p for top in roots.values() for p in _entries(top) if p.is_file()]
     for split, top in roots.items():
         folders = _subfolders(top)
         if not folders:
@@ -107,11 +107,14 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
         for folder in folders:
             files = _files(folder)
             images = [p for p in files if p.suffix.lower() in EXTENSIONS]
-            ignored += len(files) - len(images)
+            ignored += [p for p in files if p.suffix.lower() not in EXTENSIONS]
             if not images:
                 empty.setdefault(split, []).append(folder.name)
             items += [Item(p, p.relative_to(root).as_posix(), folder.name, split) for p in images]
-    about["ignored_files"] = ignored
+    about["ignored_files"] = len(ignored)
+    if ignored:
+        told = some(p.relative_to(root) for p in ignored)
+        say_once(f"{root} has {len(ignored)} file(s) that are no images of a class: {told}")
     found = sorted({folder.name for top in roots.values() for folder in _subfolders(top)})
     needed = empty.get("all", []) + empty.get("train", [])
     if needed and classes is None:

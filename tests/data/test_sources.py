@@ -249,6 +249,13 @@ def test_names_that_are_not_utf_8(tmp_path):
     json.loads(json.dumps(splits.description))
 
 
+def test_files_that_are_passed_over_are_named(three, capsys):
+    for name in ("loose.png", "cat/photo.heic", "cat/.hidden"):
+        (three / name).write_bytes(b"")
+    assert load_data(three).description["ignored_files"] == 2
+    assert "2 file(s) that are no images of a class: loose.png, cat/photo.heic" in capsys.readouterr().err
+
+
 def test_unreadable_images_are_skipped_counted_and_named(three):
     (three / "cat" / "broken.png").write_bytes(b"not an image")
     whole = write_noise(three / "dog" / "flipped.png", 0).read_bytes()
