@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lion_fast.data.draws import as_labels
 from lion_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
@@ -183,7 +184,7 @@ class ImageSet(Dataset):
         names: Sequence[str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
     ):
-        self.labels = torch.as_tensor(labels, dtype=torch.int64).clone()
+        self.labels = as_labels(labels).clone()
         self.classes = [str(c) for c in classes]
         self.names = [str(n) for n in (range(len(store)) if names is None else names)]
         self.transform = transform
