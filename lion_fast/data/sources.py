@@ -105,7 +105,7 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
         if not folders:
             raise DataError(f"{top} has no class sub-folders; expected for example {top.name}/cat/1.jpg")
         for folder in folders:
-            files = _files(folder)
+            files = files_below(folder)
             images = [p for p in files if p.suffix.lower() in EXTENSIONS]
             ignored += [p for p in files if p.suffix.lower() not in EXTENSIONS]
             if not images:
@@ -307,7 +307,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return [p for p in _entries(folder) if p.is_dir()]
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, those in linked folders too; DataError for a link that leads back."""
     parent = Path(os.path.realpath(folder.parent))
     files, todo = [], [(folder, frozenset(map(str, (parent, *parent.parents))))]

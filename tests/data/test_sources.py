@@ -17,6 +17,7 @@ from image_helpers import (
     write_noise,
 )
 
+from lion_fast.commands.common import find_images
 from lion_fast.data import load_data, load_images
 from lion_fast.errors import DataError, OptionError
 
@@ -204,6 +205,7 @@ def test_linked_folders_are_read(tmp_path):
     assert images.counts() == {"cat": 4, "dog": 1, "eel": 3}
     assert images.names[2] == "cat/more/deep/000.png" and len(set(images.names)) == 8
     images.image(2)
+    assert find_images([str(root)]) == [root / name for name in images.names]  # what predict reads
 
 
 @pytest.mark.parametrize(
