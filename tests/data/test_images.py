@@ -79,6 +79,7 @@ def png(bits, kind, row, clear):
         (png(4, 0, b"\x12", b"\0\1"), [255, 34]),
         (png(16, 0, b"\x64\x64\x64\x65", b"\x64\x64"), [255, 100]),
     ],
+    ids=["grey", "colour", "1 bit, black", "1 bit, white", "2 bits", "4 bits", "16 bits"],
 )
 def test_a_transparent_value_is_white(tmp_path, file, want):
     (tmp_path / "t.png").write_bytes(file)

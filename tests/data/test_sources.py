@@ -87,7 +87,7 @@ BAD_CSV = [
 ]
 
 
-@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV)
+@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV, ids=range(len(BAD_CSV)))
 def test_bad_csv(tmp_path, content, classes, message):
     for k in range(2):
         write_image(tmp_path / f"{k}.png", k)
