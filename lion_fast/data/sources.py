@@ -21,6 +21,7 @@ SPLIT_NAMES = {
 # Python's own int() takes 0_1, 01, +1 and the digits of every script for numbers.
 WHOLE = r"0|[1-9][0-9]{0,8}"
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+DEBRIS = ("__MACOSX", "__pycache__", "lost+found")
 SHOWN = 5
 
 
@@ -294,7 +295,7 @@ def collect(
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, debris apart; DataError for what is neither file nor folder."""
     try:
-        found = sorted(p for p in folder.iterdir() if not _hidden(Path(p.name)))
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in DEBRIS)
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
     for path in found:
@@ -322,7 +323,3 @@ def files_below(folder: Path) -> list[Path]:
             else:
                 files.append(path)
     return sorted(files)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in path.parts)

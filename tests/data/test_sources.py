@@ -138,7 +138,7 @@ def test_one_file_under_two_names_is_refused(tmp_path, layout):
 
 
 def test_debris_and_an_empty_class_of_the_val_split_are_fine(three, tmp_path):
-    for name in ("__MACOSX/cat", ".thumbnails", "__background__"):
+    for name in ("__MACOSX/cat", "lost+found", ".thumbnails", "__background__"):
         write_image(three / name / "1.png")
     assert load_data(three).classes == ["__background__", "cat", "dog", "eel"]
     class_folders(tmp_path / "d" / "train", {"a": 3, "b": 3})
