@@ -5,6 +5,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
+from lion_fast.backbones.backbone import Backbone
 from lion_fast.backbones.cheaper import heads, tail
 
 
@@ -27,6 +28,19 @@ def prefix_kv(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     kv = F.linear(tokens, attn.qkv.weight[inner:], bias)  # the query third of the projection is not needed
     k, v = kv.reshape(tokens.shape[0], 2, attn.num_heads, -1).permute(1, 2, 0, 3).unbind(0)
     return attn.k_norm(k), v
+
+
+def kv_sources(backbone: Backbone) -> list[Tensor]:
+    """The frozen tensors of a ViT or Swin that keys and values of tokens are made of, as they are now."""
+    model = backbone.model
+    blocks = model.blocks if backbone.family == "vit" else [b for stage in model.layers for b in stage.blocks]
+    found = []
+    for block in blocks:
+        attn = block.attn
+        for part in (block.norm1, attn, attn.qkv, getattr(attn, "k_norm", attn.qkv)):
+            found += part._parameters.values()
+            found += part._buffers.values()
+    return [t for t in found if t is not None]
 
 
 @works_for_first

@@ -29,6 +29,8 @@ from lion_fast.pruning.compaction import describe_compacted
 from lion_fast.pruning.counts import count_parameters
 from lion_fast.pruning.packing import MASK
 
+# Prompts, ranks, cells: an option above it is a slip that would take all memory
+MOST = 65_536
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 
 
@@ -116,7 +118,8 @@ class TunedModel(nn.Module):
     ):
         super().__init__()
         refuse_unknown(unknown, method_options(type(self)), f"option of {self.method}")
-        check_whole("num_classes", num_classes)
+        check_whole("num_classes", num_classes, most=10_000_000)
+        check_bool("head_bias", head_bias)
         backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(backbone, Backbone):
             raise BackboneError(
@@ -128,13 +131,18 @@ class TunedModel(nn.Module):
                 f"method {self.method} works on {', '.join(self.families)} backbones; {backbone.name} is a "
                 f"{backbone.family} backbone. Methods that work on it: {able}"
             )
+        if backbone.tuned_by or any(p.requires_grad for p in backbone.parameters()):
+            told = f"belongs to a {backbone.tuned_by} model" if backbone.tuned_by else "is not frozen"
+            raise BackboneError(
+                f"this {backbone.name} {told}; give the backbone as it was loaded, or model.merge().backbone"
+            )
         cheaper.check_method(backbone, self.method)
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
         self.pool = pool
         self.options: dict[str, Any] = {}
-        self.record(pool=pool, head_bias=bool(head_bias))
+        self.record(pool=pool, head_bias=head_bias)
         self.head = self.new_head(backbone.pooled_width(pool), head_bias)
 
     def new_head(self, width: int, bias: bool) -> nn.Linear:
@@ -186,6 +194,15 @@ class TunedModel(nn.Module):
     def merge(self) -> "TunedModel":
         """Fold the method into the backbone's weights, where the method can."""
         raise OptionError(f"method {self.method} does not merge into the weights of a backbone")
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TunedModel":
+        """Ask for gradients of what the method trains, and of its head; what is frozen stays frozen."""
+        frozen = {id(p) for p in self.backbone.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in frozen:
+                parameter.requires_grad_(requires_grad)
+        self.backbone.requires_grad_(requires_grad)
+        return self
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What the optimiser gets: the method's parameters and the head."""
