@@ -177,9 +177,13 @@ class TunedModel(nn.Module):
         return self.encode(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) in the head's dtype."""
+        """Logits (B, num_classes) in the head's dtype; B may be 0. `DataError` for what are no images."""
+        self.backbone.check_images(images)
         with self.backbone.autocast(images.device):
-            features = self.features(images)
+            if len(images):
+                features = self.features(images)
+            else:  # timm's windows take no empty batch: one image stands in for it
+                features = self.features(images.new_zeros(1, *images.shape[1:]))[:0]
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 
