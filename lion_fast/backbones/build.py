@@ -101,7 +101,7 @@ def load_backbone(
     source = "random"
     if from_hub:
         cfg = model.pretrained_cfg
-        _on_grid_from_hub(model)
+        on_grid_from_hub(model)
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         source = f"timm hub: {cfg.get('architecture') or name}{tag}"
     elif own is not None and (pretrained or weights is not None):
@@ -125,7 +125,7 @@ def load_backbone(
     return backbone
 
 
-def _on_grid_from_hub(model: nn.Module) -> None:
+def on_grid_from_hub(model: nn.Module) -> None:
     """See `loading.on_grid`: the hub's weights are of the size that their configuration says."""
     pos, embed = getattr(model, "pos_embed", None), getattr(model, "patch_embed", None)
     if pos is not None and embed is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lion_fast.errors import CheckpointError
 from lion_fast.training.checkpoints import Checkpoint
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import exact_dtype
@@ -80,6 +81,12 @@ def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
         part, key = name.rsplit("/", 1)
         parts[part][key] = tensor.to(setup.accelerator.device, copy=True)
     setup.model.load_adapter_state_dict(parts["model"])
+    foreign = [p for p in parts if p.startswith("optimizer/") and p[len("optimizer/") :] not in setup.trained]
+    if foreign:
+        raise CheckpointError(
+            f"the checkpoint holds an optimiser's state of {', '.join(foreign[:3])}, which this model "
+            "does not train: an older lion-fast trained it in another form. Begin the run anew"
+        )
     for name, parameter in setup.trained.items():
         for key, tensor in parts[f"optimizer/{name}"].items():
             # Adam counts its steps on the CPU
