@@ -151,7 +151,7 @@ class Backbone(nn.Module):
             self.width_in = self.width_out = model.embed_dim
             shape = (1, self.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
         else:
-            self.width_in = model.patch_embed.proj.out_channels if self.family == "swin" else 3
+            self.width_in = model.patch_embed.proj.out_channels if self.family == "swin" else self.channels
             self.width_out = model.num_features
             shape = (1, 2, 2, self.width_out)
         some = next(model.parameters())
@@ -215,12 +215,16 @@ class Backbone(nn.Module):
                 f"images.to({weight.dtype}), or cast it"
             )
         embed = getattr(self.model, "patch_embed", None)
-        size = embed.img_size if getattr(embed, "strict_img_size", False) else None
+        strict, padded = (getattr(embed, name, False) for name in ("strict_img_size", "dynamic_img_pad"))
+        patch = (1, 1) if embed is None or padded else to_2tuple(embed.patch_size)
         good = images.ndim == 4 and images.shape[1] == self.channels and min(images.shape[2:]) > 0
-        if not good or size not in (None, tuple(images.shape[2:])):
-            height, width = ("H", "W") if size is None else size
+        if good and strict:
+            good = images.shape[2:] == embed.img_size
+        if not good or any(n % p for n, p in zip(images.shape[2:], patch, strict=True)):
+            told = "{} x {} pixels".format(*embed.img_size) if strict else "any size"
+            told += "" if strict or patch == (1, 1) else " that is a multiple of {} x {}".format(*patch)
             raise DataError(
-                f"{self.name} takes images (B, {self.channels}, {height}, {width}); got {tuple(images.shape)}"
+                f"{self.name} takes images (B, {self.channels}, H, W) of {told}; got {tuple(images.shape)}"
             )
 
     @works_for_first

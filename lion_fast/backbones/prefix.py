@@ -1,5 +1,6 @@
 """Frozen ViT attention with keys and values in front of its own: what prompt methods reduce to."""
 
+import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
@@ -7,11 +8,14 @@ from torch import Tensor, nn
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.backbone import Backbone
 from lion_fast.backbones.cheaper import heads, tail
+from lion_fast.backbones.fp8 import Fp8Linear
 
 
 def takes_prefix(block: nn.Module) -> bool:
     """Whether `prefix_kv` and `prefix_block` know this ViT block."""
-    return isinstance(block, (Block, ResPostBlock)) and type(block.attn) is Attention
+    plain = isinstance(block, (Block, ResPostBlock)) and type(block.attn) is Attention
+    # the weight of another kind of linear (an adapter's, a quantised one) is not what it computes with
+    return plain and type(block.attn.qkv) in (nn.Linear, Fp8Linear)
 
 
 @works_for_first
@@ -38,6 +42,8 @@ def kv_sources(backbone: Backbone) -> list[Tensor]:
     for block in blocks:
         attn = block.attn
         for part in (block.norm1, attn, attn.qkv, getattr(attn, "k_norm", attn.qkv)):
+            if part is not attn and part._modules:  # parametrised: what it computes is new in every call
+                found.append(torch.empty(0))
             found += part._parameters.values()
             found += part._buffers.values()
     return [t for t in found if t is not None]

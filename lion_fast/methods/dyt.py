@@ -141,7 +141,7 @@ class DyT(BlockMethod):
         (*_, logits, masks), self._last = self._last, None
         complete = _wide(self.complete(images))
         return {
-            "complete": F.cross_entropy(complete, labels),
+            "complete": F.cross_entropy(complete, labels if labels.is_floating_point() else labels.long()),
             "distillation": F.kl_div(
                 _wide(logits).log_softmax(-1),
                 complete.detach().log_softmax(-1),

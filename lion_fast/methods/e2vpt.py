@@ -185,7 +185,7 @@ class E2VPT(PromptMethod):
                 self._probe = masks
             for images, labels in batches:
                 with torch.enable_grad():
-                    loss = F.cross_entropy(self(images.to(device)).float(), labels.to(device))
+                    loss = F.cross_entropy(self(images.to(device)).float(), labels.to(device).long())
                 for total, gradient in zip(sums, torch.autograd.grad(loss, masks), strict=True):
                     total += gradient.abs() if absolute else gradient
                 count += 1
@@ -209,7 +209,9 @@ class E2VPT(PromptMethod):
         check_number("segment_ratio", segment_ratio, least=0, below=1)
         if self.options["pruned"] != [0, 0]:
             raise OptionError("this model is pruned already; prune a fresh one by both ratios at once")
-        token, segment = scores
+        token, segment = (torch.as_tensor(score) for score in scores)
+        if not (token.isfinite().all() and segment.isfinite().all()):
+            raise OptionError("scores hold NaN or Inf; take the importance of a model that is finite")
         if token.shape != (self.length,) or segment.shape != (self.length, SEGMENTS):
             raise OptionError(
                 f"scores must be of shapes ({self.length},) and ({self.length}, {SEGMENTS}); "

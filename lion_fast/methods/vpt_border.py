@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lion_fast.errors import DataError
+
 
 class PixelBorder(nn.Module):
     """Images (B, 3, H, W) in a frame `pixels` wide: (B, 3, H + 2 p, W + 2 p), the border the same for all.
@@ -62,7 +64,9 @@ class PixelBorder(nn.Module):
         super()._load_from_state_dict(self.renewed(state_dict, prefix), prefix, *args)
 
     def forward(self, images: Tensor) -> Tensor:
-        p = self.pixels
+        p, size = self.pixels, (self.column_pixels.shape[1], self.row_pixels.shape[2] - 2 * self.pixels)
+        if images.shape[2:] != size:
+            raise DataError(f"the border is around images of {size}; got {tuple(images.shape)}")
         rows, columns = (
             part.to(images.dtype).expand(len(images), -1, -1, -1) for part in (self.rows, self.columns)
         )

@@ -126,7 +126,7 @@ def test_images_that_are_none(key, method):
         *((x * 50).to(dtype) for dtype in (torch.uint8, torch.int8, torch.int64, torch.bool)),
         *(x.to(dtype) for dtype in (torch.complex64, torch.float16, torch.float64)),
         *(x[:, :1], x[:, [0, 1, 2, 0]], x[0], x[None], x[..., :0], x.movedim(1, -1), x.numpy(), None, [1]),
-        *(() if key == "resnet" else (x[..., :-4], torch.zeros(2, 3, 48, 32))),
+        *(x[..., :-4], torch.zeros(2, 3, 48, 32)),
     ):
         with pytest.raises(DataError, match="images"):
             model(wrong)
@@ -177,3 +177,12 @@ def test_what_create_is_given(value):
             assert isinstance(error, OptionError)
         else:
             assert "seed" in given and type(value) is int
+
+
+def test_images_of_a_size_that_a_patch_does_not_divide():
+    model = create(backbone("vit", dynamic_img_size=True), "probe", num_classes=3)
+    assert model(torch.zeros(2, 3, 48, 64)).shape == (2, 3)
+    with pytest.raises(DataError, match="multiple of 16 x 16"):
+        model(torch.zeros(2, 3, 40, 64))
+    padded = create(backbone("vit", dynamic_img_size=True, dynamic_img_pad=True), "probe", num_classes=3)
+    assert padded(torch.zeros(2, 3, 40, 64)).shape == (2, 3)

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from method_helpers import backbone, described, images, shaken
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from lion_fast.adapters import load_adapter
 from lion_fast.backbones import backbone_sha256, cheaper, fp8
-from lion_fast.errors import AdapterError, BackboneError
+from lion_fast.errors import AdapterError, BackboneError, OptionError
 from lion_fast.methods import available, create
 
 OWNERS = ("bitfit", "full", "lntune", "partial", "ssf")
@@ -234,3 +235,34 @@ def test_a_backbone_in_8_bits_is_told_from_the_one_it_was():
         frozen.model.blocks[0].attn.qkv.bytes.copy_(frozen.model.blocks[1].attn.qkv.bytes)
         assert not torch.equal(model(x), kept)
     assert frozen.weights_sha256 != sha256
+
+
+def test_what_a_parametrised_projection_computes_is_not_kept():
+    frozen = backbone("vit")
+    scaled = torch.nn.Linear(1, 1)
+    scaled.forward = lambda weight: weight * scaled.weight
+    model = shaken(create(frozen, "vpt", num_classes=3)).eval()
+    parametrize.register_parametrization(frozen.blocks[0].attn.qkv, "weight", scaled)
+    frozen.requires_grad_(False)
+    x = images(model)
+    with torch.no_grad():
+        scaled.weight.fill_(1)
+        before = model(x)
+        scaled.weight.fill_(2)
+        assert (model(x) - before).abs().max() > 1e-4
+
+
+def test_a_projection_of_another_kind_is_no_plain_block():
+    frozen = backbone("vit")
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    frozen.blocks[1].attn.qkv.__class__ = Adapted
+    for method in ("vfpt", "cvpt", "e2vpt"):
+        with pytest.raises(BackboneError, match="plain ViT blocks"):
+            create(frozen, method, num_classes=3)
+    with pytest.raises(OptionError, match="naive"):
+        create(frozen, "vpt", num_classes=3, form="exact")
+    assert create(frozen, "vpt", num_classes=3).form == "naive"
