@@ -87,7 +87,7 @@ def _tell(command: str, error: BaseException) -> int:
     if isinstance(error, LionError):
         print(f"lion-fast {command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, OptionError) else EXIT_FAILED
-    print(f"\nlion-fast {command}: {error or 'interrupted'}", file=sys.stderr)
+    print(f"\nlion-fast {command}: {str(error) or 'interrupted'}", file=sys.stderr)
     if hasattr(error, "hint"):
         print(error.hint, file=sys.stderr)
     return EXIT_INTERRUPTED
