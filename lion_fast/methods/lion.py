@@ -119,7 +119,9 @@ class LionModel(TunedModel):
         self.output_end: nn.Module | None = None
         if "input" in ends:
             if backbone.family == "cnn":
-                self.input_end = PixelEnd(backbone.width_in, pixel_channels, **solve)
+                check_whole("pixel_channels", pixel_channels)
+                own = {name: value for name, value in solve.items() if name != "backend"}
+                self.input_end = PixelEnd(backbone.width_in, pixel_channels, **own)
             else:
                 self.input_end = LionLayer(backbone.width_in, recurrence=recurrence, **layer)
         if "output" in ends and not states:
