@@ -247,8 +247,8 @@ class TunedModel(nn.Module):
                 "the adapter's classes and pool, or load the adapter by load_adapter(dir)"
             )
         for name, tensor in own.items():
-            if state[name].is_complex():
-                raise AdapterError(f"{name} of the adapter is complex; train or fetch the adapter again")
+            if state[name].is_floating_point() != tensor.is_floating_point() or state[name].is_complex():
+                raise AdapterError(f"{name} of the adapter is {state[name].dtype}; fetch the adapter again")
             if state[name].shape != tensor.shape:
                 raise AdapterError(
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "
