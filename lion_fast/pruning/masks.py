@@ -14,6 +14,9 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError, check_choice, check_number
 from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
 
+# What a generator of torch takes.
+SEEDS = -(2**63), 2**64 - 1
+
 
 class Matrix(NamedTuple):
     """One prunable matrix: its layer's name and module, and its own name in it."""
@@ -164,7 +167,12 @@ def select(
     growth, regrow: of the kept count, this share goes instead to the largest `growth` among the rest.
 
     2:4 keeps the best two of each four neighbours in a row, whatever the scope.
+
+    Raises OptionError where a score is NaN or Inf, which has no place in a ranking.
     """
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise OptionError(f"{name} or its gradient holds NaN or Inf: load it again or train anew")
     sizes = {m.full_name: m.parameter.detach().abs().float() for m in matrices}
     if granularity == "2:4":
         return {m.full_name: _two_of_four(scores[m.full_name], sizes[m.full_name]) for m in matrices}
