@@ -5,6 +5,7 @@ state kept are a row's own, so a row's result does not depend on its batch-mates
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,19 @@ from torch import Tensor
 from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, default_tol, takes_solve_options
 from lion_fast.errors import check_number, check_whole
 from lion_kernels.reference import STATE_FLOOR, accumulate_dtype, iterate, relative_change
+
+# What a solver alone takes, and the check of it.
+OWN_OPTIONS: dict[str, dict[str, Callable]] = {
+    "picard": {},
+    "anderson": {"window": check_whole, "ridge": partial(check_number, least=0)},
+    "broyden": {"memory": check_whole},
+}
+
+
+def check_own(solver: str, **given: object) -> None:
+    """Raise `OptionError` unless these values of options that `solver` alone takes are in range."""
+    for name, value in given.items():
+        OWN_OPTIONS[solver][name](name, value)
 
 
 @takes_solve_options("max_iter", "tol", "damping")
@@ -65,8 +79,7 @@ def anderson(
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     options = SolveOptions(**solve)
-    check_whole("window", window)
-    check_number("ridge", ridge, least=0)
+    check_own("anderson", window=window, ridge=ridge)
     damping, flat = options.damping, _flatten(f, z0)
     states: list[Tensor] = []
     values: list[Tensor] = []
@@ -105,7 +118,7 @@ def broyden(
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
     """
     options = SolveOptions(**solve)
-    check_whole("memory", memory)
+    check_own("broyden", memory=memory)
     damping, flat = options.damping, _flatten(f, z0)
     left: list[Tensor] = []
     right: list[Tensor] = []

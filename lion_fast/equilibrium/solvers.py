@@ -11,7 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.fixed_point import SOLVERS, anderson, broyden, picard, rows_of
+from lion_fast.equilibrium.fixed_point import (
+    OWN_OPTIONS,
+    SOLVERS,
+    anderson,
+    broyden,
+    check_own,
+    picard,
+    rows_of,
+)
 from lion_fast.equilibrium.solve import (
     EXACT_FACTOR,
     PHANTOM_DAMPING,
@@ -27,9 +35,7 @@ from lion_kernels.reference import ADJOINT_FLOOR, iterate
 
 __all__ = ["ImplicitLayer", "anderson", "broyden", "implicit", "picard"]
 
-# The options that a solver has for itself, and the gradient that is its default: Anderson and Broyden find
-# equilibria of maps that do not contract, where no series converges.
-OWN_OPTIONS = {"picard": (), "anderson": ("window", "ridge"), "broyden": ("memory",)}
+# Anderson and Broyden find equilibria of maps that do not contract, where no series converges.
 DEFAULT_BACKWARD = {"picard": "neumann", "anderson": "exact", "broyden": "exact"}
 
 
@@ -193,7 +199,7 @@ def _own_options(solver: str, given: Mapping[str, float] | None) -> dict[str, fl
     if not isinstance(given, Mapping):
         raise OptionError(f"solver_options must be names and values, or None; got {given!r}")
     refuse_unknown(given, OWN_OPTIONS[solver], f"option of solver {solver!r}")
-    SOLVERS[solver](lambda z: z, torch.zeros(0, 1), **given)
+    check_own(solver, **given)
     return dict(given)
 
 
