@@ -19,6 +19,7 @@ from lion_fast.equilibrium.fixed_point import (
     check_own,
     picard,
     rows_of,
+    version_of,
 )
 from lion_fast.equilibrium.solve import (
     EXACT_FACTOR,
@@ -263,8 +264,13 @@ def solve_implicit(
     refuse_transforms()
     tol, backward, on_failure = options.tolerance(z0.dtype), options.backward, options.on_failure
     solve = partial(SOLVERS[solver], tol=tol, damping=options.damping, early_exit=early_exit, **own or {})
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor or None, and f may close over more; got {type(x).__name__}")
+    before = 0 if x is None else version_of(x)
     with torch.no_grad():
         z, info = solve(lambda z: f(z, x), z0, max_iter=options.max_iter)
+    if x is not None and version_of(x) != before:
+        raise ValueError("f must not change its x in place: every application of f reads it")
     if not torch.is_grad_enabled():
         return z, info
     single = options.max_iter == 1  # no equilibrium

@@ -362,6 +362,14 @@ def test_options_of_a_solver():
             implicit(f, x, x, solver=solver, solver_options=given)
 
 
+def test_what_f_may_do_with_x():
+    x = torch.randn(3, N)
+    with pytest.raises(ValueError, match="in place"):
+        implicit(lambda z, x: 0.5 * z + x.add_(1), x, torch.zeros(3, N))
+    with pytest.raises(TypeError, match="close over"):
+        implicit(lambda z, x: 0.5 * z + x[0], [x], torch.zeros(3, N))
+
+
 @pytest.mark.parametrize("wrong", [lambda z: (z, z), lambda z: z.long(), lambda z: z + 1j])
 @every_solver
 def test_what_f_may_return(solver, wrong):
