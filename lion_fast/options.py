@@ -16,6 +16,8 @@ from lion_fast.errors import OptionError, check_bool, check_choice, check_number
 # How images are brought to the backbone's size: short side and centre, or both sides.
 RESIZE = ("crop", "direct")
 CHECK = ("header", "decode", "none")
+# Which images count as one that is there twice.
+DUPLICATES = ("content", "near", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")

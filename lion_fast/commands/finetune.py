@@ -14,12 +14,12 @@ the defaults is said before training. Ctrl-C writes a checkpoint.
 import argparse
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lion_fast.commands.common import add_progress, add_settings, given_settings, say
-from lion_fast.errors import OptionError
+from lion_fast.errors import CheckpointError, OptionError
 from lion_fast.files import write_atomically
 from lion_fast.options import default_of, in_words, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
+    from lion_fast.data.record import RECORD
     from lion_fast.training import Interrupted, fit, prepare_output
 
     layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict:
     settings.check()
     out = Path(settings.out)
     prepare_output(out, resume=args.resume, overwrite=args.overwrite)
-    splits = settings.load_data()
+    splits = _resumed(settings, out) if args.resume else settings.load_data()
     settings = settings.with_preset(len(splits.train), len(splits.classes))
     model = settings.create(splits.classes)
     _check_backend(model, settings)
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> dict:
     if main_process:
         if not (args.resume and (out / "config.yaml").is_file()):
             # a resumed run keeps what it was started with: this command may yet be refused
-            settings.save(out / "config.yaml")
+            splits.save(out / RECORD)
+            replace(settings, data=settings.data.located()).save(out / "config.yaml")
             write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
     try:
@@ -89,6 +91,27 @@ def run(args: argparse.Namespace) -> dict:
             _tell_end(result, fitted)
     _end_process_group()
     return result
+
+
+def _resumed(settings: Settings, out: Path) -> "Splits":
+    """The images of the run in the output folder: those that it began with."""
+    from lion_fast.data.record import record_of, refuse_other
+
+    record, described = record_of(out)
+    if record is None:
+        splits = settings.load_data()
+        refuse_other(out, described, splits.description)
+        return splits
+    if (out / "config.yaml").is_file():
+        before = Settings.load(out / "config.yaml")
+        was, now = before.data.draws(before.train.seed), settings.data.draws(settings.train.seed)
+        told = [f"{name} was {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
+        if told:
+            raise CheckpointError(
+                f"the run in {out} has another split: {'; '.join(told)}. Resume with the options it was "
+                "begun with, or choose another output folder"
+            )
+    return settings.data.load(record=record)
 
 
 def _check_backend(model: "TunedModel", settings: Settings) -> None:

@@ -11,7 +11,15 @@ import io
 import sys
 from pathlib import Path
 
-from lion_fast.commands.common import add_adapter, add_running, find_images, load_run, running, say
+from lion_fast.commands.common import (
+    add_adapter,
+    add_running,
+    find_images,
+    load_run,
+    running,
+    say,
+    tell_trained,
+)
 from lion_fast.errors import DataError, check_whole
 
 
@@ -31,11 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Classify images; unreadable ones are skipped, counted and named."""
+    from lion_fast.data.record import record_of
     from lion_fast.training import predict_files
 
     check_whole("--top-k", args.top_k)
-    model, _, folder = load_run(args.adapter, args.device, args.weights)
+    model, settings, folder = load_run(args.adapter, args.device, args.weights)
     paths = find_images(args.images)
+    trained = tell_trained(record_of(folder.parent)[0], settings, args.images, [str(path) for path in paths])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]
     k = min(args.top_k, len(classes))
@@ -59,6 +69,7 @@ def run(args: argparse.Namespace) -> dict:
     return {
         "adapter": str(folder),
         "images": len(paths),
+        "training_images": trained,
         "skipped": [{"path": str(path), "reason": reason} for path, reason in failed],
         "predictions": rows,
     }

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> dict:
     """Prune a saved adapter in one shot; write it beside the settings it was trained with."""
     from lion_fast import pruning
     from lion_fast.adapters import TENSORS
+    from lion_fast.data.record import RECORD
     from lion_fast.inspection import parameter_counts
 
     model, _, folder = load_run(args.adapter, args.device, args.weights)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict:
     given = Path(args.adapter)
     out = Path(args.out) if args.out else given.with_name(given.name + "-pruned")
     model.save_adapter(out / "adapter")
-    for name in ("config.yaml", "splits.json"):
+    for name in ("config.yaml", "splits.json", RECORD):
         if (folder.parent / name).is_file():
             shutil.copyfile(folder.parent / name, out / name)
     result: dict[str, Any] = {
