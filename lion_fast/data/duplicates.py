@@ -113,5 +113,5 @@ def _nearly(sets: Sequence[ImageSet]) -> list[list[int]]:
 
 
 def _small(image: Image.Image) -> Tensor:
-    grey = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    grey = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(grey, np.float32).ravel() - 128)

@@ -113,7 +113,7 @@ def read_record(file: str | os.PathLike) -> Record:
     for line, row in rows:
         problem = _problem(row, seen, names)
         if problem:
-            raise DataError(f"{file}, line {line}: {problem}. Take the file as it was written")
+            raise DataError(f"{file}, line {line}: {problem[:200]}. Take the file as it was written")
         name, label, split, number, size, sha256 = row
         seen.add(name)
         if split == UNUSED:
@@ -145,7 +145,7 @@ def _problem(row: list[str], seen: Collection[str], names: Mapping[int, str]) ->
     if not _NUMBER.fullmatch(number) or (name and not _NUMBER.fullmatch(size)):
         return f"class and bytes must be whole numbers; got {number!r} and {size!r}"
     if not _DIGEST.fullmatch(sha256):
-        return f"sha256 must be 64 hexadecimal digits; got {sha256[:80]!r}"
+        return f"sha256 must be 64 hexadecimal digits; got {sha256!r}"
     if names.get(int(number), label) != label:
         return f"class {number} is {label!r} here and {names[int(number)]!r} above"
     return None
