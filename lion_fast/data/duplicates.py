@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from lion_fast.data.images import ImageSet
-from lion_fast.errors import DataError
 from lion_fast.files import sha256_file
 
 # "near": the root mean square difference of two images at SIDE x SIDE grey pixels is at most NEAR of 255
@@ -24,15 +23,15 @@ Stored = str | np.ndarray | None
 
 
 def size_of(stored: Stored) -> int:
-    """Bytes of a file or of pixels; 0 for an image that was left out."""
+    """Bytes of a file or of pixels; 0 for an image that was left out or cannot be read."""
     try:
         return 0 if stored is None else os.path.getsize(stored) if isinstance(stored, str) else stored.nbytes
-    except OSError as error:
-        raise DataError(f"the image {stored} cannot be read: {error.strerror}") from error
+    except OSError:
+        return 0
 
 
 def digests(stored: Sequence[Stored]) -> list[str]:
-    """sha256 of each file's bytes or of its pixels, in hexadecimal; "" for an image that was left out."""
+    """sha256 of each file's bytes or of its pixels, in hexadecimal; "" where `size_of` is 0."""
     if not any(isinstance(one, str) for one in stored):
         return list(map(_digest, stored))
     with ThreadPoolExecutor() as pool:  # files may be far away
@@ -43,8 +42,8 @@ def _digest(stored: Stored) -> str:
     try:
         if isinstance(stored, str):
             return sha256_file(stored)
-    except OSError as error:
-        raise DataError(f"the image {stored} cannot be read: {error.strerror}") from error
+    except OSError:  # whoever decodes it says so
+        return ""
     return "" if stored is None else hashlib.sha256(stored.tobytes()).hexdigest()
 
 
@@ -86,7 +85,7 @@ def _by_content(stored: Sequence[Stored]) -> list[list[int]]:
     groups = defaultdict(list)
     for i, digest in zip(alike, digests([stored[i] for i in alike]), strict=True):
         groups[digest].append(i)
-    return [group for group in groups.values() if len(group) > 1]
+    return [group for digest, group in groups.items() if digest and len(group) > 1]
 
 
 def _nearly(sets: Sequence[ImageSet]) -> list[list[int]]:

@@ -102,13 +102,15 @@ def read_record(file: str | os.PathLike) -> Record:
     try:
         text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if next(reader, None) != COLUMNS:
-            raise DataError(f"{file} is no record of a split: its first line must be {','.join(COLUMNS)}")
+        header = next(reader, None)
         rows = [(reader.line_num, row) for row in reader if row]
-    except OSError as error:
-        raise DataError(f"the record of the split {file} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the record of the split {file} cannot be read: {reason}") from error
     except csv.Error as error:
         raise DataError(f"{file} is no comma-separated table: {error}") from error
+    if header != COLUMNS:
+        raise DataError(f"{file} is no record of a split: its first line must be {','.join(COLUMNS)}")
     unused = set()
     for line, row in rows:
         problem = _problem(row, seen, names)
@@ -227,10 +229,10 @@ def _plain(name: str) -> str:
 
 
 WORDS = {
-    "new": "images are new since the split was written down and stand in no part of it",
-    "missing": "recorded images of parts that are not used here are gone",
-    "changed": "images have other content than when the split was written down",
-    "moved": "images stand in another part of the source by now than in the recorded split, which is used",
+    "new": "are new since the split was written down and stand in no part of it",
+    "missing": "of recorded parts that are not used here are gone",
+    "changed": "have other content than when the split was written down",
+    "moved": "stand in another part of the source by now than in the recorded split, which is used",
 }
 
 

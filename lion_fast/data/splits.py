@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
-from lion_fast.data.duplicates import find_duplicates
+from lion_fast.data.duplicates import SHOWN, find_duplicates
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
@@ -152,6 +152,8 @@ def load_data(
         keep[drawn] = False
         if len(drawn):
             parts[name] = rest.subset(drawn)
+        else:
+            say_once(f"{source}: there is no {name} part: no class has a second image that could go to it")
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
     if n_train is not None:
@@ -189,6 +191,8 @@ def _load_recorded(
 ) -> Splits:
     for part in needed:
         check_choice("needed", part, PARTS)
+    if not isinstance(record, (str, os.PathLike, Record)):
+        raise OptionError(f"record must be a path; got {type(record).__name__}")
     record = record if isinstance(record, Record) else read_record(record)
     # of VTAB-1k the lists that the record is of, and no test image where none is needed
     shares = {part: 0.2 if record.parts[part] else 0.0 for part in ("val", "test")}
@@ -197,7 +201,7 @@ def _load_recorded(
     raw = _read(source, **shares, **reading, known=record.classes)
     sets, changes = recall(raw, record, source, needed)
     for change, found in changes.items():
-        say_once(f"{source}: {found['count']} {WORDS[change]}: {_first(found)}")
+        say_once(f"{source}: {found['count']} image(s) {WORDS[change]}: {_first(found)}")
     told = {
         "seed": None,
         "split": f"as written down in {record.file}",
@@ -211,10 +215,10 @@ def _described(source, sets, raw: Raw, classes, told, duplicates, strict, unused
     """The splits with their description, after what is wrong with them has been said."""
     twice = find_duplicates(sets, duplicates)
     like = {"near": "nearly the same content"}.get(duplicates, "the same content")
-    words = {"across": f"stand in more than one of train, val and test with {like}"}
-    words["labels"] = f"stand in more than one class with {like}"
     problems = [
-        f"{twice[k]['count']} images {words[k]}: {_first(twice[k])}" for k in words if twice[k]["count"]
+        f"{twice[k]['count']} image(s) stand in more than one {where} with {like}: {_first(twice[k])}"
+        for k, where in (("across", "of train, val and test"), ("labels", "class"))
+        if twice[k]["count"]
     ]
     if problems and strict:
         raise DataError(f'{source}: {"; ".join(problems)} (strict; remove them, or set duplicates to "none")')
@@ -264,6 +268,10 @@ def load_images(
         split = next(name for name in ("all", "test", "val", "train") if name in raw.parts)
     if split not in raw.parts:
         raise DataError(f"{source} has no {split} part; it has: {', '.join(raw.parts)}")
+    count, failed = (raw.about.get("skipped") or {"count": 0, "files": []}).values()
+    if count:
+        told = {"count": count, "images": [f"{one['file']} ({one['reason']})" for one in failed[:SHOWN]]}
+        say_once(f"{source}: {count} image(s) cannot be read and are left out: {_first(told)}")
     return raw.parts[split]
 
 

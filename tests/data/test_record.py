@@ -248,6 +248,8 @@ def test_a_record_of_other_bytes_is_one_error(photos, tmp_path, content):
         again(photos, tmp_path)
     with pytest.raises(DataError):
         again(photos, tmp_path / "none.csv")
+    with pytest.raises(DataError):
+        again(photos, "nul\0.csv")
 
 
 def test_a_record_says_which_images_there_are(photos, tmp_path):
@@ -255,6 +257,8 @@ def test_a_record_says_which_images_there_are(photos, tmp_path):
     for draw in ({"n_train": 3}, {"n_test": 3}, {"n_per_class": 2}, {"imbalance": 2.0}):
         with pytest.raises(OptionError, match=next(iter(draw))):
             again(photos, tmp_path / "split.csv", **draw)
+    with pytest.raises(OptionError, match="record"):
+        again(photos, load_data(photos))
     with pytest.raises(OptionError, match="needed"):
         again(photos, tmp_path / "split.csv", needed=("all",))
 
