@@ -73,10 +73,10 @@ class Backbone(nn.Module):
 
     Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the tokens
     of `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
-    square), `mean`, `std`, `interpolation`, `crop_pct`, `resize` (what the images need), `weights_source`
-    (where the weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
-    `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
-    it computes; see `load_backbone`).
+    square), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `resize` (what the images need),
+    `weights_source` (where the weights came from, in words), `weights_sha256` (over the weights as loaded),
+    `request` (what `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and
+    `precision` (how it computes; see `load_backbone`).
 
     >>> import timm
     >>> vit = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1))
@@ -116,6 +116,7 @@ class Backbone(nn.Module):
         self.std = tuple(std or config["std"])
         self.interpolation = interpolation or config["interpolation"]
         self.crop_pct = crop_pct or config["crop_pct"]
+        self.crop_mode = config["crop_mode"]
         check_choice("resize", resize, RESIZE)
         self.resize = resize
         self.weights_source = weights_source

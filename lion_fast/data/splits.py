@@ -14,8 +14,9 @@ from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, 
 from lion_fast.data.duplicates import SHOWN, find_duplicates
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
+from lion_fast.data.published import PUBLISHED, read_vtab
 from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
-from lion_fast.data.sources import PUBLISHED, Raw, collect, read_csv, read_folder, read_vtab, some
+from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder, some
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir, say_once
 from lion_fast.options import CHECK, DUPLICATES
@@ -194,6 +195,8 @@ def _load_recorded(
     if not isinstance(record, (str, os.PathLike, Record)):
         raise OptionError(f"record must be a path; got {type(record).__name__}")
     record = record if isinstance(record, Record) else read_record(record)
+    if reading["classes"] is not None and list(reading["classes"]) != record.classes:
+        raise OptionError(f"{record.file} has the classes {some(record.classes)}: give the same, or none")
     # of VTAB-1k the lists that the record is of, and no test image where none is needed
     shares = {part: 0.2 if record.parts[part] else 0.0 for part in ("val", "test")}
     if "test" not in needed:
@@ -278,23 +281,24 @@ def load_images(
 def _read(source, *, val, test, check, strict, classes, cache, known=None) -> Raw:
     """known: classes of a record; the source may lack some of them and hold others."""
     check_choice("check", check, CHECK)
+    if classes is not None:
+        check_classes(classes)
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
         raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
-        if classes is not None and [str(c) for c in classes] != raw.classes:
+        if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
-    path = Path(source).expanduser()
-    names = ", ".join(OFFLINE)
+    path, listed = Path(source).expanduser(), None
+    names, wanted = ", ".join(OFFLINE), classes or known
     if path.is_dir():
-        for reader, lists in PUBLISHED.items():
-            if any(all((path / name).is_file() for name in marks) for marks in lists):
-                more = {"val": val, "test": test} if reader is read_vtab else {}
-                return collect(reader(path, **more), path, check=check, strict=strict)
-    table = path.is_file() and path.suffix.lower() == ".csv"
-    if path.is_dir() or table:
-        listed = read_csv(path, classes) if table else read_folder(path, classes or known)
+        published = (r for r, lists in PUBLISHED.items() if any(_lie_in(path, marks) for marks in lists))
+        reader = next(published, read_folder)
+        listed = reader(path, wanted, **({"val": val, "test": test} if reader is read_vtab else {}))
+    elif path.is_file() and path.suffix.lower() == ".csv":
+        listed = read_csv(path, wanted)
+    if listed is not None:
         if known is not None:
             classes = [*known, *(name for name in listed.classes if name not in known)]
         return collect(listed, path, check=check, strict=strict, classes=classes)
@@ -305,6 +309,10 @@ def _read(source, *, val, test, check, strict, classes, cache, known=None) -> Ra
     raise DataError(
         f"{str(source)!r} is neither an existing folder or CSV file nor a built-in set ({names}){hint}"
     )
+
+
+def _lie_in(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _all_present(images: ImageSet, option: str) -> None:

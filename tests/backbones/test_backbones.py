@@ -90,7 +90,8 @@ def test_the_stages_are_timms_forward(key):
     assert y.ndim == (3 if backbone.family == "vit" else 4)
     config = resolve_model_data_config(model)
     assert (backbone.mean, backbone.std) == (config["mean"], config["std"])
-    assert (backbone.interpolation, backbone.crop_pct) == (config["interpolation"], config["crop_pct"])
+    for key in ("interpolation", "crop_pct", "crop_mode"):
+        assert getattr(backbone, key) == config[key]
 
 
 @pytest.mark.parametrize("key", ["vit registers, LayerScale", "swinv2", "resnet", "convnext"])
