@@ -82,7 +82,7 @@ def load_data(
         check_number(name, share, least=0, below=1, note=f"a share of the images (exact sizes: n_{name})")
     if val + test >= 1:
         raise OptionError(f"val + test must leave training images; got {val} + {test}")
-    check_whole("seed", seed, None)
+    check_whole("seed", seed, -(2**63), 2**64 - 1)
     given = [n for n, v in (("n_per_class", n_per_class), ("imbalance", imbalance)) if v is not None]
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
@@ -219,5 +219,5 @@ def _fingerprint(sets: dict[str, ImageSet | None]) -> str:
     for split, images in sets.items():
         if images is not None:
             for name, label in zip(images.names, images.labels.tolist(), strict=True):
-                digest.update(f"{split}\t{name}\t{label}\n".encode())
+                digest.update(os.fsencode(f"{split}\t{name}\t{label}\n"))
     return digest.hexdigest()

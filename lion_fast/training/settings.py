@@ -33,7 +33,9 @@ class DataSettings(Options):
     imbalance: float | None = setting(
         None, "long tail: largest over smallest class of the training images", default_is="as they are"
     )
-    data_seed: int | None = setting(None, "seed of splits and draws", default_is="seed", least=None)
+    data_seed: int | None = setting(
+        None, "seed of splits and draws", default_is="seed", least=-(2**63), most=2**64 - 1
+    )
     check: str = setting("header", "what is checked of every file at the start", choices=CHECK)
     strict: bool = setting(False, "an unreadable image is an error and not skipped")
     cache: str | None = setting(
