@@ -95,6 +95,9 @@ class ModelSettings(Options):
         from lion_fast.backbones import load_backbone
 
         given = {name: getattr(self, name) for name in ("weights", "pretrained", "img_size", "resize")}
+        for name in ("name", *given):
+            if name in self.backbone_options:
+                raise OptionError(f"{name} is no argument of the timm model; give it as a setting of its own")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return load_backbone(self.backbone, **given, **self.backbone_options)
