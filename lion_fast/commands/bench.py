@@ -99,9 +99,10 @@ def run(args: argparse.Namespace) -> dict:
         return _report_only(args)
     device, plan = common.find_device(args.device), make_plan(args)
     if args.list:
-        for line in plans.describe(plan):
-            print(line)
-        return {"plan": plans.describe(plan)}
+        told = plans.describe(plan)
+        if not args.json:
+            print("\n".join(told))
+        return {"plan": told}
     plans.check_device(plan, device)
     old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
     how = {name: getattr(args, name) for name in ("rounds", "minutes", "again")}

@@ -1,15 +1,17 @@
 """What commands share: flags made from settings, the device, trained models, images, what is said."""
 
 import argparse
+import codecs
+import math
 import os
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, OptionError, one_line, shown
 from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
@@ -22,6 +24,55 @@ if TYPE_CHECKING:
     from lion_fast.methods import TunedModel
 
 _FLAGS = {"options": "--set", "backbone_options": "--backbone-set"}
+NAMES = "lion_fast_names"  # how texts with names in them are encoded
+
+
+def _encode_name(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The bytes of a file name that is no UTF-8, as they are; else an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(NAMES, _encode_name)
+
+
+def prepare_streams() -> None:
+    """Have stdout take every name, and stdout and stderr be there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=NAMES)
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Stdout is written to its end, or the reason why it cannot be is raised."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
+def silence(stream: TextIO) -> bool:
+    """Drop what is left to write to a stream that cannot be written; False where it can."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
+
+
+def plain(value: Any) -> Any:
+    """A result as strict JSON has it: a number that is not finite is null."""
+    if isinstance(value, dict):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flag(name: str) -> str:
@@ -93,9 +144,9 @@ def find_device(name: str | None) -> "torch.device":
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        torch.empty(1, device=device).item()  # a meta tensor has no value
+    except Exception as error:  # every kind of device has kinds of its own
+        raise OptionError(f"device {shown(name)} cannot be used here: {one_line(error, 200)}") from error
     return device
 
 
@@ -188,7 +239,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
             if not inside:
                 raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
             found += inside
-        elif path.exists():
+        elif path.is_file():
             found.append(path)
         else:
             raise DataError(f"there is no file or folder {path}")

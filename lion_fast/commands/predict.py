@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from lion_fast.commands.common import (
+    NAMES,
     add_adapter,
     add_running,
     find_images,
@@ -20,7 +21,7 @@ from lion_fast.commands.common import (
     say,
     tell_trained,
 )
-from lion_fast.errors import DataError, check_whole
+from lion_fast.errors import DataError, OptionError, check_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> dict:
     check_whole("--top-k", args.top_k)
     model, settings, folder = load_run(args.adapter, args.device, args.weights)
     paths = find_images(args.images)
+    if args.out != "-" and Path(args.out).resolve() in (path.resolve() for path in paths):
+        raise OptionError(f"--out {args.out} is one of the images; give another place")
     trained = tell_trained(record_of(folder.parent)[0], settings, args.images, [str(path) for path in paths])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]
@@ -84,6 +87,6 @@ def _write_csv(out: str, names: list[str], rows: list[dict]) -> None:
         sys.stdout.write(text.getvalue())
         return
     try:
-        Path(out).write_text(text.getvalue(), encoding="utf-8", newline="")
+        Path(out).write_text(text.getvalue(), encoding="utf-8", errors=NAMES, newline="")
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}") from error
+        raise DataError(f"cannot write {out}: {error.strerror}; give another --out") from error

@@ -167,7 +167,8 @@ def recall(
     whole = ImageSet.join(list(raw.parts.values()))
     part_now = [part for part, images in raw.parts.items() for _ in range(len(images))]
     exact = {name: i for i, name in enumerate(whole.names)}
-    plain = {_plain(name): i for name, i in exact.items()}
+    recorded = {row.name for rows in record.parts.values() for row in rows} | record.unused
+    plain = {_plain(name): i for name, i in exact.items() if name not in recorded}
 
     def find(name: str) -> int | None:
         return exact.get(name, plain.get(_plain(name)))
@@ -190,19 +191,16 @@ def recall(
         images.labels = torch.tensor([row.label for row, _ in there], dtype=torch.int64)
         sets[part] = images if there else None
         if part in needed:
-            told = [f"are gone from {source} or cannot be read: {some(gone)}"] if gone else []
-            told += [f"have another label in {source} by now: {some(other)}"] if other else []
-            if told:
+            if gone or other:
+                what = "are gone or cannot be read" if gone else "have another label by now"
                 new = f"; new there: {some(changes['new'])}" if changes["new"] else ""
                 raise DataError(
-                    f"of the {len(rows)} {part} images that {record.file} lists, {len(gone or other)} "
-                    f"{' and some '.join(told)}{new}. Put them back as they were, or do not use that split: "
-                    "name other data to evaluate, or train anew"
+                    f"{source} is not as it was: of the {len(rows)} {part} images in {record.file} "
+                    f"{len(gone or other)} {what}: {some(gone or other)}{new}. Put them back as they were, "
+                    "or do without that split: name other data to evaluate, or train anew"
                 )
             changes["changed"] += _changed(images, [row for row, _ in there])
-        elif (
-            part in raw.parts or "lists" not in raw.about
-        ):  # a list of VTAB-1k that was left shut is not gone
+        elif part in raw.parts or "lists" not in raw.about:  # VTAB-1k: a list that is left shut is not gone
             changes["missing"] += gone
         changes["moved"] += [row.name for row, i in there if _moved(part, part_now[i])]
     return sets, {name: {"count": len(n), "images": n[:SHOWN]} for name, n in changes.items() if n}
@@ -244,15 +242,12 @@ def count_trained(record: Record, images: Sequence[Stored], source: str | os.Pat
     """
     rows, real = record.parts["train"], _real_paths()
     sizes, contents = {row.size for row in rows}, {row.sha256 for row in rows if row.sha256}
-    base, files = Path(source or "").expanduser(), set()
-    if source is not None and base.exists():
-        root = base if base.is_dir() else base.parent
-        files = {real(os.path.join(root, row.name)) for row in rows}
-    own = [isinstance(image, str) and real(image) in files for image in images]
-    unsure = [
-        image for image, is_own in zip(images, own, strict=True) if not is_own and size_of(image) in sizes
-    ]
-    return sum(own) + sum(digest in contents for digest in digests(unsure))
+    base = os.path.expanduser(source or "")
+    root = base if os.path.isdir(base) else os.path.dirname(base)
+    files = {real(os.path.join(root, row.name)) for row in rows} if os.path.exists(base) else set()
+    others = [image for image in images if not (isinstance(image, str) and real(image) in files)]
+    copies = digests([image for image in others if size_of(image) in sizes])
+    return len(images) - len(others) + sum(digest in contents for digest in copies)
 
 
 def _real_paths() -> Callable[[str], str]:

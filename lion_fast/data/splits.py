@@ -17,7 +17,7 @@ from lion_fast.data.offline import OFFLINE
 from lion_fast.data.published import PUBLISHED, read_vtab
 from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
 from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder, some
-from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole, one_line
 from lion_fast.files import cache_dir, say_once
 from lion_fast.options import CHECK, DUPLICATES
 
@@ -110,7 +110,7 @@ def load_data(
         check_number(name, share, least=0, below=1, note=f"a share of the images (exact sizes: n_{name})")
     if val + test >= 1:
         raise OptionError(f"val + test must leave training images; got {val} + {test}")
-    check_whole("seed", seed, None)
+    check_whole("seed", seed, -(2**63), 2**64 - 1)
     given = [n for n, v in (("n_per_class", n_per_class), ("imbalance", imbalance)) if v is not None]
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
@@ -154,7 +154,7 @@ def load_data(
         if len(drawn):
             parts[name] = rest.subset(drawn)
         else:
-            say_once(f"{source}: there is no {name} part: no class has a second image that could go to it")
+            _say(source, f"there is no {name} part: no class has a second image that could go to it")
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
     if n_train is not None:
@@ -204,7 +204,7 @@ def _load_recorded(
     raw = _read(source, **shares, **reading, known=record.classes)
     sets, changes = recall(raw, record, source, needed)
     for change, found in changes.items():
-        say_once(f"{source}: {found['count']} image(s) {WORDS[change]}: {_first(found)}")
+        _say(source, f"{found['count']} image(s) {WORDS[change]}: {_first(found)}")
     told = {
         "seed": None,
         "split": f"as written down in {record.file}",
@@ -230,7 +230,7 @@ def _described(source, sets, raw: Raw, classes, told, duplicates, strict, unused
         if absent := [label for label, count in of_class.items() if not count]:
             problems.append(f"{len(absent)} of {len(of_class)} classes have no {name} image: {some(absent)}")
     for problem in problems:
-        say_once(f"{source}: {problem}")
+        _say(source, f"{problem}")
     description = {
         "source": str(source),
         **raw.about,
@@ -241,6 +241,10 @@ def _described(source, sets, raw: Raw, classes, told, duplicates, strict, unused
         "fingerprint": _fingerprint(sets),
     }
     return Splits(sets["train"], sets["val"], sets["test"], classes, description, unused)
+
+
+def _say(source: object, text: str) -> None:
+    say_once(one_line(f"{source}: {text}"))
 
 
 def _first(found: dict[str, Any]) -> str:
@@ -274,7 +278,7 @@ def load_images(
     count, failed = (raw.about.get("skipped") or {"count": 0, "files": []}).values()
     if count:
         told = {"count": count, "images": [f"{one['file']} ({one['reason']})" for one in failed[:SHOWN]]}
-        say_once(f"{source}: {count} image(s) cannot be read and are left out: {_first(told)}")
+        _say(source, f"{count} image(s) cannot be read and are left out: {_first(told)}")
     return raw.parts[split]
 
 
@@ -283,26 +287,28 @@ def _read(source, *, val, test, check, strict, classes, cache, known=None) -> Ra
     check_choice("check", check, CHECK)
     if classes is not None:
         check_classes(classes)
+    if source == "":  # which would be the current folder
+        raise OptionError("no source given: name an image folder, a CSV file or a built-in set")
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
-        raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
+        raw = OFFLINE[source](Path(os.path.expanduser(cache)) if cache is not None else cache_dir())
         if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
-    path, listed = Path(source).expanduser(), None
+    path, listed = Path(os.path.expanduser(source)), None  # Path's own raises for a user that is not there
     names, wanted = ", ".join(OFFLINE), classes or known
-    if path.is_dir():
+    if os.path.isdir(path):
         published = (r for r, lists in PUBLISHED.items() if any(_lie_in(path, marks) for marks in lists))
         reader = next(published, read_folder)
         listed = reader(path, wanted, **({"val": val, "test": test} if reader is read_vtab else {}))
-    elif path.is_file() and path.suffix.lower() == ".csv":
+    elif os.path.isfile(path) and path.suffix.lower() == ".csv":
         listed = read_csv(path, wanted)
     if listed is not None:
         if known is not None:
             classes = [*known, *(name for name in listed.classes if name not in known)]
         return collect(listed, path, check=check, strict=strict, classes=classes)
-    if path.is_file():
+    if os.path.isfile(path):
         raise DataError(f"{path} is a file but no .csv; expected a folder, a CSV file or one of: {names}")
     near = difflib.get_close_matches(str(source), OFFLINE, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -46,7 +46,9 @@ class DataSettings(Options):
     imbalance: float | None = setting(
         None, "long tail: largest over smallest class of the training images", default_is="as they are"
     )
-    data_seed: int | None = setting(None, "seed of splits and draws", default_is="seed", least=None)
+    data_seed: int | None = setting(
+        None, "seed of splits and draws", default_is="seed", least=-(2**63), most=2**64 - 1
+    )
     check: str = setting("header", "what is checked of every file at the start", choices=CHECK)
     strict: bool = setting(
         False, "an image that is unreadable, or stands in two parts or classes, is an error and not only said"
@@ -81,12 +83,11 @@ class DataSettings(Options):
 
     def located(self) -> "DataSettings":
         """With the data's absolute path, so that they mean the same from every folder."""
-        path = Path(self.data or "").expanduser()
         from lion_fast.data import OFFLINE
 
-        if not self.data or self.data in OFFLINE or not path.exists():
-            return self
-        return replace(self, data=os.path.abspath(path))
+        path = os.path.expanduser(self.data or "")
+        there = os.path.exists(path) and self.data not in OFFLINE
+        return replace(self, data=os.path.abspath(path)) if there else self
 
 
 @documented
@@ -134,6 +135,9 @@ class ModelSettings(Options):
         from lion_fast.backbones import load_backbone
 
         given = {name: getattr(self, name) for name in ("weights", "pretrained", "img_size", "resize")}
+        for name in ("name", *given):
+            if name in self.backbone_options:
+                raise OptionError(f"{name} is no argument of the timm model; give it as a setting of its own")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return load_backbone(self.backbone, **given, **self.backbone_options)

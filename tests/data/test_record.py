@@ -193,6 +193,16 @@ def test_the_same_record_under_another_unicode_form_and_order(photos, tmp_path):
     assert names(again(photos, record)) == names(before)
 
 
+def test_two_names_in_two_unicode_forms_stay_two(photos, tmp_path):
+    two = [unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD")]
+    for i, name in enumerate(two):
+        write_noise(photos / "cat" / name, 900 + i)
+    load_data(photos, val=0, test=0).save(tmp_path / "split.csv")
+    (photos / "cat" / two[1]).unlink()
+    with pytest.raises(DataError, match="1 are gone"):
+        again(photos, tmp_path / "split.csv")
+
+
 def first(**values):
     """A change of the first row."""
 

@@ -100,6 +100,14 @@ def test_a_class_may_be_called_train(tmp_path):
     assert splits.classes == ["bus", "train"] and sizes(splits) == [6, 2, 2]
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/photos", "x" * 5000, "nul\0"])
+def test_places_that_cannot_be_are_one_error(source):
+    refuses("neither", source)
+    refuses("no source", "", error=OptionError)
+    with pytest.raises(DataError):
+        load_images(source)
+
+
 def test_load_images_says_what_it_leaves_out(three, capsys):
     for i in range(30):
         (three / "dog" / f"cut{i}.png").write_bytes(b"no image")
