@@ -6,6 +6,7 @@ examples:
 """
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def _images(
     args: argparse.Namespace, model: "TunedModel", settings: "Settings", run: Path
 ) -> tuple["ImageSet", dict[str, Any]]:
     """The images asked for, and what they are: "data", what has changed, how many were trained on."""
-    from lion_fast.data import load_images
+    from lion_fast.data import OFFLINE, load_images
     from lion_fast.data.record import record_of, refuse_other
 
     own = given_settings(args, DataSettings)
@@ -78,7 +79,12 @@ def _images(
         images = load_images(data, classes=model.classes, split=args.split, **own)
         about: dict[str, Any] = {"data": f"{data} ({args.split})" if args.split else data}
     else:
-        data = settings.data.data
+        data = settings.data.data or ""
+        if data not in OFFLINE and not os.path.exists(os.path.expanduser(data)):
+            raise DataError(
+                f"{data} is not there, which the adapter was trained on: name the DATA to evaluate, or write "
+                f"where it is now to data: in {run / 'config.yaml'}"
+            )
         source = replace(settings.data, duplicates="none", **own)
         split = args.split
         if record is not None:

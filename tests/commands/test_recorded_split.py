@@ -90,6 +90,16 @@ def test_evaluate_uses_the_recorded_items_after_images_were_added(home, told, mo
     assert found["accuracy"] == before["accuracy"] and found["changes"]["missing"]["count"] == 1
 
 
+def test_images_that_moved_are_found_where_the_settings_say(home, capsys, told):
+    before = json.loads((home / "run" / "results.json").read_text())["test"]["accuracy"]
+    (home / "photos").rename(home / "elsewhere")
+    assert main(["evaluate", str(home / "run"), *CPU]) == 1
+    assert "data: in" in capsys.readouterr().err
+    config = home / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(home / "photos"), str(home / "elsewhere")))
+    assert told("evaluate", home / "run", *CPU)[0]["accuracy"] == before
+
+
 def test_evaluate_refuses_where_a_recorded_image_is_gone(home, capsys):
     gone = read_record(home / "run" / "split.csv").parts["test"][0].name
     (home / "photos" / gone).unlink()
