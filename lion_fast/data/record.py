@@ -140,8 +140,8 @@ def _problem(row: list[str], seen: Collection[str], names: Mapping[int, str]) ->
     name, label, split, number, size, sha256 = row
     if split not in (*PARTS, UNUSED, "") or bool(name) != bool(split):
         return f"split must be train, val, test or unused; got {split!r}"
-    if name and name in seen:
-        return f"{name!r} is listed twice"
+    if name and (name in seen or "\0" in name):
+        return f"{name!r} is listed twice" if name in seen else f"{name!r} is no path"
     if split == UNUSED:
         return None
     if not _NUMBER.fullmatch(number) or (name and not _NUMBER.fullmatch(size)):

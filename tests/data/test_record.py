@@ -226,6 +226,7 @@ def first(**values):
         first(split="holdout"),
         first(split=""),
         first(path=""),
+        first(path="nul\0.png"),
         first(**{"class": "9" * 5000}),
         first(**{"class": "1000000000"}),
         first(**{"class": "-1"}),
