@@ -227,6 +227,9 @@ class TunedModel(nn.Module):
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "
                     f"{tuple(tensor.shape)}: other options, or a backbone of another width"
                 )
+        kinds = {name: (t.is_floating_point(), t.is_complex()) for name, t in own.items()}
+        if wrong := [n for n, t in state.items() if (t.is_floating_point(), t.is_complex()) != kinds[n]]:
+            raise AdapterError(f"{', '.join(wrong)} of the adapter is of another kind of number here")
         if bad := not_finite(state):
             raise AdapterError(
                 f"{', '.join(bad)} of the adapter holds NaN or Inf; train or fetch the adapter again"
