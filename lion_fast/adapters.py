@@ -131,7 +131,7 @@ def _check_images(directory: Path, description: dict, backbone: Backbone) -> Non
         if not same:
             raise AdapterError(
                 f"{directory} was trained on images with {key} {one_line(saved.get(key), 200)}; "
-                f"this backbone takes {value}. Build it as it was, or give allow_other_backbone=True to keep it"
+                f"this backbone takes {value}. Build it as it was, or allow_other_backbone=True keeps it"
             )
 
 

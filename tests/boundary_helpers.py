@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A tiny trained run, a set of images, values that nobody means, and the promise that a command line keeps."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Command lines that nobody means: flags with any value, unknown words, wrong mixtures, every command."""
 
 import argparse

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Files that somebody edited, or that are none: every command that reads them keeps its promise."""
 
 import hashlib

@@ -33,7 +33,7 @@ def odd_images(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_predict_names_files_of_any_bytes(odd_images, encoding):
     predict = ["predict", world() / "run", odd_images, "--device=cpu"]
     done = lion_fast(*predict, env={"PYTHONIOENCODING": encoding})
@@ -44,8 +44,8 @@ def test_predict_names_files_of_any_bytes(odd_images, encoding):
         assert {os.path.basename(row["path"].encode("latin-1")) for row in rows} == {
             name for name in os.listdir(os.fsencode(odd_images)) if name.endswith(b".png")
         }
-    told = json.loads(lion_fast(*predict, "--json", env={"PYTHONIOENCODING": encoding}).stdout)
-    assert all(os.path.exists(row["path"]) for row in told["predictions"]) and len(told["skipped"]) == 1
+    found = json.loads(told(*predict, "--json")[1])
+    assert all(os.path.exists(row["path"]) for row in found["predictions"]) and len(found["skipped"]) == 1
 
 
 def test_predict_writes_a_table_of_any_bytes(odd_images, tmp_path):
@@ -75,10 +75,9 @@ def test_class_names_of_any_bytes_train_and_are_told(tmp_path):
 
 
 @FULL
-@pytest.mark.parametrize("words", [["info", "--json"], ["--help"]])
-def test_a_full_disk_behind_stdout_is_one_line(words):
+def test_a_full_disk_behind_stdout_is_one_line():
     with open("/dev/full", "w") as full:
-        done = lion_fast(*words, stdout=full, stderr=subprocess.PIPE)
+        done = lion_fast("info", "--json", stdout=full, stderr=subprocess.PIPE)
     (line,) = done.stderr.decode().splitlines()
     assert done.returncode == 1 and "error: No space left on device" in line
 
@@ -89,9 +88,7 @@ def test_a_full_disk_behind_stderr_keeps_the_code():
         assert lion_fast("info", "nowhere", stdout=subprocess.PIPE, stderr=full).returncode == 1
 
 
-@pytest.mark.parametrize(
-    "words", [["info", "--methods"], ["info", "--methods", "--json"], ["finetune", "--help"]]
-)
+@pytest.mark.parametrize("words", [["info", "--methods"], ["finetune", "--help"]])
 def test_a_reader_that_has_gone_ends_quietly(words):
     read, write = os.pipe()
     os.close(read)
@@ -100,8 +97,9 @@ def test_a_reader_that_has_gone_ends_quietly(words):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-@pytest.mark.parametrize("words, code", [(["info", "--methods"], 0), (["info", "nowhere"], 1)])
+@pytest.mark.parametrize(
+    "closed, words, code", [((1,), ["info", "--methods"], 0), ((0, 1, 2), ["info", "nowhere"], 1)]
+)
 def test_streams_may_be_closed(closed, words, code):
     shell = f"exec {sys.executable} -m lion_fast {' '.join(words)} " + " ".join(
         f"{n}{'<' if n == 0 else '>'}&-" for n in closed
