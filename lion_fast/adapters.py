@@ -74,6 +74,8 @@ def load_adapter(
     saved = description["backbone"]
     if backbone is None:
         backbone = _rebuild(directory, saved, weights)
+        # the images of the training: an adapter without it is from before there was a choice
+        backbone.crop_mode = description["normalisation"].get("crop_mode", "center")
     differs = backbone.weights_sha256 != saved["sha256"]
     if differs and not allow_other_backbone:
         raise AdapterError(
@@ -121,8 +123,8 @@ def _check_sizes(directory: Path, description: dict, state: dict[str, torch.Tens
 
 def _check_images(directory: Path, description: dict, backbone: Backbone) -> None:
     """Same weights fed with other images are another backbone too."""
-    here = describe_images(backbone)
-    saved = {"resize": "crop"} | description["normalisation"]  # "crop": before there was a choice
+    here = {"crop_mode": "center"} | describe_images(backbone)
+    saved = {"resize": "crop", "crop_mode": "center"} | description["normalisation"]  # before it was a choice
     saved |= {"img_size": description["backbone"].get("img_size")}
     for key, value in here.items():
         same = saved.get(key) == value

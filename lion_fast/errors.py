@@ -50,8 +50,15 @@ class WeightsError(LionError, RuntimeError):
     """Backbone weights that cannot be found, fetched or verified."""
 
 
+class WriteError(LionError, OSError):
+    """A file that cannot be written: a full disk, a folder that is read-only or gone."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}. Free space, or choose another place"
+
+
 class ConvergenceError(LionError, RuntimeError):
-    """An equilibrium that was not reached while `on_failure="raise"`."""
+    """An equilibrium, or its gradient, that was not reached while `on_failure="raise"`."""
 
 
 def one_line(text: object, most: int = 1000) -> str:

@@ -346,3 +346,22 @@ def test_no_pickle_is_executed(tmp_path, probe):
 def test_given_a_device(tmp_path, probe):
     again = load_adapter(tmp_path, backbone=probe.backbone, device="meta")
     assert {p.device.type for p in again.parameters()} == {"meta"}
+
+
+def test_the_crop_mode_of_training_is_kept(tmp_path):
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "img_size": 32}
+    name, file = "convnext_tiny.fb_in22k_ft_in1k_384", tmp_path / "w.safetensors"
+    random = load_backbone(name, pretrained=False, **small)
+    safetensors.torch.save_file(random.model.state_dict(), file)
+    squash = load_backbone(name, weights=file, **small)
+    assert squash.crop_mode == "squash"
+    save_adapter(create(squash, "probe", num_classes=2), tmp_path / "new")
+    assert load_adapter(tmp_path / "new").backbone.crop_mode == "squash"
+    # written before it was read: the images had been cropped in the middle
+    squash.crop_mode = "center"
+    save_adapter(create(squash, "probe", num_classes=2), tmp_path / "old")
+    assert "crop_mode" not in described(tmp_path / "old")["normalisation"]
+    assert load_adapter(tmp_path / "old").backbone.crop_mode == "center"
+    refused("crop_mode squash", tmp_path / "new", backbone=squash)
+    squash.crop_mode = "squash"
+    refused("crop_mode center", tmp_path / "old", backbone=squash)

@@ -23,7 +23,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -73,10 +73,10 @@ class Backbone(nn.Module):
 
     Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the tokens
     of `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
-    square), `mean`, `std`, `interpolation`, `crop_pct`, `resize` (what the images need), `weights_source`
-    (where the weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
-    `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
-    it computes; see `load_backbone`).
+    square), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `resize` (what the images need),
+    `weights_source` (where the weights came from, in words), `weights_sha256` (over the weights as loaded),
+    `request` (what `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and
+    `precision` (how it computes; see `load_backbone`).
 
     >>> import timm
     >>> vit = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1))
@@ -116,6 +116,7 @@ class Backbone(nn.Module):
         self.std = tuple(std or config["std"])
         self.interpolation = interpolation or config["interpolation"]
         self.crop_pct = crop_pct or config["crop_pct"]
+        self.crop_mode = config["crop_mode"]
         check_choice("resize", resize, RESIZE)
         self.resize = resize
         self.weights_source = weights_source
@@ -125,6 +126,9 @@ class Backbone(nn.Module):
         self.memory, self.folded, self.precision = "plain", False, "fp32"
         model.requires_grad_(False)
         super().train(False)
+        for module in model.modules():
+            if isinstance(module, WindowAttention):  # timm before 1.0.31 has 0 / 0 in windows of one token
+                module.relative_coords_table.nan_to_num_(0.0)
 
         if self.family == "vit":
             self.width_in = self.width_out = model.embed_dim
@@ -197,7 +201,8 @@ class Backbone(nn.Module):
         """
         model = self.model
         if self.family == "cnn":
-            y, maps = model.forward_intermediates(x, indices=[at])
+            # counted from the end: a ConvNeXt of timm before 1.0.16 counts its stem too
+            y, maps = model.forward_intermediates(x, indices=[at - len(self.map_widths)])
             return y.permute(0, 2, 3, 1), maps[0].permute(0, 2, 3, 1)
         found = x
         for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):

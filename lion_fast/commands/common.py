@@ -183,6 +183,12 @@ def say(text: str, passing: bool = False) -> None:
     print(text, end="\r" if passing and sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
+def adapter_folder(given: str) -> Path:
+    """The adapter's folder of an adapter folder or an output folder of finetune."""
+    folder = Path(given)
+    return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
+
+
 def load_run(
     given: str, device: str | None = None, weights: str | None = None
 ) -> tuple["TunedModel", Settings, Path]:
@@ -192,9 +198,7 @@ def load_run(
     """
     from lion_fast.adapters import load_adapter
 
-    folder = Path(given)
-    if (folder / "adapter" / "adapter.json").is_file():
-        folder = folder / "adapter"
+    folder = adapter_folder(given)
     on, config = find_device(device), folder.parent / "config.yaml"
     values = read_settings(config, "config file") if config.is_file() else {}
     settings = Settings.from_dict(values if values.keys() <= set(Settings.names()) else {})

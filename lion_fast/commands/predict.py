@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from lion_fast.commands.common import NAMES, add_adapter, add_running, find_images, load_run, running, say
-from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.errors import DataError, check_whole
+from lion_fast.files import refuse_overwriting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,8 @@ def run(args: argparse.Namespace) -> dict:
     check_whole("--top-k", args.top_k)
     model, _, folder = load_run(args.adapter, args.device, args.weights)
     paths = find_images(args.images)
-    if args.out != "-" and Path(args.out).resolve() in (path.resolve() for path in paths):
-        raise OptionError(f"--out {args.out} is one of the images; give another place")
+    if args.out != "-":
+        refuse_overwriting(args.out, [*paths, args.weights, *folder.iterdir()])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]
     k = min(args.top_k, len(classes))

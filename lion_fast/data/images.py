@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,44 +16,72 @@ from lion_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 
-# What PIL raises on damaged files: OSError (includes UnidentifiedImageError), SyntaxError from the
-# PNG reader, ValueError and struct-like errors from the others, and its decompression-bomb guard.
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
-
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image as RGB: grey is repeated, alpha dropped, integer grey taken as 16 bits and scaled to 8.
+    """PIL image as RGB: grey is repeated, alpha composited on white, integer grey scaled from 16 bits to 8.
+
+    Raises ValueError for floating-point images and for integers outside 0..65535.
 
     >>> from PIL import Image
     >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
     (255, 255, 255)
     """
-    if image.mode == "RGB":
-        image.load()
+    _refuse(image)
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # PIL's own conversion clips at 255 instead of scaling
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("integer image with values outside 0..65535")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
+        eight = np.where(grey == image.info.get("transparency"), 255, (grey + 128) // 257)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _layout(image: Image.Image) -> str:
+    """How the pixels lie in a file that was opened and not read, in PIL's words."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles else ""
+
+
+def _refuse(image: Image.Image) -> None:
+    """ValueError for what PIL reads without an error and wrongly, as far as the file's head tells."""
+    if image.mode == "F":
         raise ValueError("floating-point images have no defined range; save them as 8 or 16 bit")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    if (
+        _layout(image) == "RGB;16B" and "transparency" in image.info
+    ):  # reads 8 bits of each colour, 16 of this one
+        raise ValueError("16-bit colour with one transparent colour; save it with an alpha channel")
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0:  # reads the negative
+        raise ValueError("16-bit TIFF in which 0 is white; save it with 0 as black")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """A file that was just opened as an upright RGB image."""
+    _refuse(image)
+    scale = {"L;2": 85, "L;4": 17}.get(_layout(image))
+    if scale and "transparency" in image.info:  # PIL scales the levels to 0..255 and not this one
+        image.info["transparency"] *= scale
+    image.filename = ""  # no memory map: PIL mixes up the sides of a turned TIFF in it
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def read_image(path: str | Path) -> Image.Image:
     """Decode a file to a PIL RGB image; DataError names the file when that fails.
 
-    EXIF orientation is not applied, as in torchvision's ImageFolder. Of an animation, the first frame.
+    EXIF orientation is applied. Of an animation, the first frame.
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return _decode(image)
     except FileNotFoundError as error:
         raise DataError(f"the image {path} does not exist") from error
-    except _PIL_ERRORS as error:
+    except Exception as error:  # PIL raises many kinds on damaged files
         reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise DataError(f"the image {path} cannot be decoded ({reason}); replace or remove it") from error
 
@@ -76,10 +104,11 @@ def problem_of(path: str | Path, check: str) -> str | None:
     try:
         with Image.open(path) as image:
             if check == "decode" or (image.format in ("JPEG", "MPO") and not _ends_as_jpeg(path)):
-                to_rgb(image)
+                _decode(image)
             else:
+                _refuse(image)
                 image.verify()
-    except _PIL_ERRORS as error:
+    except Exception as error:  # PIL raises many kinds on damaged files
         return str(error) or type(error).__name__
     return None
 
@@ -156,6 +185,8 @@ class ImageSet(Dataset):
         self.transform = transform
         self._store = store
         self._where = torch.arange(len(store))
+        if len(set(self.classes)) < len(self.classes):
+            raise DataError(f"a class is named twice: {', '.join(self.classes[:20])}")
         if not len(store) == len(self.labels) == len(self.names):
             raise DataError(
                 f"{len(store)} images, {len(self.labels)} labels and {len(self.names)} names must be as many"

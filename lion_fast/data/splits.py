@@ -13,7 +13,8 @@ import torch
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
-from lion_fast.data.sources import PUBLISHED, Raw, collect, read_csv, read_folder, read_vtab
+from lion_fast.data.published import PUBLISHED, read_vtab
+from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.files import cache_dir
 from lion_fast.options import CHECK
@@ -65,7 +66,8 @@ def load_data(
     n_per_class: keep so many training images of each class. imbalance: keep a long tail of the
     training images, class k of K with n_max * imbalance^(-k / (K - 1)). Neither touches val or test.
     seed: of every draw. The same seed gives the same items whatever the machine.
-    classes: names in the order wanted, for sources of your own; default: sorted as found.
+    classes: names in the order wanted; labels meet them by name, and one that is not among them is an
+    error. Where none of them is an integer, integer labels count them from 0. Default: sorted as found.
     check: "header" looks at the structure of every file and the end of a JPEG, "decode" decodes all of
     them, "none" trusts them.
     Files that fail are left out and listed in `description["skipped"]`; strict: raise instead.
@@ -162,7 +164,7 @@ def load_images(
 
     split: "train", "val" or "test" takes that part of a source that has parts; None takes all of a
     source without parts, and of one with parts its test (or else val) part.
-    classes: the classes of the model, in its order; the source may lack some of them.
+    classes: the classes of the model, in its order; the source may lack some of them. See `load_data`.
     Raises DataError as `load_data` does.
     """
     # of VTAB-1k's parts one is wanted: no file of the test list is opened for another
@@ -177,11 +179,19 @@ def load_images(
 
 def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
     check_choice("check", check, CHECK)
+    if classes is not None:
+        check_classes(classes)
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
-        raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
-        if classes is not None and [str(c) for c in classes] != raw.classes:
+        try:
+            raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
+        except OSError as error:
+            raise DataError(
+                f"{source} cannot be kept in the cache folder ({error}); choose another: cache=, --cache or "
+                "$LION_FAST_CACHE"
+            ) from error
+        if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
     path = Path(source).expanduser()
@@ -190,7 +200,8 @@ def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
         for reader, lists in PUBLISHED.items():
             if any(all((path / name).is_file() for name in marks) for marks in lists):
                 more = {"val": val, "test": test} if reader is read_vtab else {}
-                return collect(reader(path, **more), path, check=check, strict=strict)
+                listed = reader(path, classes, **more)
+                return collect(listed, path, check=check, strict=strict, classes=classes)
         return collect(read_folder(path, classes), path, check=check, strict=strict, classes=classes)
     if path.is_file() and path.suffix.lower() == ".csv":
         return collect(read_csv(path, classes), path, check=check, strict=strict, classes=classes)
@@ -219,5 +230,5 @@ def _fingerprint(sets: dict[str, ImageSet | None]) -> str:
     for split, images in sets.items():
         if images is not None:
             for name, label in zip(images.names, images.labels.tolist(), strict=True):
-                digest.update(os.fsencode(f"{split}\t{name}\t{label}\n"))
+                digest.update(f"{split}\t{name}\t{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -179,6 +179,10 @@ class TunedModel(nn.Module):
         """Extra losses of the method, by name, to add to the cross-entropy; none by default."""
         return {}
 
+    def step_mean(self, images: Tensor) -> Tensor | None:
+        """A mean over images that `loss_terms` needs over all of a step, by `noise.over_step`; else None."""
+        return None
+
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last forward worth logging; reading them may synchronise with the device."""
         return {}

@@ -71,6 +71,8 @@ def write_adapter(
 def describe_images(backbone: Backbone) -> dict[str, Any]:
     """What images the backbone takes: size, mean, std, interpolation and crop; JSON-able."""
     size = backbone.img_size
+    # said only where it is another: what was written before there was a choice stays equal to what is now
+    other = backbone.resize == "crop" and backbone.crop_mode != "center"
     return {
         "img_size": size if isinstance(size, int) else list(size),
         "mean": list(backbone.mean),
@@ -78,6 +80,7 @@ def describe_images(backbone: Backbone) -> dict[str, Any]:
         "interpolation": backbone.interpolation,
         "crop_pct": backbone.crop_pct,
         "resize": backbone.resize,
+        **({"crop_mode": backbone.crop_mode} if other else {}),
     }
 
 
