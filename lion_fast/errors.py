@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Real
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 _Call = TypeVar("_Call", bound=Callable)
 # The largest whole number that an option takes where none is named: sizes and counts lie far below.
@@ -47,8 +50,15 @@ class WeightsError(LionError, RuntimeError):
     """Backbone weights that cannot be found, fetched or verified."""
 
 
+class WriteError(LionError, OSError):
+    """A file that cannot be written: a full disk, a folder that is read-only or gone."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}. Free space, or choose another place"
+
+
 class ConvergenceError(LionError, RuntimeError):
-    """An equilibrium that was not reached while `on_failure="raise"`."""
+    """An equilibrium, or its gradient, that was not reached while `on_failure="raise"`."""
 
 
 def one_line(text: object, most: int = 1000) -> str:
@@ -90,6 +100,18 @@ def check_path(name: str, value: object) -> None:
     """Raise `OptionError` unless `value` is a text or an `os.PathLike` that can be a path."""
     if not isinstance(value, os.PathLike):
         check_text(name, value)
+
+
+def check_device(device: object) -> "torch.device":
+    """The torch device of that name or number; `OptionError` where it cannot be used here."""
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).item()  # a meta tensor has no value
+    except Exception as error:  # every kind of device has kinds of its own
+        raise OptionError(f"device {shown(device)} cannot be used here: {one_line(error, 200)}") from error
+    return found
 
 
 def check_number(

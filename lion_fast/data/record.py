@@ -22,8 +22,8 @@ from lion_fast.data.images import ImageSet
 from lion_fast.data.sources import Raw, some
 from lion_fast.errors import DataError
 from lion_fast.files import say_once, write_atomically
+from lion_fast.options import RECORD
 
-RECORD = "split.csv"  # beside the config.yaml of a run
 PARTS = ("train", "val", "test")
 UNUSED = "unused"
 COLUMNS = ["path", "label", "split", "class", "bytes", "sha256"]

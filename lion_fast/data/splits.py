@@ -85,7 +85,8 @@ def load_data(
     n_per_class: keep so many training images of each class. imbalance: keep a long tail of the
     training images, class k of K with n_max * imbalance^(-k / (K - 1)). Neither touches val or test.
     seed: of every draw. The same seed gives the same items whatever the machine.
-    classes: names in the order wanted, for sources of your own; default: sorted as found.
+    classes: names in the order wanted; labels meet them by name, and one that is not among them is an
+    error. Where none of them is an integer, integer labels count them from 0. Default: sorted as found.
     check: "header" looks at the structure of every file and the end of a JPEG, "decode" decodes all of
     them, "none" trusts them.
     Files that fail are left out and listed in `description["skipped"]`; strict: raise instead, and also where
@@ -265,7 +266,7 @@ def load_images(
 
     split: "train", "val" or "test" takes that part of a source that has parts; None takes all of a
     source without parts, and of one with parts its test (or else val) part.
-    classes: the classes of the model, in its order; the source may lack some of them.
+    classes: the classes of the model, in its order; the source may lack some of them. See `load_data`.
     Raises DataError as `load_data` does.
     """
     # of VTAB-1k's parts one is wanted: no file of the test list is opened for another
@@ -292,7 +293,13 @@ def _read(source, *, val, test, check, strict, classes, cache, known=None) -> Ra
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
-        raw = OFFLINE[source](Path(os.path.expanduser(cache)) if cache is not None else cache_dir())
+        try:
+            raw = OFFLINE[source](Path(os.path.expanduser(cache)) if cache is not None else cache_dir())
+        except OSError as error:
+            raise DataError(
+                f"{source} cannot be kept in the cache folder ({error}); choose another: cache=, --cache or "
+                "$LION_FAST_CACHE"
+            ) from error
         if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw

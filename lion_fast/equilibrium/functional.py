@@ -10,12 +10,13 @@ from lion_fast.equilibrium.solve import (
     SolveOptions,
     apply_policy,
     default_tol,
+    record_backward,
     takes_solve_options,
 )
-from lion_fast.equilibrium.solvers import final
+from lion_fast.equilibrium.solvers import final, refuse_transforms, series, unit_rows
 from lion_fast.errors import check_choice
 from lion_kernels import ops
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -23,7 +24,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, A, W, b, V, c, activation, max_iter, tol, damping, adjoint, residual, backend, save, sink
+        ctx, x, A, W, b, V, c, activation, max_iter, tol, damping, adjoint, residual, backend, save, told
     ):
         out, p, change, count = ops.solve(
             x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save, backend
@@ -31,7 +32,7 @@ class _Equilibrium(torch.autograd.Function):
         ctx.save_for_backward(x, p, A, W, V, b)
         ctx.c_dtype = c.dtype
         ctx.options = (activation, *adjoint, residual, backend)
-        ctx.sink, ctx.tol = sink, tol
+        ctx.told, ctx.tol = told, tol
         ctx.mark_non_differentiable(change, count)
         return out, change, count
 
@@ -42,8 +43,8 @@ class _Equilibrium(torch.autograd.Function):
             dx, dA, dW, db, dV, dc, change, count = ops.adjoint(
                 grad_out.contiguous(), x, p, A, W, V, *ctx.options
             )
-        if ctx.sink:
-            ctx.sink[0].backward = SolveInfo(change, count, ctx.tol)
+        if ctx.told is not None:
+            ctx.told(SolveInfo(change, count, ctx.tol), grad_out, p, W, V)
         grads = (dx, dA.to(A.dtype), dW.to(W.dtype), db.to(b.dtype), dV.to(V.dtype), dc.to(ctx.c_dtype))
         return *final(grads, grad_out, x, A, W, V, b), *[None] * 9
 
@@ -67,7 +68,7 @@ def _check_shapes(A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> None
             )
 
 
-@takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "backend")
+@takes_solve_options()
 def equilibrium(
     x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
     *, activation: str = "relu", residual: bool = True, return_info: bool = False, **solve,
@@ -82,8 +83,9 @@ def equilibrium(
     tol is the relative residual per token; None takes 1e-2 for half types, 1e-4 for float32 and 1e-8
     for float64; 0 always makes `max_iter` applications. `backward` is the gradient: "neumann" with
     `neumann_terms` terms after the first, at most max_iter - 1, "jfb" without, "exact" to `tol`, "phantom".
-    max_iter=1 is phi(x A^T + b), with its own gradient. Nothing synchronises with the device. Second
-    derivatives raise RuntimeError.
+    max_iter=1 is phi(x A^T + b), with its own gradient. Nothing synchronises with the device, unless
+    `on_failure` is "warn" or "raise", which look at the solve and at its gradient. Second derivatives,
+    torch.vmap and torch.func raise RuntimeError.
 
     Raises ValueError on shapes and options that do not fit, TypeError on integer input, RuntimeError
     where `backend="triton"` cannot run.
@@ -104,29 +106,67 @@ def equilibrium(
 def solve_tokens(
     x: Tensor, A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor,
     activation: str, options: SolveOptions, *, residual: bool = True, return_info: bool = False,
-    hint: Callable[[], str] = str,
+    contracts: bool = False, hint: Callable[[], str] = str,
 ) -> tuple[Tensor, SolveInfo | None]:  # fmt: skip
     """`equilibrium` of checked tensors and options, with its info where `return_info` asks for it.
 
-    `hint` says what to do about a failure that `on_failure` tells.
+    `hint` says what to do about a failure that `on_failure` tells. `contracts`: W is known to be a
+    contraction, so that the series of a gradient shrinks and need not be looked at.
     """
+    refuse_transforms()
     if options.max_iter == 1:
         W = W * 0  # it stands in no result, so it gets no gradient
     tol = options.tolerance(x.dtype)
     backend = ops.resolve_backend(options.backend, x.device, x.dtype, A.shape[0])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, W, b, V, c))
     adjoint, compiling = options.adjoint(tol), torch.compiler.is_compiling()
-    sink = [] if return_info and save and adjoint[0] and not compiling else None
+    inspect = options.on_failure != "ignore" and not compiling
+    watched = (return_info or inspect) and save and options.max_iter > 1 and not compiling
+    told, tell = backward_record(activation, options, tol, contracts, hint)
     out, change, count = _Equilibrium.apply(
-        x.reshape(-1, x.shape[-1]).contiguous(), A, W, b, V, c,
-        activation, options.max_iter, tol, options.damping, adjoint, residual, backend, save, sink,
+        x.reshape(-1, x.shape[-1]).contiguous(), A, W, b, V, c, activation, options.max_iter, tol,
+        options.damping, adjoint, residual, backend, save, tell if watched else None,
     )  # fmt: skip
-    out, inspect = out.reshape(x.shape), options.on_failure != "ignore" and not compiling
+    out = out.reshape(x.shape)
     if not (return_info or inspect):
         return out, None
     info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
-    if sink is not None:
-        sink.append(info)
+    told.append(info)
     if inspect:
-        apply_policy(info, options.on_failure, hint())
+        apply_policy(info, options.on_failure, hint)
     return out, info
+
+
+def backward_record(
+    activation: str, options: SolveOptions, tol: float, contracts: bool, hint: Callable[[], str]
+) -> tuple[list[SolveInfo], Callable[[SolveInfo, Tensor, Tensor, Tensor, Tensor], None]]:
+    """A list for the info of a forward, and tell(record, grad_out, p, W, V), by which its backward joins it.
+
+    `contracts` and `hint` as in `solve_tokens`.
+    """
+    told: list[SolveInfo] = []
+    adjoint = options.adjoint(tol)
+
+    def tell(record: SolveInfo, grad_out: Tensor, p: Tensor, W: Tensor, V: Tensor) -> None:
+        if options.backward != "exact":
+            if contracts and adjoint[0] == 0:
+                return  # no series, and nothing to say about it
+            if contracts:
+                record.grows = torch.zeros_like(record.residual, dtype=torch.bool)
+            else:
+                record = _series_record(grad_out, p, W, V, activation, adjoint, tol)
+        record_backward(told[0], record, grad_out, options.on_failure, hint)
+
+    return told, tell
+
+
+def _series_record(
+    grad_out: Tensor, p: Tensor, W: Tensor, V: Tensor, activation: str, adjoint: tuple, tol: float
+) -> SolveInfo:
+    """The record of a truncated gradient whose W may expand: the kernels do not compare its terms."""
+    acc = accumulate_dtype(p.dtype)
+    W, slope = W.to(acc), ACTIVATIONS[activation].grad(p.to(acc))
+    terms, _, damping = adjoint
+    with torch.autocast(p.device.type, enabled=False):
+        g, _ = unit_rows(grad_out.to(acc) @ V.to(acc))
+        return series(lambda y: g + (slope * y) @ W, g, terms, damping, tol, torch.finfo(acc).eps)[1]

@@ -113,7 +113,7 @@ class LionLayer(Solving, Masked):
         check_input(x, self.dim)
         found = solve_tokens(
             x, self.masked("A"), self.recurrence_matrix(), self.b, self.masked("V"), self.c,
-            self.activation, self.solve, return_info=return_info, hint=self._hint,
+            self.activation, self.solve, return_info=return_info, contracts=self.gamma < 1, hint=self._hint,
         )  # fmt: skip
         return found if return_info else found[0]
 

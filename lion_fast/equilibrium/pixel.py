@@ -137,7 +137,9 @@ class PixelEnd(Solving, Masked):
         def f(z: Tensor, q: Tensor) -> Tensor:
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
-        z, info = solve_implicit(f, q, torch.zeros_like(q), self.solve, self.solve.terms)
+        z, info = solve_implicit(
+            f, q, torch.zeros_like(q), self.solve, self.solve.terms, return_info=return_info
+        )
         apply_policy(info, self.on_failure)
         out = x + F.conv2d(z, self.masked("V"), self.c)
         return (out, info) if return_info else out

@@ -51,11 +51,21 @@ class LionLayer(layer.LionLayer):
                 def f(y: Tensor, x: Tensor) -> Tensor:
                     return F.linear(phi(F.linear(x + s * y, A, b)), V)
 
-            z, info = solve_implicit(f, tokens, z0, options, options.terms, early_exit=True)
+            z, info = solve_implicit(
+                f,
+                tokens,
+                z0,
+                options,
+                options.terms,
+                early_exit=True,
+                return_info=return_info,
+                hint=self._hint,
+            )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
             out = (tokens + prompt).to(x.dtype).reshape(x.shape)
-        info = SolveInfo(info.residual.reshape(x.shape[:-1]), info.iterations.reshape(x.shape[:-1]), info.tol)
-        apply_policy(info, self.on_failure, self._hint())
+        info.residual = info.residual.reshape(x.shape[:-1])
+        info.iterations = info.iterations.reshape(x.shape[:-1])
+        apply_policy(info, self.on_failure, self._hint)
         return (out, info) if return_info else out
 
 

@@ -41,8 +41,10 @@ class SolveOptions:
         without, "exact" to `tol`, "phantom" of `neumann_terms` damped steps.
     neumann_terms: from 0 on.
     backend: "auto", "torch" or "triton"; auto is Triton on a CUDA device that has it.
-    on_failure: "ignore", "warn" or "raise" when a token does not converge; the last two synchronise with the
-        device, and outside `torch.compile` only.
+    on_failure: "ignore", "warn" or "raise" when a token does not converge, and in the backward when its
+        adjoint does not ("exact") or its series does not shrink (the other modes, see `SolveInfo`). The last
+        two synchronise with the device, and look outside `torch.compile` only. An upstream gradient that is
+        not finite passes through and is no failure.
 
     Raises OptionError on a value outside its range.
 
@@ -87,7 +89,8 @@ class SolveOptions:
         return {
             "neumann": (self.terms, 0.0, 1.0),
             "jfb": (0, 0.0, 1.0),
-            "exact": (EXACT_FACTOR * self.max_iter, tol, 1.0),
+            # damped as the forward: it converges wherever that did
+            "exact": (EXACT_FACTOR * self.max_iter, tol, self.damping),
             "phantom": (max(self.neumann_terms - 1, 0), 0.0, PHANTOM_DAMPING),
         }["jfb" if self.max_iter == 1 else self.backward]
 
@@ -145,12 +148,18 @@ class SolveInfo:
     `residual` is |f(z) - z| / (|f(z)| + 1e-3) of the un-damped map, root mean squares, at the last
     application (inf where it was not finite); `iterations` counts applications of f; `tol` is what
     was asked for. `backward` is the record of the backward solve, once it has run (eager mode).
+
+    `grows` is there in the record of a gradient that is a series cut off by design ("neumann", "jfb",
+    "phantom"): True where the last term is not smaller than the one before it, so that the series
+    approximates nothing; of "jfb" the last term is the first one left away. A series that shrinks has not
+    failed, whatever its `residual`, which is the last change.
     """
 
     residual: Tensor
     iterations: Tensor
     tol: float
     backward: "SolveInfo | None" = None
+    grows: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -158,10 +167,17 @@ class SolveInfo:
         return self.residual <= self.tol
 
     @property
+    def failed(self) -> Tensor:
+        """Bool per token, on the device: what `on_failure` speaks of."""
+        return ~self.converged if self.grows is None else self.grows | ~torch.isfinite(self.residual)
+
+    @property
     def reason(self) -> str:
-        """Why the worst token stopped: converged, max_iter or non_finite. Reads the device."""
+        """Why the worst token stopped: converged, max_iter, diverged or non_finite. Reads the device."""
         if not torch.isfinite(self.residual).all():
             return "non_finite"
+        if self.grows is not None and self.grows.any():
+            return "diverged"
         return "converged" if self.converged.all() else "max_iter"
 
     def summary(self) -> dict[str, float | str]:
@@ -176,17 +192,48 @@ class SolveInfo:
         }
 
 
-def apply_policy(info: SolveInfo, on_failure: str, hint: str = "") -> None:
-    """Warn or raise when a token did not converge; reads the device unless `on_failure` is ignore."""
-    if on_failure == "ignore" or (reason := info.reason) == "converged":
+def apply_policy(
+    info: SolveInfo,
+    on_failure: str,
+    hint: Callable[[], str] = str,
+    what: str = "{} tokens did not reach their equilibrium",
+) -> None:
+    """Warn or raise where a token failed; reads the device unless `on_failure` is ignore.
+
+    `hint` says what to do about it; `what` has a place for "some of all". Inside `torch.compile` nothing
+    is looked at.
+    """
+    if on_failure == "ignore" or torch.compiler.is_compiling() or not (failed := int(info.failed.sum())):
         return
-    failed = int((~info.converged).sum())
     message = (
-        f"{failed} of {info.residual.numel()} tokens did not reach their equilibrium ({reason}): "
+        f"{what.format(f'{failed} of {info.residual.numel()}')} ({info.reason}): "
         f"worst residual {info.residual.max().item():.3g} against tol {info.tol:.3g} after "
         f"{int(info.iterations.max())} iterations. "
-        f"{hint or 'Raise max_iter or tol, or make the map contract more.'}"
+        f"{hint() or 'Raise max_iter or tol, or make the map contract more.'}"
     )
     if on_failure == "raise":
         raise ConvergenceError(message)
     warnings.warn(message, stacklevel=3)
+
+
+def record_backward(
+    info: SolveInfo, record: SolveInfo, upstream: Tensor, on_failure: str, hint: Callable[[], str] = str
+) -> None:
+    """Set `info.backward`, one entry a token, and apply the policy to it.
+
+    upstream [tokens, N] is the gradient that came: where it is not finite itself, the adjoint has not failed.
+    """
+    shape = info.residual.shape
+    residual, iterations = record.residual.reshape(shape), record.iterations.reshape(shape)
+    grows = None if record.grows is None else record.grows.reshape(shape)
+    info.backward = SolveInfo(residual, iterations, record.tol, grows=grows)
+    if on_failure == "ignore":
+        return
+    given = torch.isfinite(upstream).all(1).reshape(shape)
+    exact = "Take backward='exact', since the series of the gradient does not shrink. "
+    apply_policy(
+        replace(info.backward, residual=torch.where(given, residual, 0.0)),
+        on_failure,
+        lambda: ("" if grows is None else exact) + hint(),
+        "the gradients of {} tokens are not those of an equilibrium",
+    )

@@ -1,15 +1,17 @@
-"""Fixed points of any f: Picard, Anderson and Broyden, and the implicit gradient.
+"""Fixed points of any f, and the implicit gradient through them.
 
 The first dimension of a state counts independent rows (samples); the residual, the stop and the
 state kept are a row's own, so a row's result does not depend on its batch-mates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lion_fast.equilibrium.fixed_point import SOLVERS, anderson, broyden, picard, rows_of
 from lion_fast.equilibrium.solve import (
     EXACT_FACTOR,
     PHANTOM_DAMPING,
@@ -17,195 +19,27 @@ from lion_fast.equilibrium.solve import (
     SolveOptions,
     Solving,
     apply_policy,
-    default_tol,
+    record_backward,
     takes_solve_options,
 )
-from lion_fast.errors import OptionError, check_choice
-from lion_kernels.reference import ADJOINT_FLOOR, STATE_FLOOR, accumulate_dtype, iterate, relative_change
+from lion_fast.errors import OptionError, check_choice, refuse_unknown
+from lion_kernels.reference import ADJOINT_FLOOR, iterate
+
+__all__ = ["ImplicitLayer", "anderson", "broyden", "implicit", "picard"]
+
+# The options that a solver has for itself, and the gradient that is its default: Anderson and Broyden find
+# equilibria of maps that do not contract, where no series converges.
+OWN_OPTIONS = {"picard": (), "anderson": ("window", "ridge"), "broyden": ("memory",)}
+DEFAULT_BACKWARD = {"picard": "neumann", "anderson": "exact", "broyden": "exact"}
 
 
-@takes_solve_options("max_iter", "tol", "damping")
-def picard(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    *,
-    early_exit: bool | None = None,
-    **solve,
-) -> tuple[Tensor, SolveInfo]:
-    """z <- z + damping (f(z) - z) per row until |f(z) - z| <= tol |f(z)|; returns the last f(z).
-
-    z0 [B, ...] in any float dtype; `max_iter=1` is one application of f. `early_exit` None stops
-    early on a CPU only; True does so on a GPU too, at the price of one host synchronisation a step.
-
-    >>> z, info = picard(lambda z: 0.5 * z + 1, torch.zeros(3, 4))
-    >>> bool((z - 2).abs().max() < 1e-3), info.reason
-    (True, 'converged')
-    """
-    options = SolveOptions(**solve)
-    max_iter, damping, tol = options.max_iter, options.damping, options.tolerance(z0.dtype)
-    flat = _flatten(f, z0)
-
-    def step(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        new = flat(z)
-        return new, new
-
-    start = _rows(z0)
-    floor = STATE_FLOOR * start.shape[1] ** 0.5
-    z, new, change, count = iterate(step, start, max_iter, tol, damping, floor, early_exit=early_exit)
-    z = torch.where(torch.isfinite(change), new, z)
-    return z.to(z0.dtype).reshape(z0.shape), SolveInfo(change[:, 0], count[:, 0], tol)
-
-
-@takes_solve_options("max_iter", "tol", "damping")
-def anderson(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    *,
-    window: int = 5,
-    ridge: float = 1e-6,
-    early_exit: bool | None = None,
-    **solve,
-) -> tuple[Tensor, SolveInfo]:
-    """Anderson mixing over the last `window` steps, per row; arguments and result as `picard`.
-
-    The Gram system is solved in float32 (float64 for float64) with a ridge relative to its trace, so
-    half-precision states work. Pays for slow maps (rate 0.5 and above); for fast ones use `picard`.
-    Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
-    """
-    options = SolveOptions(**solve)
-    if window < 1:
-        raise OptionError(f"window must be at least 1; got {window!r}")
-    damping, flat = options.damping, _flatten(f, z0)
-    states: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def propose(z: Tensor, value: Tensor) -> Tensor:
-        states.append(z)
-        values.append(value)
-        if len(states) > window:
-            states.pop(0), values.pop(0)
-        Z, Y = torch.stack(states, 1), torch.stack(values, 1)  # [B, m, N]
-        G = Y - Z
-        gram = G @ G.mT  # [B, m, m]
-        trace = gram.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        weights, _ = torch.linalg.solve_ex(gram + ridge * trace * eye, torch.ones_like(gram[..., :1]))
-        weights = weights / weights.sum(1, keepdim=True)
-        return (weights * (Z + damping * G)).sum(1)
-
-    return _accelerated(flat, z0, propose, options, early_exit)
-
-
-@takes_solve_options("max_iter", "tol", "damping")
-def broyden(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    *,
-    memory: int = 10,
-    early_exit: bool | None = None,
-    **solve,
-) -> tuple[Tensor, SolveInfo]:
-    """Broyden's good method on f(z) - z, per row, restarted after `memory` updates; else as `picard`.
-
-    The inverse Jacobian is -I + U V^T with at most `memory` columns, so its cost does not grow.
-    Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
-    """
-    options = SolveOptions(**solve)
-    if memory < 1:
-        raise OptionError(f"memory must be at least 1; got {memory!r}")
-    damping, flat = options.damping, _flatten(f, z0)
-    left: list[Tensor] = []
-    right: list[Tensor] = []
-    last: list[Tensor] = []
-
-    def inverse(v: Tensor, us: list[Tensor], vs: list[Tensor]) -> Tensor:
-        """(-I + U V^T) v per row."""
-        out = -v
-        for u, w in zip(us, vs, strict=True):
-            out = out + u * (w * v).sum(1, keepdim=True)
-        return out
-
-    def propose(z: Tensor, value: Tensor) -> Tensor:
-        g = value - z
-        if last:
-            dz, dg = z - last[0], g - last[1]
-            if len(left) == memory:
-                left.clear(), right.clear()
-            v = inverse(dz, right, left)
-            slope = (v * dg).sum(1, keepdim=True)
-            u = (dz - inverse(dg, left, right)) / slope
-            left.append(torch.where(torch.isfinite(u), u, 0.0))
-            right.append(v)
-        last[:] = [z, g]
-        return z - damping * inverse(g, left, right)
-
-    return _accelerated(flat, z0, propose, options, early_exit)
-
-
-SOLVERS = {"picard": picard, "anderson": anderson, "broyden": broyden}
-
-
-def _rows(z: Tensor) -> Tensor:
-    if z.ndim == 0:
-        raise ValueError("the state needs a first dimension that counts its rows; got a scalar")
-    default_tol(z.dtype)
-    return z.detach().reshape(z.shape[0], z[0].numel() if z.shape[0] else 1).to(accumulate_dtype(z.dtype))
-
-
-def _flatten(f: Callable[[Tensor], Tensor], z0: Tensor) -> Callable[[Tensor], Tensor]:
-    """f on rows [B, N] in the accumulation dtype; f itself sees z0's shape and dtype."""
-
-    def flat(z: Tensor) -> Tensor:
-        value = f(z.to(z0.dtype).reshape(z0.shape))
-        if value.shape != z0.shape:
-            raise ValueError(
-                f"f must keep the state's shape {tuple(z0.shape)}; it returned {tuple(value.shape)}"
-            )
-        return value.reshape(z.shape).to(z.dtype)
-
-    return flat
-
-
-def _accelerated(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    propose: Callable[[Tensor, Tensor], Tensor],
-    options: SolveOptions,
-    early_exit: bool | None,
-) -> tuple[Tensor, SolveInfo]:
-    """The loop of the accelerated solvers: `propose` gives the next state from z and f(z).
-
-    Such a sequence need not improve at each step, so each row keeps the f(z) of its least residual,
-    and a proposal that is not finite is replaced by the plain step.
-    """
-    max_iter, tol = options.max_iter, options.tolerance(z0.dtype)
-    state = _rows(z0)
-    floor = STATE_FLOOR * state.shape[1] ** 0.5
-    best = state
-    best_change = state.new_full((state.shape[0], 1), torch.inf)
-    active = torch.ones_like(best_change, dtype=torch.bool)
-    count = torch.zeros_like(active, dtype=torch.int32)
-    failed = torch.zeros_like(active)
-    if early_exit is None:
-        early_exit = state.device.type == "cpu"
-
-    for k in range(1, max_iter + 1):
-        value = f(state)
-        change = relative_change(value, state, floor)
-        count += active
-        better = active & (change < best_change)
-        best = torch.where(better, value, best)
-        best_change = torch.where(better, change, best_change)
-        failed = failed | (active & ~torch.isfinite(change))
-        active = active & torch.isfinite(change) & (change > tol)
-        if k == max_iter or (early_exit and not active.any()):
-            break
-        with torch.autocast(state.device.type, enabled=False):
-            proposal = propose(state, value)
-        proposal = torch.where(torch.isfinite(proposal).all(1, keepdim=True), proposal, value)
-        state = torch.where(active, proposal, state)
-    residual = torch.where(failed, torch.inf, best_change)
-    return best.to(z0.dtype).reshape(z0.shape), SolveInfo(residual[:, 0], count[:, 0], tol)
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside a transform of torch.func, which no equilibrium can be part of."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "an equilibrium cannot be part of torch.vmap or torch.func (grad, vjp, jacrev, ...): give it the "
+            "whole batch, and take its gradient by torch.autograd (backward, grad, functional.jacobian)"
+        )
 
 
 class _Final(torch.autograd.Function):
@@ -247,6 +81,51 @@ class _OnceOnly(torch.autograd.Function):
         return final((grad,), grad, *ctx.saved_tensors)[0]
 
 
+def unit_rows(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g [B, N] with rows of size near 1, and the powers of two [B, 1] they were divided by.
+
+    An adjoint is linear and as small or large as the loss: so no square under- or overflows, and no bit
+    of a mantissa changes.
+    """
+    size = g.abs().sum(1, keepdim=True)
+    exponent = torch.frexp(size).exponent.clamp(-100, 100)
+    scale = torch.where(torch.isfinite(size), torch.ldexp(torch.ones_like(size), exponent), 1.0)
+    return g / scale, scale
+
+
+def series(
+    step: Callable[[Tensor], Tensor],
+    g: Tensor,
+    terms: int,
+    damping: float,
+    tol: float,
+    rounding: float,
+    early_exit: bool | None = None,
+) -> tuple[Tensor, SolveInfo]:
+    """y = u_0 + ... + u_terms, u_0 = damping g, u_{k+1} = u_k + damping (J^T u_k - u_k), and its record.
+
+    step(y) is g + J^T y, rows [B, N]. The record's `grows` compares the last two terms, and without terms
+    the first one left away with u_0. A change within `tol` or a few times `rounding`, the relative rounding
+    of J^T, counts as none.
+    """
+    sizes = [torch.linalg.vector_norm(g, dim=1)]
+
+    def counted(y: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        new = step(y)
+        sizes.append(torch.linalg.vector_norm(new - y, dim=1))
+        return new, new
+
+    y, new, change, count = iterate(
+        counted, damping * g, max(terms, 1), 0.0, damping, ADJOINT_FLOOR, early_exit=early_exit
+    )
+    change = change[:, 0]
+    if terms:
+        new = new if damping == 1 else y + damping * (new - y)
+        y = torch.where(torch.isfinite(change)[:, None], new, y)
+    grows = ~(sizes[-1] < sizes[-2]) & torch.isfinite(change) & (change > max(tol, 4 * rounding))
+    return y, SolveInfo(change, count[:, 0] if terms else 0 * count[:, 0], tol, grows=grows)
+
+
 class _ImplicitGradient(torch.autograd.Function):
     """The identity on z = f(z*, x), whose backward turns g into y = g + J^T y with J = df/dz at z*.
 
@@ -274,42 +153,87 @@ class _ImplicitGradient(torch.autograd.Function):
         ):
             z = z.detach().requires_grad_()
             applied = ctx.f(z, x)
-
-        def transposed(y: Tensor) -> Tensor:
-            (jy,) = torch.autograd.grad(applied, z, y.to(applied.dtype), retain_graph=True, allow_unused=True)
-            return grad if jy is None else grad + jy
+        rounding = max(torch.finfo(t).eps for t in (z.dtype, applied.dtype, dtype if enabled else z.dtype))
 
         with torch.no_grad():
-            solved = ctx.solve_adjoint(transposed, grad)
+            g, scale = unit_rows(rows_of(grad))
+
+            def step(y: Tensor) -> Tensor:
+                if not applied.requires_grad:  # f does not look at z
+                    return g
+                y = (scale * y).reshape(z.shape).to(applied.dtype)
+                (jy,) = torch.autograd.grad(applied, z, y, retain_graph=True, allow_unused=True)
+                return g if jy is None else g + rows_of(jy) / scale
+
+            solved = scale * ctx.solve_adjoint(step, g, rounding)
+            solved = solved.reshape(grad.shape).to(grad.dtype)
         return *final((solved,), grad, recorded), *([None] * (4 + len(rest) - ctx.has_x))
+
+
+def _leaves(applied: Tensor, x: Tensor | None) -> tuple[Tensor, ...]:
+    """The leaves that `applied` was made of, but for those behind x: what a plain function f closes over."""
+    seen, found, nodes = {None if x is None else x.grad_fn, None}, [], [applied.grad_fn]
+    while nodes and not torch.compiler.is_compiling():
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            found += [node.variable] if type(node).__name__ == "AccumulateGrad" else []
+            nodes += [further for further, _ in node.next_functions]
+    return tuple(found)
 
 
 def _once_only(z: Tensor) -> Tensor:
     return z if torch.compiler.is_compiling() else _OnceOnly.apply(z)
 
 
-@takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms")
+def _own_options(solver: str, given: Mapping[str, float] | None) -> dict[str, float]:
+    """`given` as a dict, once every name in it is an option of `solver` alone and its value is in range."""
+    check_choice("solver", solver, SOLVERS)
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise OptionError(f"solver_options must be names and values, or None; got {given!r}")
+    refuse_unknown(given, OWN_OPTIONS[solver], f"option of solver {solver!r}")
+    SOLVERS[solver](lambda z: z, torch.zeros(0, 1), **given)
+    return dict(given)
+
+
+@takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
 def implicit(
     f: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor | None,
     z0: Tensor,
     *,
     solver: str = "picard",
+    solver_options: Mapping[str, float] | None = None,
     early_exit: bool | None = None,
     **solve,
 ) -> tuple[Tensor, SolveInfo]:
     """The equilibrium z = f(z, x) from z0 and its info, with an implicit gradient for x and parameters.
 
-    `backward`: "neumann" sums `neumann_terms` + 1 terms of the series; "jfb" one (Jacobian-free);
-    "exact" iterates to `tol`; "phantom" unrolls `neumann_terms` steps damped by 0.5.
-    Whatever `solver`, only one application of f is recorded (phantom: its steps). Picard with max_iter=1 is
-    f(z0, x), with its own gradient.
+    `solver`: "picard", "anderson" or "broyden"; `solver_options`: what it alone takes, such as
+    {"window": 5, "ridge": 1e-6} or {"memory": 10}. max_iter=1 is f(z0, x), with its own gradient.
+
+    `backward`, of y = g + J^T y with J = df/dz at the equilibrium: "exact" solves it to `tol` by the same
+    solver, in at most 4 `max_iter` steps; "neumann" sums `neumann_terms` + 1 terms of its series; "jfb" one
+    (Jacobian-free); "phantom" is the gradient of `neumann_terms` steps damped by 0.5. The default is
+    "neumann" for Picard and "exact" for Anderson and Broyden: these find equilibria where f does not
+    contract, and there the series of the other modes need not converge. `info.backward`, there after the
+    backward, tells it (`SolveInfo.grows`), and `on_failure` does so in the backward as in the forward.
+
+    Whatever `solver`, only one application of f is recorded. Not for torch.vmap or torch.func.
     Source: Bai et al., "Deep equilibrium models", 2019; Fung et al., "JFB", 2022; Geng et al., "On
     training implicit models", 2021.
+
+    >>> x = torch.ones(2, 3)
+    >>> z, info = implicit(lambda z, x: x - 1.5 * z.tanh(), x, torch.zeros_like(x), solver="broyden")
+    >>> info.reason
+    'converged'
     """
-    check_choice("solver", solver, SOLVERS)
-    options = SolveOptions(**solve)
-    return solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit)
+    own = _own_options(solver, solver_options)
+    options = SolveOptions(**{"backward": DEFAULT_BACKWARD[solver]} | solve)
+    z, info = solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit, own)
+    apply_policy(info, options.on_failure)
+    return z, info
 
 
 def solve_implicit(
@@ -320,49 +244,44 @@ def solve_implicit(
     terms: int,
     solver: str = "picard",
     early_exit: bool | None = None,
+    own: Mapping[str, float] | None = None,
+    *,
+    return_info: bool = True,
+    hint: Callable[[], str] = str,
 ) -> tuple[Tensor, SolveInfo]:
-    """`implicit` by checked options, with `terms` in place of their `neumann_terms`."""
-    max_iter, backward, tol = options.max_iter, options.backward, options.tolerance(z0.dtype)
+    """`implicit` by checked options, with `terms` in place of their `neumann_terms`.
+
+    `on_failure` and `hint` are for the backward here; the caller applies the policy to the forward. A "jfb"
+    gradient is looked at, by one product with J, where `return_info` or `on_failure` asks for it.
+    """
+    refuse_transforms()
+    tol, backward, on_failure = options.tolerance(z0.dtype), options.backward, options.on_failure
+    solve = partial(SOLVERS[solver], tol=tol, damping=options.damping, early_exit=early_exit, **own or {})
     with torch.no_grad():
-        z, info = SOLVERS[solver](
-            lambda z: f(z, x),
-            z0,
-            max_iter=max_iter,
-            tol=tol,
-            damping=options.damping,
-            early_exit=early_exit,
-        )
+        z, info = solve(lambda z: f(z, x), z0, max_iter=options.max_iter)
     if not torch.is_grad_enabled():
         return z, info
-    single = max_iter == 1 and solver == "picard"  # no equilibrium
-    if backward == "phantom" and not single:
-        for _ in range(max(terms, 1)):
-            z = z + PHANTOM_DAMPING * (f(z, x) - z)
-        return _once_only(z), info
-    applied = f(z0 if single else z, x)
+    single = options.max_iter == 1  # no equilibrium
+    applied = f(z0 if single else z, x).to(z.dtype)
     if not applied.requires_grad:
         return z, info
-    finite = torch.isfinite(info.residual).reshape(-1, *[1] * (z.ndim - 1))
-    applied = torch.where(finite, applied, z)
-    if single or backward == "jfb" or terms == 0 and backward == "neumann":
+    finite = torch.isfinite(info.residual) & torch.isfinite(rows_of(applied)).all(1)
+    applied = torch.where(finite.reshape(-1, *[1] * (z.ndim - 1)), applied, z)
+    terms = {"neumann": terms, "jfb": 0, "phantom": max(terms, 1) - 1}.get(backward, 0)
+    damping = PHANTOM_DAMPING if backward == "phantom" else 1.0
+    plain = backward == "jfb" or backward == "neumann" and terms == 0
+    if single or plain and not return_info and on_failure == "ignore":
         return _once_only(applied), info
 
-    def solve_adjoint(transposed: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-        steps = terms if backward == "neumann" else EXACT_FACTOR * max_iter
-        flat = _flatten(transposed, grad)
-        y, new, change, count = iterate(
-            lambda y, _: (flat(y),) * 2,
-            _rows(grad),
-            steps,
-            0.0 if backward == "neumann" else tol,
-            1.0,
-            ADJOINT_FLOOR,
-            early_exit=early_exit,
-        )
-        info.backward = SolveInfo(change[:, 0], count[:, 0], tol)
-        return torch.where(torch.isfinite(change), new, y).to(grad.dtype).reshape(grad.shape)
+    def solve_adjoint(step: Callable[[Tensor], Tensor], g: Tensor, rounding: float) -> Tensor:
+        if backward == "exact":
+            y, record = solve(step, g, max_iter=EXACT_FACTOR * options.max_iter, floor=ADJOINT_FLOOR)
+        else:
+            y, record = series(step, g, terms, damping, tol, rounding, early_exit)
+        record_backward(info, record, g, on_failure, hint)
+        return y
 
-    parameters = tuple(f.parameters()) if isinstance(f, nn.Module) else ()
+    parameters = tuple(f.parameters()) if isinstance(f, nn.Module) else _leaves(applied, x)
     return _ImplicitGradient.apply(applied, z, x, f, solve_adjoint, *parameters), info
 
 
@@ -370,7 +289,8 @@ class ImplicitLayer(Solving, nn.Module):
     """The equilibrium z = f(z, x) of any f as a layer; options as `implicit`.
 
     f is any callable or module; z0 gives the state's shape [B, ...] and start, zeros like x by
-    default. `on_failure` "warn" and "raise" look at the result and so synchronise with the device.
+    default. `on_failure` "warn" and "raise" look at the result, and in the backward at the gradient, and so
+    synchronise with the device.
 
     >>> W, U = nn.Linear(4, 4), nn.Linear(4, 4)
     >>> _ = nn.init.orthogonal_(W.weight, 0.5)
@@ -385,22 +305,29 @@ class ImplicitLayer(Solving, nn.Module):
         f: Callable[[Tensor, Tensor | None], Tensor],
         *,
         solver: str = "picard",
+        solver_options: Mapping[str, float] | None = None,
         early_exit: bool | None = None,
         **solve,
     ) -> None:
         super().__init__()
-        check_choice("solver", solver, SOLVERS)
-        self.f, self.solve = f, SolveOptions(**solve)
+        self.solver_options = _own_options(solver, solver_options)
+        self.f, self.solve = f, SolveOptions(**{"backward": DEFAULT_BACKWARD[solver]} | solve)
         self.solver, self.early_exit = solver, early_exit
 
     def forward(
         self, x: Tensor, z0: Tensor | None = None, return_info: bool = False
     ) -> Tensor | tuple[Tensor, SolveInfo]:
         z0 = torch.zeros_like(x) if z0 is None else z0
-        terms = self.solve.neumann_terms
-        z, info = solve_implicit(self.f, x, z0, self.solve, terms, self.solver, self.early_exit)
-        apply_policy(info, self.on_failure)
+        z, info = solve_implicit(
+            self.f, x, z0, self.solve, self.solve.neumann_terms, self.solver, self.early_exit,
+            self.solver_options, return_info=return_info, hint=self._hint,
+        )  # fmt: skip
+        apply_policy(info, self.on_failure, self._hint)
         return (z, info) if return_info else z
+
+    def _hint(self) -> str:
+        other = ", or take solver='anderson' or 'broyden'" if self.solver == "picard" else ""
+        return f"Raise max_iter or tol, make the map contract more{other}."
 
     def extra_repr(self) -> str:
         names = ("solver", "max_iter", "tol", "damping", "backward", "neumann_terms")

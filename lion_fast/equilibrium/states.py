@@ -75,7 +75,7 @@ class StateLayer(Solving, Masked):
         b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
         z, info = solve_tokens(
             q, A, self.recurrence_matrix(), b, V, c, self.activation, self.solve,
-            residual=False, return_info=return_info, hint=lambda: HINT,
+            residual=False, return_info=return_info, contracts=True, hint=lambda: HINT,
         )  # fmt: skip
         z = z.to(x.dtype)
         return (z, info) if return_info else z

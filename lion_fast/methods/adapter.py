@@ -14,6 +14,7 @@ from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_number, check_whole
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
+from lion_fast.methods.noise import dropout
 
 
 class Bottleneck(nn.Module):
@@ -38,7 +39,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
         z = F.gelu(z) if self.activation == "gelu" else F.relu(z)
-        return self.up(F.dropout(z, self.dropout, self.training))
+        return self.up(dropout(z, self.dropout, self.training))
 
 
 def bottlenecks(backbone: Backbone, rank: int, dropout: float, activation: str = "relu") -> nn.ModuleList:

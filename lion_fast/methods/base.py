@@ -179,6 +179,10 @@ class TunedModel(nn.Module):
         """Extra losses of the method, by name, to add to the cross-entropy; none by default."""
         return {}
 
+    def step_mean(self, images: Tensor) -> Tensor | None:
+        """A mean over images that `loss_terms` needs over all of a step, by `noise.over_step`; else None."""
+        return None
+
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last forward worth logging; reading them may synchronise with the device."""
         return {}
@@ -227,6 +231,9 @@ class TunedModel(nn.Module):
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "
                     f"{tuple(tensor.shape)}: other options, or a backbone of another width"
                 )
+        kinds = {name: (t.is_floating_point(), t.is_complex()) for name, t in own.items()}
+        if wrong := [n for n, t in state.items() if (t.is_floating_point(), t.is_complex()) != kinds[n]]:
+            raise AdapterError(f"{', '.join(wrong)} of the adapter is of another kind of number here")
         if bad := not_finite(state):
             raise AdapterError(
                 f"{', '.join(bad)} of the adapter holds NaN or Inf; train or fetch the adapter again"

@@ -16,6 +16,7 @@ from lion_fast.errors import OptionError, check_choice, check_number
 from lion_fast.methods.adapter import bottlenecks
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
+from lion_fast.methods.noise import over_step, uniform_like
 
 RATE_WEIGHT = 2.0
 
@@ -119,7 +120,7 @@ class DyT(BlockMethod):
         logit = _wide(logit)
         if self.training:
             # logistic noise: the difference of two Gumbel variables
-            noise = torch.rand_like(logit).logit(eps=1e-7)
+            noise = uniform_like(logit).logit(eps=1e-7)
             soft = ((logit + noise) / self.temperature).sigmoid()
             hard = (soft > self.threshold).to(soft.dtype)
             mask = hard + soft - soft.detach()
@@ -145,8 +146,14 @@ class DyT(BlockMethod):
                 reduction="batchmean",
                 log_target=True,
             ),
-            "rate": RATE_WEIGHT * (masks.mean() - self.rate).square(),
+            "rate": RATE_WEIGHT * (over_step(masks.mean()) - self.rate).square(),
         }
+
+    def step_mean(self, images: Tensor) -> Tensor | None:
+        """The share of patch tokens let through, which "rate" needs of all images of a step."""
+        with torch.no_grad():
+            self(images)
+        return self._passed
 
     @works_for_first
     def complete(self, images: Tensor) -> Tensor:

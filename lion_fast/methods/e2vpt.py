@@ -116,7 +116,7 @@ class E2VPT(PromptMethod):
         return carry_prompts(
             self.backbone,
             x,
-            lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1)),
+            lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1), each=True),
             lambda i, block, x: prefix_block(block, x, *kv[i]),
         )
 

@@ -145,7 +145,8 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise AdapterError(f"{path}: {', '.join(bad)} holds NaN or Inf; train the adapter again")
     head = state.get("head.weight")
     if head is None or head.ndim != 2 or head.shape[0] != description["num_classes"]:
-        told = "no head" if head is None else f"a head of shape {tuple(head.shape)}"
+        is_matrix = head is not None and head.ndim == 2
+        told = f"a head of {head.shape[0]} outputs" if is_matrix else "no head"
         raise AdapterError(
             f"{path} has {told}; {DESCRIPTION} says num_classes={description['num_classes']}; {again}"
         )

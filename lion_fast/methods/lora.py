@@ -13,6 +13,7 @@ from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_choice, check_number, check_whole
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch, self_attention
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.owned import Merged, mergeable_copy
 
 
@@ -71,7 +72,7 @@ class LoRA(BlockMethod):
 
     def delta(self, i: int, rows: Tensor) -> Tensor:
         """What block i adds to q, k, v of rows (B, N, D): (B, N, 3 D)."""
-        z = F.dropout(rows, self.dropout, self.training)
+        z = dropout(rows, self.dropout, self.training)
         parts = [F.linear(F.linear(z, A), B) for A, B in zip(self.A[i], self.B[i], strict=True)]
         if self.target == "qv":
             parts.insert(1, torch.zeros_like(parts[0]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lion_fast.backbones import Backbone, prefix_block, prefix_kv
 from lion_fast.errors import check_choice, check_number, check_whole
 from lion_fast.methods.blocks import BlockMethod
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 
 
@@ -55,16 +56,16 @@ class PromptMethod(PrefixCache, BlockMethod):
             x = self._naive(x)
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
-    def dropped(self, prompts: Tensor) -> Tensor:
-        """Prompts as training drops them."""
-        return F.dropout(prompts, self.dropout, self.training)
+    def dropped(self, prompts: Tensor, each: bool = False) -> Tensor:
+        """Prompts as training drops them; `each`: the rows are those of each image, (B, P, D)."""
+        return (dropout if each else F.dropout)(prompts, self.dropout, self.training)
 
     def _naive(self, x: Tensor) -> Tensor:
         return carry_prompts(self.backbone, x, self._carried)
 
     def _carried(self, i: int, x: Tensor) -> Tensor:
         """The prompts (B, P, D) that the naive form puts in front of block i with rows x."""
-        return self.dropped(self.prompts[i].to(x.dtype).expand(len(x), -1, -1))
+        return self.dropped(self.prompts[i].to(x.dtype).expand(len(x), -1, -1), each=True)
 
     def _prefix(self) -> KV:
         return prefix_of(self.backbone, self.dropped(self.prompts))

@@ -10,6 +10,7 @@ from lion_fast.backbones import prefix_block, takes_prefix
 from lion_fast.errors import OptionError, check_choice, check_number, check_whole
 from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
 from lion_fast.methods.read_out import GRID, ReadOut, features_and_cells, map_place
@@ -184,7 +185,7 @@ class VPT(PrefixCache, TunedModel):
 
     def _dropped(self, prompts: Tensor, x: Tensor) -> Tensor:
         prompts = prompts.to(x.dtype).expand(x.shape[0], -1, -1)
-        return F.dropout(prompts, self.dropout, self.training)
+        return dropout(prompts, self.dropout, self.training)
 
     def _prefix(self) -> KV:
         if self.backbone.family == "swin":

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lion_fast.equilibrium.functional import check_input
+from lion_fast.equilibrium.functional import backward_record, check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solve import SolveInfo
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
 from lion_kernels.blocks import BLOCKS, BlockPattern, BlockSparse, find_pattern
@@ -17,7 +17,7 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
     """As `functional._Equilibrium`; A, W and V are the values of their patterns where they have one."""
 
     @staticmethod
-    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint):
+    def forward(ctx, x, A, W, b, V, c, patterns, activation, max_iter, tol, damping, adjoint, tell):
         weights = _weights((A, W, V), patterns)
         if _on_kernels(x, b):
             from lion_kernels.step import solve_wide as solve
@@ -28,6 +28,7 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
         )
         ctx.save_for_backward(x, p, A, W, V)
         ctx.patterns, ctx.options, ctx.dtypes = patterns, (activation, *adjoint, True), (b.dtype, c.dtype)
+        ctx.tol, ctx.tell = tol, tell
         ctx.mark_non_differentiable(change, count)
         return out, change, count
 
@@ -40,13 +41,15 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
             from lion_kernels.step import adjoint_wide as adjoint
         else:
             weights, adjoint = [_dense(w) for w in weights], reference.adjoint
-        dx, dA, dW, db, dV, dc, _, _ = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
+        dx, dA, dW, db, dV, dc, change, count = adjoint(grad_out.contiguous(), x, p, *weights, *ctx.options)
+        if ctx.tell is not None:
+            ctx.tell(SolveInfo(change, count, ctx.tol), grad_out, p, _dense(weights[1]), _dense(weights[2]))
         grads = []
         for grad, own, pattern in zip((dA, dW, dV), (A, W, V), ctx.patterns, strict=True):
             grad = grad if pattern is None or kernels else pattern.gather(grad)
             grads.append(grad.to(own.dtype))
         dA, dW, dV = grads
-        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1]), *[None] * 6
+        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1]), *[None] * 7
 
 
 def _weights(tensors, patterns) -> list[Tensor | BlockSparse]:
@@ -118,12 +121,16 @@ class BlockSparseLayer(nn.Module):
         )
         if layer.max_iter == 1:
             W = W * 0  # as in `equilibrium`
+        wanted = (return_info or layer.on_failure != "ignore") and layer.max_iter > 1
+        told, tell = backward_record(layer.activation, layer.solve, tol, layer.gamma < 1, layer._hint)
         with torch.autocast(x.device.type, enabled=False):
             out, change, count = _BlockSparseEquilibrium.apply(
                 x.reshape(-1, layer.dim).contiguous(), A, W, layer.b, V, layer.c, patterns, layer.activation,
                 layer.max_iter, tol, layer.damping, layer.solve.adjoint(tol),
+                tell if wanted else None,
             )  # fmt: skip
         out = out.reshape(x.shape)
-        if not return_info:
-            return out
-        return out, SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        told.append(info)
+        apply_policy(info, layer.on_failure, layer._hint)
+        return (out, info) if return_info else out

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.solve import SolveInfo
+from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.errors import OptionError
 from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR
 
@@ -135,6 +135,6 @@ class TwoOfFourLayer(nn.Module):
                 rows, A, W, layer.b, V, layer.c, layer.activation, layer.max_iter, tol, layer.damping
             )
         out = out.reshape(x.shape)
-        if not return_info:
-            return out
-        return out, SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        info = SolveInfo(change.reshape(x.shape[:-1]), count.reshape(x.shape[:-1]), tol)
+        apply_policy(info, layer.on_failure, layer._hint)
+        return (out, info) if return_info else out

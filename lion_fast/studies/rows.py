@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lion_fast.errors import DataError, OptionError
-from lion_fast.files import lock
+from lion_fast.files import lock, writing
 
 NAME = "rows.jsonl"
 
@@ -35,7 +35,7 @@ class Store:
         with contextlib.ExitStack() as opened:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = opened.enter_context(open(self.path, "ab"))
+                open(self.path, "ab").close()
             except OSError as error:
                 raise OptionError(
                     f"{self.path} cannot be written: {error.strerror}; choose another --out"
@@ -44,7 +44,7 @@ class Store:
             lines, whole = _parse(self.path)
             self._rows = _put({}, [*_read_old(old), *lines])
             if whole < self.path.stat().st_size:
-                self._file.truncate(whole)
+                os.truncate(self.path, whole)
             self.close = opened.pop_all().close  # lets another writer have the file
 
     @property
@@ -60,10 +60,19 @@ class Store:
         return key in self._rows
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows; they are on the disk when this returns."""
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append rows; they are on the disk when this returns, or none is and it raises `WriteError`."""
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        with writing(self.path):
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "ab") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+                raise
         _put(self._rows, map(dict, rows))
 
     def __enter__(self) -> "Store":
@@ -168,7 +177,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> Non
     """Rows as a table, flat, for a spreadsheet."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)

@@ -17,9 +17,9 @@ import torch
 
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.data import ImageSet, Splits, load_data, transforms
-from lion_fast.data.record import RECORD
 from lion_fast.errors import CheckpointError
 from lion_fast.methods import TunedModel, create
+from lion_fast.options import RECORD
 from lion_fast.pruning import count_parameters
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lion_fast.errors import LionError
 from lion_fast.training.config import TrainConfig
+from lion_fast.training.items import collate, read
 from lion_fast.training.metrics import autocast, evaluating
 
 if TYPE_CHECKING:
@@ -94,10 +95,12 @@ def encode(
     `FeaturesTooLarge` at the first batch where they are.
     """
     device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
+    loader = DataLoader(
+        dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn, collate_fn=collate
+    )
     features, labels = [], []
     with evaluating(model), autocast(device, mixed_precision), model.backbone.autocast(device):
-        for images, targets in tqdm(loader, desc="features", leave=False, disable=not progress):
+        for images, targets in read(tqdm(loader, desc="features", leave=False, disable=not progress)):
             features.append(model.encode(images.to(device)).float().cpu())
             width = features[0].shape[1]
             if 4 * width * len(dataset) > MEMORY_LIMIT:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lion_fast.errors import DataError, check_whole
+from lion_fast.training.items import check_labels, collate, read, with_transform
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -140,10 +141,12 @@ def evaluate(
     device = next(model.parameters()).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
-    loader = DataLoader(own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", collate_fn=collate
+    )
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or rank != 0)
     with evaluating(model), autocast(device, mixed_precision):
-        for images, labels in bar:
+        for images, labels in read(bar):
             check_labels(labels, classes)
             labels = labels.to(device, non_blocking=True)
             logits = model(images.to(device, non_blocking=True)).float()
@@ -162,25 +165,6 @@ def evaluate(
 def _check_loading(batch_size: int, num_workers: int) -> None:
     check_whole("batch_size", batch_size)
     check_whole("num_workers", num_workers, 0)
-
-
-def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augment: str = "none") -> Dataset:
-    """`dataset`; an image set that would give PIL images gives what the model's backbone takes."""
-    if not hasattr(dataset, "with_transform") or getattr(dataset, "transform", None) is not None:
-        return dataset
-    from lion_fast.data import transforms
-
-    return dataset.with_transform(transforms(model.backbone, train, augment))
-
-
-def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raise `DataError` naming a label outside [0, num_classes)."""
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise DataError(
-            f"label {wrong[0].item()} is out of range: the model has {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
 
 
 def predict(
@@ -208,7 +192,7 @@ def predict(
     _check_loading(batch_size, num_workers)
     loader = DataLoader(with_transform(model, dataset), batch_size, num_workers=num_workers)
     bar = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
-    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in bar)
+    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in read(bar))
     return _probabilities(model, images, mixed_precision)
 
 
