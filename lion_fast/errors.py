@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Real
+from types import NoneType
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -94,6 +95,13 @@ def check_text(name: str, value: object) -> None:
     """Raise `OptionError` unless `value` is a text that can be a name or a path: without NUL."""
     if not isinstance(value, str) or "\0" in value:
         raise OptionError(f"{name} must be a text; got {shown(value)}")
+
+
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """Raise `OptionError` unless `value` is an instance of one of these classes."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+        raise OptionError(f"{name} must be a {wanted}; got {shown(value)}")
 
 
 def check_path(name: str, value: object) -> None:

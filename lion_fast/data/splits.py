@@ -167,6 +167,8 @@ def load_images(
     classes: the classes of the model, in its order; the source may lack some of them. See `load_data`.
     Raises DataError as `load_data` does.
     """
+    if split is not None:
+        check_choice("split", split, ("train", "val", "test"))
     # of VTAB-1k's parts one is wanted: no file of the test list is opened for another
     test = 0.0 if split in ("train", "val") else 0.2
     raw = _read(source, val=0.2, test=test, check=check, strict=strict, classes=classes, cache=cache)
