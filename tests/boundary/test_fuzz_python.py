@@ -2,6 +2,7 @@
 """The public names of Python, given anything: an error of ours that says what is wrong, or a result."""
 
 import inspect
+from functools import cache
 
 import pytest
 import torch
@@ -56,8 +57,9 @@ def test_settings_of_training(data):
     ours_or_done(TrainConfig, **{name: data.draw(ODD)})
 
 
+@cache
 def good_calls() -> dict:
-    """Calls that work, by name: what, positional arguments, keywords."""
+    """Calls that work, by name: what is called, with which arguments."""
     root, model = world(), tiny_model()
     images = load_images(root / "images", classes=["class0", "class1"])
     config = TrainConfig(epochs=1, batch_size=4, device="cpu")
