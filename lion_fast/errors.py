@@ -177,7 +177,7 @@ def check_whole(name: str, value: object, least: int = 1, most: int = LARGEST) -
 
 def check_seed(name: str, value: object) -> None:
     """Raise `OptionError` unless `value` can seed every generator of torch."""
-    check_whole(name, value, 0, 2**64 - 1)
+    check_whole(name, value, -(2**63), 2**64 - 1)
 
 
 def check_bool(name: str, value: object) -> None:

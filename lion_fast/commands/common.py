@@ -211,11 +211,12 @@ def load_run(
 def find_images(given: Sequence[str]) -> list[Path]:
     """Image files of files and folders, which are searched in depth."""
     from lion_fast.data.images import EXTENSIONS
+    from lion_fast.data.sources import files_below
 
     found: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+            inside = [p for p in files_below(path) if p.suffix.lower() in EXTENSIONS]
             if not inside:
                 raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
             found += inside

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lion_fast.data.draws import as_labels
 from lion_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
@@ -20,7 +21,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image as RGB: grey is repeated, alpha composited on white, integer grey scaled from 16 bits to 8.
 
-    Raises ValueError for floating-point images and for integers outside 0..65535.
+    Raises ValueError for floating-point images, for integers outside 0..65535, and where one side is more
+    than 1000 times the other.
 
     >>> from PIL import Image
     >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
@@ -49,7 +51,9 @@ def _layout(image: Image.Image) -> str:
 
 
 def _refuse(image: Image.Image) -> None:
-    """ValueError for what PIL reads without an error and wrongly, as far as the file's head tells."""
+    """ValueError for what cannot be used, or is read wrongly by PIL, as far as the file's head tells."""
+    if max(image.size) > 1000 * min(image.size):  # the short side resized to 224, it would fill the memory
+        raise ValueError("one side is more than 1000 times the other")
     if image.mode == "F":
         raise ValueError("floating-point images have no defined range; save them as 8 or 16 bit")
     if (
@@ -67,7 +71,8 @@ def _decode(image: Image.Image) -> Image.Image:
     if scale and "transparency" in image.info:  # PIL scales the levels to 0..255 and not this one
         image.info["transparency"] *= scale
     image.filename = ""  # no memory map: PIL mixes up the sides of a turned TIFF in it
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.format != "TIFF":  # PIL turns it while it reads, and some versions would turn it once more
+        ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
 
 
@@ -179,7 +184,7 @@ class ImageSet(Dataset):
         names: Sequence[str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
     ):
-        self.labels = torch.as_tensor(labels, dtype=torch.int64).clone()
+        self.labels = as_labels(labels).clone()
         self.classes = [str(c) for c in classes]
         self.names = [str(n) for n in (range(len(store)) if names is None else names)]
         self.transform = transform

@@ -21,6 +21,7 @@ SPLIT_NAMES = {
 # Python's own int() takes 0_1, 01, +1 and the digits of every script for numbers.
 WHOLE = r"0|[1-9][0-9]{0,8}"
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+DEBRIS = ("__MACOSX", "__pycache__", "lost+found")
 SHOWN = 5
 
 
@@ -99,19 +100,22 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
             + ": these would be classes. Name the parts train, val and test and move everything else away"
         )
     items, empty = [], {}
-    ignored = sum(p.is_file() for top in roots.values() for p in _entries(top))
+    ignored = [p for top in roots.values() for p in _entries(top) if p.is_file()]
     for split, top in roots.items():
         folders = _subfolders(top)
         if not folders:
             raise DataError(f"{top} has no class sub-folders; expected for example {top.name}/cat/1.jpg")
         for folder in folders:
-            files = _files(folder)
+            files = files_below(folder)
             images = [p for p in files if p.suffix.lower() in EXTENSIONS]
-            ignored += len(files) - len(images)
+            ignored += [p for p in files if p.suffix.lower() not in EXTENSIONS]
             if not images:
                 empty.setdefault(split, []).append(folder.name)
             items += [Item(p, p.relative_to(root).as_posix(), folder.name, split) for p in images]
-    about["ignored_files"] = ignored
+    about["ignored_files"] = len(ignored)
+    if ignored:
+        told = some(p.relative_to(root) for p in ignored)
+        say_once(f"{root} has {len(ignored)} file(s) that are no images of a class: {told}")
     found = sorted({folder.name for top in roots.values() for folder in _subfolders(top)})
     needed = empty.get("all", []) + empty.get("train", [])
     if needed and classes is None:
@@ -291,7 +295,7 @@ def collect(
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, debris apart; DataError for what is neither file nor folder."""
     try:
-        found = sorted(p for p in folder.iterdir() if not _hidden(Path(p.name)))
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in DEBRIS)
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
     for path in found:
@@ -304,7 +308,7 @@ def _subfolders(folder: Path) -> list[Path]:
     return [p for p in _entries(folder) if p.is_dir()]
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, those in linked folders too; DataError for a link that leads back."""
     parent = Path(os.path.realpath(folder.parent))
     files, todo = [], [(folder, frozenset(map(str, (parent, *parent.parents))))]
@@ -319,7 +323,3 @@ def _files(folder: Path) -> list[Path]:
             else:
                 files.append(path)
     return sorted(files)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in path.parts)

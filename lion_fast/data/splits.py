@@ -15,7 +15,7 @@ from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.published import PUBLISHED, read_vtab
 from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder
-from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed
 from lion_fast.files import cache_dir
 from lion_fast.options import CHECK
 
@@ -84,7 +84,7 @@ def load_data(
         check_number(name, share, least=0, below=1, note=f"a share of the images (exact sizes: n_{name})")
     if val + test >= 1:
         raise OptionError(f"val + test must leave training images; got {val} + {test}")
-    check_whole("seed", seed, -(2**63), 2**64 - 1)
+    check_seed("seed", seed)
     given = [n for n, v in (("n_per_class", n_per_class), ("imbalance", imbalance)) if v is not None]
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")

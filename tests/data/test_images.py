@@ -79,6 +79,7 @@ def png(bits, kind, row, clear):
         (png(4, 0, b"\x12", b"\0\1"), [255, 34]),
         (png(16, 0, b"\x64\x64\x64\x65", b"\x64\x64"), [255, 100]),
     ],
+    ids=["grey", "colour", "1 bit, black", "1 bit, white", "2 bits", "4 bits", "16 bits"],
 )
 def test_a_transparent_value_is_white(tmp_path, file, want):
     (tmp_path / "t.png").write_bytes(file)
@@ -119,6 +120,7 @@ def unreadable(folder):
     folder.mkdir()
     Image.new("F", (1, 1), 0.5).save(folder / "floating.tif")
     Image.new("I", (1, 1), 70_000).save(folder / "0..65535.tif")
+    Image.new("L", (2001, 2)).save(folder / "1000 times.png")
     negative = TiffImagePlugin.ImageFileDirectory_v2()
     negative[262] = 0
     Image.new("I;16", (1, 1), 7).save(folder / "white.tif", tiffinfo=negative)

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from image_helpers import birds, class_folders, dogs, fgvc, refuses, vtab, write_csv, write_image
 
-from lion_fast.data import load_data, load_images
+from lion_fast.data import ArrayImages, ImageSet, draw_per_class, draw_total, load_data, load_images
 from lion_fast.errors import DataError, OptionError
 
 
@@ -151,3 +152,16 @@ def test_class_ids_of_a_matlab_list(tmp_path, label):
     names[0, 0] = np.array(["n01-Dog/train_0.jpg"])
     savemat(tmp_path / "train_list.mat", {"file_list": names, "labels": np.array([[label]])})
     refuses("train_list.mat is no list", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.5, 1.2], [True, False], [-1, 0], [0, 10**9], [0, 10**30], ["a", "b"], [[0], [1]], [None, 0]]
+)
+def test_labels_of_a_set_are_whole_numbers(labels):
+    images = ArrayImages(np.zeros((2, 4, 4), np.uint8))
+    for use in (lambda: ImageSet(images, labels, ["a", "b"]), lambda: draw_per_class(labels, 1)):
+        with pytest.raises(DataError, match="labels"):
+            use()
+    for dtype in (torch.int32, torch.uint8):
+        assert ImageSet(images, torch.tensor([0, 1], dtype=dtype), ["a", "b"]).labels.dtype == torch.int64
+        assert draw_total(torch.tensor([0, 1], dtype=dtype), 2).tolist() == [0, 1]

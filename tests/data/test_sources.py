@@ -17,6 +17,7 @@ from image_helpers import (
     write_noise,
 )
 
+from lion_fast.commands.common import find_images
 from lion_fast.data import load_data, load_images
 from lion_fast.errors import DataError, OptionError
 
@@ -86,7 +87,7 @@ BAD_CSV = [
 ]
 
 
-@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV)
+@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV, ids=range(len(BAD_CSV)))
 def test_bad_csv(tmp_path, content, classes, message):
     for k in range(2):
         write_image(tmp_path / f"{k}.png", k)
@@ -137,7 +138,7 @@ def test_one_file_under_two_names_is_refused(tmp_path, layout):
 
 
 def test_debris_and_an_empty_class_of_the_val_split_are_fine(three, tmp_path):
-    for name in ("__MACOSX/cat", ".thumbnails", "__background__"):
+    for name in ("__MACOSX/cat", "lost+found", ".thumbnails", "__background__"):
         write_image(three / name / "1.png")
     assert load_data(three).classes == ["__background__", "cat", "dog", "eel"]
     class_folders(tmp_path / "d" / "train", {"a": 3, "b": 3})
@@ -204,6 +205,7 @@ def test_linked_folders_are_read(tmp_path):
     assert images.counts() == {"cat": 4, "dog": 1, "eel": 3}
     assert images.names[2] == "cat/more/deep/000.png" and len(set(images.names)) == 8
     images.image(2)
+    assert find_images([str(root)]) == [root / name for name in images.names]  # what predict reads
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,13 @@ def test_names_that_are_not_utf_8(tmp_path):
     splits = load_data(root, val=0, test=0)
     assert splits.train.names[-1] == os.fsdecode(b"\xe9/0.png") and len(splits.train) == 9
     json.loads(json.dumps(splits.description))
+
+
+def test_files_that_are_passed_over_are_named(three, capsys):
+    for name in ("loose.png", "cat/photo.heic", "cat/.hidden"):
+        (three / name).write_bytes(b"")
+    assert load_data(three).description["ignored_files"] == 2
+    assert "2 file(s) that are no images of a class: loose.png, cat/photo.heic" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_skipped_counted_and_named(three):
