@@ -17,7 +17,7 @@ from lion_fast.errors import (
     one_line,
     shown,
 )
-from lion_fast.methods import TunedModel, available, create
+from lion_fast.methods import TunedModel, available, check_kinds, create
 from lion_fast.methods.files import DESCRIPTION, TENSORS, describe_images, read_adapter
 from lion_fast.pruning.compaction import restore_compacted
 
@@ -60,7 +60,6 @@ def load_adapter(
         raise OptionError(f"backbone must be a Backbone, see load_backbone; got {shown(backbone)}")
     directory = Path(directory)
     description, state = read_adapter(directory)
-    _check_sizes(directory, description, state)
     if description["method"] not in available():  # before a backbone is fetched for nothing
         raise AdapterError(
             f"{directory / DESCRIPTION}: method {shown(description['method'])} is unknown here; known are "
@@ -89,7 +88,10 @@ def load_adapter(
     options = description["options"]
     if description["method"] == "lion":
         options = {"form": "residual"} | options  # before there was a choice
+    # a description makes no model that is larger than its tensors: nothing is allocated by its word
+    most = max(4096, *(side for tensor in state.values() for side in tensor.shape))
     try:
+        check_kinds(available()[description["method"]], options, most)
         model = create(backbone, description["method"], description["num_classes"], seed=0, **options)
         restore_compacted(model, description.get("compacted") or {})
     except Exception as error:  # options that no version wrote
@@ -106,19 +108,6 @@ def load_adapter(
         return model.to(device).eval() if device is not None else model.eval()
     except Exception as error:  # every kind of device has kinds of its own
         raise OptionError(f"device {shown(device)} cannot be used here: {one_line(error, 200)}") from error
-
-
-def _check_sizes(directory: Path, description: dict, state: dict[str, torch.Tensor]) -> None:
-    """A description makes no model that is larger than its tensors: nothing is allocated by its word."""
-    most = max(4096, *(side for tensor in state.values() for side in tensor.shape))
-    parts = list(description["options"].values())
-    while parts:
-        part = parts.pop()
-        if isinstance(part, int) and part > most:
-            raise AdapterError(
-                f"{directory / DESCRIPTION}: options hold {shown(part)}; no tensor is as large"
-            )
-        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _check_images(directory: Path, description: dict, backbone: Backbone) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from numbers import Real
+from types import NoneType
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def check_text(name: str, value: object) -> None:
         raise OptionError(f"{name} must be a text; got {shown(value)}")
 
 
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """Raise `OptionError` unless `value` is an instance of one of these classes."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+        raise OptionError(f"{name} must be a {wanted}; got {shown(value)}")
+
+
 def check_path(name: str, value: object) -> None:
     """Raise `OptionError` unless `value` is a text or an `os.PathLike` that can be a path."""
     if not isinstance(value, os.PathLike):
@@ -169,7 +177,7 @@ def check_whole(name: str, value: object, least: int = 1, most: int = LARGEST) -
 
 def check_seed(name: str, value: object) -> None:
     """Raise `OptionError` unless `value` can seed every generator of torch."""
-    check_whole(name, value, 0, 2**64 - 1)
+    check_whole(name, value, -(2**63), 2**64 - 1)
 
 
 def check_bool(name: str, value: object) -> None:

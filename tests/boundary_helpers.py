@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -108,8 +109,8 @@ def keeps_its_promise(*argv, codes: set[int] | None = None) -> tuple[int, str, s
     assert code in (codes or CODES.get(command, {0, 1, 2})), where
     assert "Traceback" not in err and "Traceback" not in out, where
     lines = err.rstrip("\n").split("\n")
-    if code in (1, 2) and not ("regression" in out or "failed" in out):
-        assert lines[-1].startswith(("lion-fast: error: ", f"lion-fast {command}: error: ")), where
+    if code in (1, 2) and argv and "usage: lion-fast" not in out:
+        assert re.match(r"lion-fast(?: \w+)?: error: ", lines[-1]), where
         assert 30 < len(lines[-1]) < 1200 and lines[-1].isprintable(), where
     if "--json" in argv and "--help" not in argv and "-h" not in argv:
         if code == 0:

@@ -67,8 +67,8 @@ def _choose(x: Tensor, weights: tuple[Tensor | BlockSparse, ...], state: int, da
     return tuned.choose_sparse("step", blocks.pop(), x.dtype, damping)
 
 
-def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
-    """(x +) h weight^T (+ c) in x's dtype."""
+def _read_out(h, weight, c, x, change, config, residual: bool) -> Tensor:
+    """(x +) h weight^T (+ c) in x's dtype; `change` becomes inf for rows where that is not finite."""
     out = torch.empty_like(x)
     rows, width = x.shape
     constants = launch_step.read_out_constants(
@@ -78,7 +78,7 @@ def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
     weight = _Weight.of(weight, x.dtype, x.new_empty(1, dtype=torch.int32))
     step_kernels.read_out_kernel[(triton.cdiv(rows, config.block_t) * constants["BLOCKS"],)](
         h_ptr=h, **weight._asdict(), c_ptr=weight.weight_ptr if c is None else c, x_ptr=x, out_ptr=out,
-        T=rows,
+        change_ptr=change, T=rows,
         **constants, **config.resources,
     )  # fmt: skip
     return out
@@ -133,7 +133,7 @@ def solve_wide(
             **launch_step.finish_constants(config, state, numerics, activation, STATE_FLOOR, SAVE=save),
             num_warps=config.num_warps,
         )  # fmt: skip
-        out = _read_out(h, V, c, x, config, residual)
+        out = _read_out(h, V, c, x, records.change, config, residual)
     return out, p, records.change, records.count
 
 
@@ -207,7 +207,7 @@ def adjoint_wide(
                 **finish,
                 num_warps=config.num_warps,
             )  # fmt: skip
-            dx = _read_out(t, A.T, None, grad_out, config, residual)
+            dx = _read_out(t, A.T, None, grad_out, records.change, config, residual)
     else:
         dx = torch.empty_like(x)
     return (

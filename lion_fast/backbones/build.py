@@ -1,6 +1,7 @@
 """`load_backbone`: a timm model, its weights and its image size, as a `Backbone`."""
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import timm
 from timm.layers import to_2tuple
 from torch import nn
 
-from lion_fast.backbones import cheaper
+from lion_fast.backbones import cheaper, loading
 from lion_fast.backbones import weights as known
 from lion_fast.backbones.backbone import SUPPORTED_TEXT, Backbone, family_of
 from lion_fast.backbones.weights import hub
@@ -121,6 +122,7 @@ def load_backbone(
     source = "random"
     if from_hub:
         cfg = model.pretrained_cfg
+        on_grid_from_hub(model)
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         source = f"timm hub: {cfg.get('architecture') or name}{tag}"
     elif own is not None and (pretrained or weights is not None):
@@ -149,6 +151,16 @@ def load_backbone(
         raise OptionError(f"{name} with {shown(timm_kwargs)} is no backbone: {told}") from error
     cheaper.apply(backbone, memory=memory, fold=fold, precision=precision)
     return backbone
+
+
+def on_grid_from_hub(model: nn.Module) -> None:
+    """See `loading.on_grid`: the hub's weights are of the size that their configuration says."""
+    pos, embed = getattr(model, "pos_embed", None), getattr(model, "patch_embed", None)
+    if pos is not None and embed is not None:
+        height, width = model.pretrained_cfg["input_size"][1:]
+        native = (height // embed.patch_size[0]) * (width // embed.patch_size[1])
+        if native == math.prod(embed.grid_size):
+            loading.on_grid(model, {"pos_embed": pos})
 
 
 def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.Module:

@@ -17,7 +17,7 @@ from lion_fast.data.offline import OFFLINE
 from lion_fast.data.published import PUBLISHED, read_vtab
 from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
 from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder, some
-from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_whole, one_line
+from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed, one_line
 from lion_fast.files import cache_dir, say_once
 from lion_fast.options import CHECK, DUPLICATES
 
@@ -111,7 +111,7 @@ def load_data(
         check_number(name, share, least=0, below=1, note=f"a share of the images (exact sizes: n_{name})")
     if val + test >= 1:
         raise OptionError(f"val + test must leave training images; got {val} + {test}")
-    check_whole("seed", seed, -(2**63), 2**64 - 1)
+    check_seed("seed", seed)
     given = [n for n, v in (("n_per_class", n_per_class), ("imbalance", imbalance)) if v is not None]
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
@@ -269,6 +269,8 @@ def load_images(
     classes: the classes of the model, in its order; the source may lack some of them. See `load_data`.
     Raises DataError as `load_data` does.
     """
+    if split is not None:
+        check_choice("split", split, ("train", "val", "test"))
     # of VTAB-1k's parts one is wanted: no file of the test list is opened for another
     test = 0.0 if split in ("train", "val") else 0.2
     raw = _read(source, val=0.2, test=test, check=check, strict=strict, classes=classes, cache=cache)

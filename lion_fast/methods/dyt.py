@@ -72,7 +72,8 @@ class DyT(BlockMethod):
         super().__init__(backbone, num_classes, **options)
         check_choice("form", form, ("exact", "naive"))
         check_number("rate", rate, above=0, most=1, note="the share of tokens to let through")
-        check_number("temperature", temperature, above=0)
+        check_number("temperature", temperature, above=0, most=1e6)
+        check_number("scale", scale, least=-1e6, most=1e6)
         check_number("threshold", threshold, below=1, note="and below 0 every token passes")
         self.record(rank=rank, rate=rate, temperature=temperature, threshold=threshold)
         self.record(scale=scale, dropout=dropout, form=form)
@@ -85,7 +86,7 @@ class DyT(BlockMethod):
             nn.init.zeros_(dispatcher.bias)
         self._complete = False
         self._masks: list[Tensor] = []  # M of the patch tokens (B, N) in this forward, block by block
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._passed: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ class DyT(BlockMethod):
             masks = torch.stack(drawn)  # (L, B, N)
             self._passed = masks.detach().mean()
             # for loss_terms, which comes next on the same images
-            self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
+            keeps = self.training and torch.is_grad_enabled()
+            self._last = (images, _writes(images), logits, masks) if keeps else None
         return logits
 
     def features(self, images: Tensor) -> Tensor:
@@ -131,15 +133,15 @@ class DyT(BlockMethod):
     def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms "complete", "distillation" and "rate"; after `forward` on the same images its logits are
         used, else the dispatched model is run again."""
-        if self._last is None or self._last[0] is not images:
+        if self._last is None or self._last[0] is not images or self._last[1] != _writes(images):
             with torch.enable_grad():
                 self(images)
         if self._last is None:
             raise OptionError("loss_terms belong to training; call train() first")
-        (_, logits, masks), self._last = self._last, None
+        (*_, logits, masks), self._last = self._last, None
         complete = _wide(self.complete(images))
         return {
-            "complete": F.cross_entropy(complete, labels),
+            "complete": F.cross_entropy(complete, labels if labels.is_floating_point() else labels.long()),
             "distillation": F.kl_div(
                 _wide(logits).log_softmax(-1),
                 complete.detach().log_softmax(-1),
@@ -171,6 +173,12 @@ class DyT(BlockMethod):
     def __getstate__(self) -> dict[str, Any]:
         # a graph can be neither copied nor pickled
         return {**self.__dict__, "_last": None, "_masks": []}
+
+
+def _writes(images: Tensor) -> int:
+    """How often images were written into, as far as that is counted."""
+    counted = not torch.compiler.is_compiling() and not images.is_inference()
+    return images._version if counted else 0
 
 
 def _wide(x: Tensor) -> Tensor:

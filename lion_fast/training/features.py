@@ -26,8 +26,9 @@ class FeatureStore:
 
     Give one to several calls of `fit`: models that read the backbone alike, such as a linear probe with other
     learning rates, then share one pass over the images. Entries belong to a data set, a backbone and what
-    the method reads (`TunedModel.encoding`), all told apart by identity and not by content, and to a
-    precision and a batch size, which move the last bits; the `limit` most recently used ones stay.
+    the method reads (`TunedModel.encoding`), told apart by identity and not by content, to the backbone's
+    weights as they are now, and to a precision and a batch size, which move the last bits; the `limit` most
+    recently used ones stay.
 
     >>> FeatureStore(limit=4)
     FeatureStore(0 of 4)
@@ -45,7 +46,8 @@ class FeatureStore:
         view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
         """
         precision = reading.get("mixed_precision", "no")
-        key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
+        backbone = model.backbone
+        key = (id(dataset), id(backbone), backbone.weights_sha256, precision, batch_size, *model.encoding())
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
         if key not in self._found:
             started = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lion_fast.errors import LionError, check_whole
+from lion_fast.errors import CheckpointError, LionError, check_whole
 from lion_fast.training.checkpoints import Checkpoint, unusable
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import exact_dtype
@@ -94,6 +94,12 @@ def _unpack(setup: Setup, checkpoint: Checkpoint) -> State:
         part, key = name.rsplit("/", 1)
         parts[part][key] = tensor.to(setup.accelerator.device, copy=True)
     setup.model.load_adapter_state_dict(parts["model"])
+    foreign = [p for p in parts if p.startswith("optimizer/") and p[len("optimizer/") :] not in setup.trained]
+    if foreign:
+        raise CheckpointError(
+            f"the checkpoint holds an optimiser's state of {', '.join(foreign[:3])}, which this model "
+            "does not train: an older lion-fast trained it in another form. Begin the run anew"
+        )
     if parts["best"]:
         _check_shapes("best", parts["best"], setup.model.adapter_state_dict())
     for name, parameter in setup.trained.items():

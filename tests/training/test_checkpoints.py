@@ -125,6 +125,22 @@ def test_checkpoints_of_format_1_still_resume(tmp_path, monkeypatch, step):
     assert result.history[3]["val_loss"] == pytest.approx(history[3]["val_loss"], rel=tolerance)
 
 
+def test_a_run_of_a_border_that_was_held_normalised_is_not_gone_on_with(tmp_path):
+    """Its moments are of other numbers; its adapter is still read."""
+    shape = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "img_size": 32}
+    frozen = lion_fast.load_backbone("resnet18", pretrained=False, **shape)
+    model = lion_fast.create(frozen, "vpt", num_classes=3, length=1)
+    fit(model, random_splits(), TrainConfig(**QUICK), tmp_path)
+    folder = tmp_path / "checkpoints"
+    found = checkpoints.read_checkpoint(checkpoints.list_checkpoints(folder)[-2])
+    tensors = {k.replace("row_pixels", "rows").replace("column_pixels", "columns"): v
+               for k, v in found.tensors.items()}  # fmt: skip
+    shutil.rmtree(folder)
+    written = checkpoints.write_checkpoint(folder, 3, tensors, found.state)
+    with pytest.raises(CheckpointError, match="border.*older lion-fast"):
+        fit(model, random_splits(), TrainConfig(**QUICK), tmp_path, resume=written.name)
+
+
 # -- files
 
 

@@ -140,6 +140,19 @@ def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
         assert items.reads == reads
 
 
+@pytest.mark.parametrize("write", ["load_state_dict", "data"])
+def test_a_store_follows_the_weights_of_a_backbone(write):
+    store, items, model = FeatureStore(), random_splits(n=1).train, tiny_model("probe")
+    before = store.features(model, items, items, 8)[0].tensors[0].clone()
+    if write == "data":
+        model.backbone.model.norm.bias.data.add_(1)
+    else:
+        inside = model.backbone.model
+        inside.load_state_dict({k: v * 1.5 for k, v in inside.state_dict().items()})
+    found = store.features(model, items, items, 8)[0].tensors[0]
+    assert torch.equal(found, features.encode(model, items, 8).tensors[0]) and not torch.equal(found, before)
+
+
 def test_a_store_forgets_what_is_too_much(monkeypatch):
     monkeypatch.setattr(features, "MEMORY_LIMIT", 1450)  # an image takes 4 * 32 bytes, and 8 for its label
     store, model = FeatureStore(), tiny_model("probe")
