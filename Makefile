@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-quick lint bench accuracy aot gpu gpu-dry clean
+.PHONY: help demo test test-quick versions lint bench accuracy aot gpu gpu-dry clean
 
 help:  ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,24 @@ test: $(INSTALLED) lint  ## all tests that a machine without a GPU can run
 
 test-quick: $(INSTALLED)  ## the tests that take seconds
 	$(RUN) -m pytest -m 'not slow'
+
+# OLDEST: a Python that the oldest releases have wheels for. The tools of bench/ need a Triton that compiles the kernels.
+OLDEST ?= python3.10
+OLD := build/oldest
+$(OLD)/.installed: setup.py pyproject.toml
+	$(OLDEST) -m venv --clear $(OLD)
+	sed -nE 's/.*"([A-Za-z0-9._-]+)>=([0-9.]+)".*/\1==\2/p' setup.py > $(OLD)/oldest.txt
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLD)/oldest.txt --editable '.[dev]'
+	$(OLD)/bin/python -m pip check --disable-pip-version-check
+	touch $@
+
+versions: $(INSTALLED) $(OLD)/.installed  ## the tests on the oldest releases that setup.py allows; adapters to and fro
+	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow' --ignore tests/bench
+	rm -rf build/adapters
+	$(OLD)/bin/python tests/exchange.py write build/adapters/oldest
+	$(RUN) tests/exchange.py write build/adapters/newest
+	$(OLD)/bin/python tests/exchange.py read build/adapters/newest
+	$(RUN) tests/exchange.py read build/adapters/oldest
 
 lint: $(INSTALLED)  ## style and unused code
 	$(VENV)/bin/ruff check .

@@ -12,11 +12,12 @@ VERSION = next(
 )
 LION_FAST = find_packages(str(HERE), include=["lion_fast", "lion_fast.*"])
 
+# The least versions are what `make versions` runs the tests on
 TRAIN = [
     "timm>=1.0.10",
     "torchvision>=0.21",
     "accelerate>=1.2",
-    "safetensors>=0.4",
+    "safetensors>=0.4.4",
     "pillow>=10",
     "numpy>=1.26",
     "onnx>=1.16",
@@ -27,8 +28,8 @@ TRAIN = [
 
 EXTRAS = {
     "digits": ["scikit-learn>=1.4"],
-    "matlab": ["scipy>=1.11"],
-    "tensorboard": ["tensorboard>=2.16"],
+    "matlab": ["scipy>=1.11.1"],
+    "tensorboard": ["tensorboard>=2.16.2"],
 }
 # onnxruntime runs the model that weights were converted from
 DEV = [
@@ -36,6 +37,7 @@ DEV = [
     "pytest-benchmark>=5",
     "pytest-xdist>=3.5",
     "mypy>=1.11",
+    "hypothesis>=6",
     "ruff==0.14.5",
     "setuptools>=70",
     "wheel",

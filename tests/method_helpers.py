@@ -5,7 +5,9 @@ import json
 
 import pytest
 import safetensors.torch
+import timm
 import torch
+from packaging.version import Version
 
 from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.methods import create
@@ -31,6 +33,11 @@ BACKBONES = {
 }
 VITS = ["vit", "qk-norm", "registers", "no class token", "norm_pre", "post-norm", "avg", "deit"]
 FAMILIES = ["vit", "swin", "resnet"]
+
+
+def needs_timm(version):
+    """A mark for what an older timm does not have."""
+    return pytest.mark.skipif(Version(timm.__version__) < Version(version), reason=f"needs timm {version}")
 
 
 def off_identity(model):

@@ -12,7 +12,7 @@ from training_helpers import same_bits
 import lion_fast
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
-from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
+from lion_fast.errors import AdapterError, WeightsError
 from lion_fast.methods import available, create
 from lion_fast.methods.files import DESCRIPTION, FORMAT_VERSION, TENSORS, read_adapter
 
@@ -62,13 +62,14 @@ def residual(tmp_path):
 
 @pytest.mark.parametrize("method, key, options", MODELS)
 def test_round_trip_is_bit_exact(method, key, options, tmp_path):
-    model = trained(method, key, **options)
+    frozen = backbone(key)
+    model = trained(method, on=frozen, **options)
     model.classes = ["a", "b", "ç", "d"]
     folder = tmp_path / "new" / "folder"
     model.save_adapter(folder)
     assert sorted(os.listdir(folder)) == [DESCRIPTION, TENSORS]
     state = torch.get_rng_state()
-    again = lion_fast.load_adapter(folder, backbone=model.backbone)
+    again = lion_fast.load_adapter(folder, backbone=frozen)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(again) is type(model) and again.options == model.options and again.classes == model.classes
     assert same_bits(again.adapter_state_dict(), model.adapter_state_dict())
@@ -239,11 +240,11 @@ def test_a_backbone_that_cannot_be_had(tmp_path, probe, monkeypatch):
         ({"name": "hf-hub:somebody/something"}, AdapterError, "is not a plain timm model"),
         (
             {"timm_kwargs": {"pretrained_cfg_overlay": {"url": "https://example.org/x.pth"}}},
-            OptionError,
+            AdapterError,
             "no option 'pretrained_cfg_overlay'",
         ),
-        ({"timm_kwargs": {"checkpoint_path": "x.pth"}}, OptionError, "no option 'checkpoint_path'"),
-        ({"name": "nothing"}, BackboneError, "no backbone named"),
+        ({"timm_kwargs": {"checkpoint_path": "x.pth"}}, AdapterError, "no option 'checkpoint_path'"),
+        ({"name": "nothing"}, AdapterError, "no backbone named"),
     ],
 )
 def test_a_foreign_description_reaches_no_address_and_no_loader_option(
@@ -346,3 +347,22 @@ def test_no_pickle_is_executed(tmp_path, probe):
 def test_given_a_device(tmp_path, probe):
     again = load_adapter(tmp_path, backbone=probe.backbone, device="meta")
     assert {p.device.type for p in again.parameters()} == {"meta"}
+
+
+def test_the_crop_mode_of_training_is_kept(tmp_path):
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "img_size": 32}
+    name, file = "convnext_tiny.fb_in22k_ft_in1k_384", tmp_path / "w.safetensors"
+    random = load_backbone(name, pretrained=False, **small)
+    safetensors.torch.save_file(random.model.state_dict(), file)
+    squash = load_backbone(name, weights=file, **small)
+    assert squash.crop_mode == "squash"
+    save_adapter(create(squash, "probe", num_classes=2), tmp_path / "new")
+    assert load_adapter(tmp_path / "new").backbone.crop_mode == "squash"
+    # written before it was read: the images had been cropped in the middle
+    squash.crop_mode = "center"
+    save_adapter(create(squash, "probe", num_classes=2), tmp_path / "old")
+    assert "crop_mode" not in described(tmp_path / "old")["normalisation"]
+    assert load_adapter(tmp_path / "old").backbone.crop_mode == "center"
+    refused("crop_mode squash", tmp_path / "new", backbone=squash)
+    squash.crop_mode = "squash"
+    refused("crop_mode center", tmp_path / "old", backbone=squash)

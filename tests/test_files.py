@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lion_fast import files
-from lion_fast.errors import OptionError, WeightsError
+from lion_fast.errors import OptionError, WeightsError, WriteError
 
 HOLD = """
 import sys
@@ -42,14 +43,67 @@ def test_two_processes_do_not_hold_one_lock(tmp_path, name):
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(OptionError, match="another run"), files.lock(path):
-            pass
+        holder = f"process {other.pid}" if os.path.exists("/proc/locks") else ""
+        for again in (False, True):
+            with pytest.raises(OptionError, match=holder), files.lock(path, again=again):
+                pass
         other.kill()
-    with files.lock(path):  # it went with the process
+    with files.lock(path), files.lock(path, again=True):  # it went with the process
         with pytest.raises(OptionError, match="another run"), files.lock(path):
             pass
     with files.lock(path):
         assert os.listdir(tmp_path) == [name] * bool(name)
+
+
+def test_a_lock_is_not_shared_by_threads(tmp_path):
+    def take():
+        with files.output_folder(tmp_path):
+            pass
+
+    with files.output_folder(tmp_path), ThreadPoolExecutor(1) as pool:
+        take()
+        if files.fcntl is not None:
+            with pytest.raises(OptionError, match="another run"):
+                pool.submit(take).result()
+    take()
+
+
+@pytest.mark.parametrize("name", ["file/a.json", "none/a.json", "folder"])
+def test_what_cannot_be_written_is_told_with_its_name(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError, match=name) as told:
+        files.write_atomically(tmp_path / name, "y")
+    assert isinstance(told.value, OSError) and told.value.errno
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(WriteError):
+        files.write_together({tmp_path / "a": "new", tmp_path / "none" / "b": "new"})
+    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    files.write_together({tmp_path / "a": "new", tmp_path / "b" / "c": b"new"})
+    assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "new"
+
+
+def test_an_output_is_never_what_is_read(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    photos, config = tmp_path / "photos", tmp_path / "run" / "config.yaml"
+    for out, read, writes in [
+        (photos, photos, ()), (tmp_path / "link", photos, ()), (photos / "run", photos, ()),
+        (tmp_path / "link" / "cat", photos, ()), (tmp_path / "run", config, ("config.yaml",)),
+        (config, config, ()), (tmp_path, photos / "cat", ("photos",)),
+        (tmp_path / "run" / "..", photos, ("photos",)),
+    ]:  # fmt: skip
+        with pytest.raises(OptionError):
+            files.refuse_overwriting(out, [None, tmp_path / "nothing", read], writes)
+    for out, read in [(tmp_path, photos), (tmp_path / "photos-2", photos), (tmp_path / "run", config)]:
+        files.refuse_overwriting(out, [read])
 
 
 # -- wheels
@@ -134,6 +188,19 @@ def test_fetch_errors_say_what_to_do(wheelhouse, tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "which", lambda name: None)
     with pytest.raises(files.FetchError, match="nonexistent/python.*PIP_FIND_LINKS"):
         fetch(target)
+
+
+def test_a_cache_that_cannot_be_is_told(tmp_path, monkeypatch, wheelhouse):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "x"):
+        monkeypatch.setenv("LION_FAST_CACHE", str(place))
+        with pytest.raises(WriteError):
+            files.cache_dir()
+        with pytest.raises(WriteError):
+            fetch(place / "a.bin")
+    monkeypatch.setenv("LION_FAST_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(OptionError, match="LION_FAST_CACHE"):
+        files.cache_dir()
 
 
 def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):

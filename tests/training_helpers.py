@@ -49,7 +49,7 @@ class Tensors(torch.utils.data.Dataset):
     """Ready tensors with labels, as `fit` takes them without a transform."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.constant = images, labels, True
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate
 from lion_kernels.reference import STATE_FLOOR
-from lion_kernels.tile import INFINITY, as_operand, stop_rows
+from lion_kernels.tile import INFINITY, as_operand, finite_rows, hold, stop_rows
 
 
 @triton.jit(do_not_specialize=["T", "max_iter"])
@@ -94,10 +94,13 @@ def _solve_fwd_kernel(
     if not CARRY:
         p = tl.dot(as_operand(z, LOOP), w, q, input_precision=PRECISION)
     p = tl.where((change < INFINITY)[:, None], p, z)
-    tl.store(change_ptr + first + i, change, mask=valid)
+    finite = finite_rows(p)
     tl.store(count_ptr + first + i, count, mask=valid)
     if SAVE:
-        tl.store(p_ptr + first * R + i[:, None] * R + r[None, :], p, mask=valid[:, None] & (r < R)[None, :])
+        tl.store(
+            p_ptr + first * R + i[:, None] * R + r[None, :], hold(p, p_ptr.dtype.element_ty),
+            mask=valid[:, None] & (r < R)[None, :],
+        )  # fmt: skip
 
     h = as_operand(activate(p, ACT, MATH), INPUT)
     for start in range(0, D, BLOCK_D):
@@ -109,7 +112,10 @@ def _solve_fwd_kernel(
         mask = valid[:, None] & (d < D)[None, :]
         if RESIDUAL:
             out += tl.load(x_tile + tile, mask=mask, other=0.0).to(tl.float32)
+        out = out.to(out_ptr.dtype.element_ty)
+        finite = tl.minimum(finite, finite_rows(out))
         tl.store(out_ptr + first * D + tile, out, mask=mask)
+    tl.store(change_ptr + first + i, tl.where(finite > 0, change, INFINITY), mask=valid)
 
 
 def solve(

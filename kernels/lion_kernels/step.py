@@ -67,8 +67,8 @@ def _choose(x: Tensor, weights: tuple[Tensor | BlockSparse, ...], state: int, da
     return tuned.choose_sparse("step", blocks.pop(), x.dtype, damping)
 
 
-def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
-    """(x +) h weight^T (+ c) in x's dtype."""
+def _read_out(h, weight, c, x, change, config, residual: bool) -> Tensor:
+    """(x +) h weight^T (+ c) in x's dtype; `change` becomes inf for rows where that is not finite."""
     out = torch.empty_like(x)
     rows, width = x.shape
     constants = launch_step.read_out_constants(
@@ -78,7 +78,7 @@ def _read_out(h, weight, c, x, config, residual: bool) -> Tensor:
     weight = _Weight.of(weight, x.dtype, x.new_empty(1, dtype=torch.int32))
     step_kernels.read_out_kernel[(triton.cdiv(rows, config.block_t) * constants["BLOCKS"],)](
         h_ptr=h, **weight._asdict(), c_ptr=weight.weight_ptr if c is None else c, x_ptr=x, out_ptr=out,
-        T=rows,
+        change_ptr=change, T=rows,
         **constants, **config.resources,
     )  # fmt: skip
     return out
@@ -133,13 +133,14 @@ def solve_wide(
             **launch_step.finish_constants(config, state, numerics, activation, STATE_FLOOR, SAVE=save),
             num_warps=config.num_warps,
         )  # fmt: skip
-        out = _read_out(h, V, c, x, config, residual)
+        out = _read_out(h, V, c, x, records.change, config, residual)
     return out, p, records.change, records.count
 
 
 def _row_scales(grad_out: Tensor, V: Tensor | BlockSparse) -> Tensor:
     """A power of two per row, near the size of the entries of grad_out V; 1 for a row of zeros."""
-    norms = torch.linalg.vector_norm(grad_out, dim=1, dtype=torch.float32)
+    wide = torch.float64 if grad_out.dtype == torch.float32 else torch.float32  # squares stay in range
+    norms = torch.linalg.vector_norm(grad_out, dim=1, dtype=wide).float()
     values = V.values if isinstance(V, BlockSparse) else V
     root = (V.shape[0] * V.shape[1]) ** 0.5
     size = norms * torch.linalg.vector_norm(values, dtype=torch.float32) / root
@@ -179,7 +180,7 @@ def adjoint_wide(
     records = _Rows(x, config, state)
     # [N, K] with K contiguous, as the product wants its second operand.
     inject, recur = (_Weight.of(t.T, d, records.done) for t, d in ((V, x.dtype), (W, kinds.operand)))
-    scale = _row_scales(grad_out, V) if x.dtype != torch.float32 else x.new_ones(rows)
+    scale = _row_scales(grad_out, V)
     g = x.new_empty(rows, state, dtype=torch.float32)
     y = x.new_empty(2, rows, state, dtype=kinds.state)
     u = x.new_empty(2, rows, state, dtype=kinds.operand)
@@ -207,7 +208,7 @@ def adjoint_wide(
                 **finish,
                 num_warps=config.num_warps,
             )  # fmt: skip
-            dx = _read_out(t, A.T, None, grad_out, config, residual)
+            dx = _read_out(t, A.T, None, grad_out, records.change, config, residual)
     else:
         dx = torch.empty_like(x)
     return (

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lion_kernels.activations import activate, slope
 from lion_kernels.sparse_kernels import sparse_product
-from lion_kernels.tile import INFINITY, as_operand, device_function
+from lion_kernels.tile import INFINITY, as_operand, device_function, finite_rows, hold
 
 # A sum of squares cannot be negative: this part marks a row that was done before the launch.
 DONE = tl.constexpr(-1.0)
@@ -54,8 +54,9 @@ def _row_change(part_ptr, T, rows, valid, k, BLOCKS: tl.constexpr, FLOOR: tl.con
         moved += tl.load(part + block * T, mask=valid, other=DONE)
         size += tl.load(part + (BLOCKS + block) * T, mask=valid, other=0.0)
     change = tl.sqrt(tl.abs(moved)) / (tl.sqrt(size) + FLOOR)
+    finite = (tl.abs(moved) < INFINITY) & (size < INFINITY)
     # NaN took part.
-    return tl.where(change < INFINITY, change, INFINITY), tl.where(moved < 0, 0, 1) > 0
+    return tl.where(finite, change, INFINITY), tl.where(moved < 0, 0, 1) > 0
 
 
 @device_function
@@ -152,8 +153,9 @@ def step_fwd_kernel(
     _store_parts(part_ptr, T, start + i, valid, active, block, k, new, z, BLOCKS)
     if LAST:
         if SAVE:
-            tl.store(p_ptr + start * R + own, p, mask=inside)
-        tl.store(h_ptr + start * R + own, new, mask=inside)
+            tl.store(p_ptr + start * R + own, hold(p, p_ptr.dtype.element_ty), mask=inside)
+        # A sum that overflowed is no state, even where phi makes one of it: the read-out flags the row.
+        tl.store(h_ptr + start * R + own, tl.where(tl.abs(p) < INFINITY, new, INFINITY), mask=inside)
     else:
         if DAMPED:
             new = z + damping * (new - z)
@@ -187,19 +189,21 @@ def step_finish_kernel(
         own = i[:, None] * R + n[None, :]
         inside = failed[:, None] & (n < R)[None, :]
         if SAVE:
-            tl.store(p_ptr + start * R + own, z, mask=inside)
+            tl.store(p_ptr + start * R + own, hold(z, p_ptr.dtype.element_ty), mask=inside)
         tl.store(h_ptr + start * R + own, activate(z, ACT, MATH), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def read_out_kernel(
-    h_ptr, weight_ptr, starts_ptr, columns_ptr, c_ptr, x_ptr, out_ptr,
+    h_ptr, weight_ptr, starts_ptr, columns_ptr, c_ptr, x_ptr, out_ptr, change_ptr,
     T,
     D: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]."""
+    """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]; the residual of a row is inf where out
+    is not finite.
+    """
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     own = i[:, None] * D + n[None, :]
     inside = valid[:, None] & (n < D)[None, :]
@@ -212,7 +216,11 @@ def read_out_kernel(
         out += tl.load(c_ptr + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         out += tl.load(x_ptr + start * D + own, mask=inside, other=0.0).to(tl.float32)
+    out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + start * D + own, out, mask=inside)
+    # Every column block that finds one stores the same number.
+    infinite = tl.full([BLOCK_T], INFINITY, tl.float32)
+    tl.store(change_ptr + start + i, infinite, mask=valid & (finite_rows(out) == 0))
 
 
 @triton.jit(do_not_specialize=["T", "k"])

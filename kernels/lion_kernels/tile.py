@@ -33,10 +33,25 @@ def as_operand(tile, KIND: tl.constexpr):
 
 @device_function
 def relative_change(new, old, FLOOR: tl.constexpr):
-    """|new - old| / (|new| + FLOOR) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; not finite is inf."""
+    """|new - old| / (|new| + FLOOR) per row, [BLOCK_T, BLOCK_R] -> [BLOCK_T]; inf where one is not finite."""
     moved = tl.sqrt(tl.sum((new - old) * (new - old), axis=1))
-    change = moved / (tl.sqrt(tl.sum(new * new, axis=1)) + FLOOR)
-    return tl.where(change < INFINITY, change, INFINITY)
+    size = tl.sqrt(tl.sum(new * new, axis=1))
+    return tl.where((moved < INFINITY) & (size < INFINITY), moved / (size + FLOOR), INFINITY)
+
+
+@device_function
+def finite_rows(tile):
+    """1 per row of numbers that are all finite, else 0: [BLOCK_T, BLOCK_D] -> [BLOCK_T]."""
+    return tl.min(tl.where(tl.abs(tile.to(tl.float32)) < INFINITY, 1, 0), axis=1)
+
+
+@device_function
+def hold(p, KIND: tl.constexpr):
+    """p in the range of the tokens' dtype, on whose edge phi' is what it is beyond; float32's is p's own."""
+    if KIND == tl.float16:
+        return tl.minimum(tl.maximum(p, -65504.0), 65504.0)
+    else:
+        return p
 
 
 @device_function

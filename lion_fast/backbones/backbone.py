@@ -12,7 +12,7 @@ Every method sees the same three stages, and their composition is timm's own for
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -23,13 +23,14 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.weights import OWN_WEIGHTS
-from lion_fast.errors import BackboneError, check_choice
+from lion_fast.errors import BackboneError, DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.options import RESIZE, sides
 
 SUPPORTED = {
@@ -43,18 +44,26 @@ SUPPORTED_TEXT = (
 )
 
 
-def backbone_sha256(module: nn.Module) -> str:
+def backbone_sha256(module: nn.Module, without: Collection[str] = ()) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of a module's state, in the order of the names.
+
+    without: names that are left out.
 
     >>> backbone_sha256(torch.nn.Identity())[:12]
     'e3b0c44298fc'
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name in without:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()
+
+
+def _stay() -> None:
+    """In the place of a batch norm's `reset_running_stats`."""
 
 
 def family_of(model: nn.Module) -> str:
@@ -68,15 +77,17 @@ def family_of(model: nn.Module) -> str:
 class Backbone(nn.Module):
     """A timm model, frozen, that is entered at its two ends.
 
-    Its parameters have no gradient, it stays in evaluation mode whatever `train` is told, so dropout and
-    stochastic depth are off and normalisation statistics do not move. Gradients still flow through it.
+    Its parameters have no gradient, whatever `requires_grad_` is told; it stays in evaluation mode, whatever
+    `train` is told, so dropout and stochastic depth are off; normalisation statistics neither move nor are
+    they reset (`torch.optim.swa_utils.update_bn`). Gradients still flow through it.
 
     Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the tokens
     of `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
-    square), `mean`, `std`, `interpolation`, `crop_pct`, `resize` (what the images need), `weights_source`
-    (where the weights came from, in words), `weights_sha256` (over the weights as loaded), `request` (what
-    `load_backbone` was asked for: what it takes to build it again), `memory`, `folded` and `precision` (how
-    it computes; see `load_backbone`).
+    square), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `resize` (what the images need),
+    `weights_source` (where the weights came from, in words), `weights_sha256` (over the weights that are
+    there), `request` (what `load_backbone` was asked for: what it takes to build it again), `memory`,
+    `folded` and `precision` (how it computes; see `load_backbone`), `tuned_by` (the method that this copy of
+    a backbone belongs to) and `trained` (the names in `model.named_parameters()` of what it trains).
 
     >>> import timm
     >>> vit = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1))
@@ -115,22 +126,39 @@ class Backbone(nn.Module):
         self.mean = tuple(mean or config["mean"])
         self.std = tuple(std or config["std"])
         self.interpolation = interpolation or config["interpolation"]
+        if len(self.mean) != len(self.std):
+            raise OptionError(f"mean and std must be of as many channels; got {self.mean} and {self.std}")
+        for value in self.mean:
+            check_number("mean", value)
+        for value in self.std:
+            check_number("std", value, above=0)
         self.crop_pct = crop_pct or config["crop_pct"]
+        check_number("crop_pct", self.crop_pct, above=0)
+        self.crop_mode = config["crop_mode"]
         check_choice("resize", resize, RESIZE)
         self.resize = resize
         self.weights_source = weights_source
         self.caveat = caveat
         self.request = dict(request) if request is not None else None
-        self._sha256: str | None = None
+        self._sha256: str | None = None  # of the weights before any change of dtype
+        self._held: str | None = None  # of the frozen ones as they are held
         self.memory, self.folded, self.precision = "plain", False, "fp32"
+        self.tuned_by: str | None = None
+        self.trained: frozenset[str] = frozenset()
         model.requires_grad_(False)
         super().train(False)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.reset_running_stats = _stay
+            if isinstance(module, WindowAttention):  # timm before 1.0.31 has 0 / 0 in windows of one token
+                module.relative_coords_table.nan_to_num_(0.0)
 
+        self.channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
         if self.family == "vit":
             self.width_in = self.width_out = model.embed_dim
             shape = (1, self.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
         else:
-            self.width_in = model.patch_embed.proj.out_channels if self.family == "swin" else 3
+            self.width_in = model.patch_embed.proj.out_channels if self.family == "swin" else self.channels
             self.width_out = model.num_features
             shape = (1, 2, 2, self.width_out)
         some = next(model.parameters())
@@ -140,18 +168,71 @@ class Backbone(nn.Module):
 
     @property
     def weights_sha256(self) -> str:
-        """`backbone_sha256` of the weights as they were before any change of dtype."""
-        if self._sha256 is None:
-            self._sha256 = backbone_sha256(self.model)
+        """`backbone_sha256` of the weights that are there, as they were before any change of dtype.
+
+        Where a method trains some of them: of the weights that it started from.
+        """
+        if self._sha256 is None or self._held != self._frozen_sha256():
+            self.name_weights(backbone_sha256(self.model))
         return self._sha256
 
+    def name_weights(self, sha256: str) -> None:
+        """Go by this hash until the frozen weights change in another way than by a cast."""
+        self._sha256, self._held = sha256, self._frozen_sha256()
+
+    def _frozen_sha256(self) -> str | None:
+        if any(p.is_meta for p in self.model.parameters()):
+            return self._held  # no bytes: as they were
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return backbone_sha256(self.model, trained)
+
     def _apply(self, fn: Callable, recurse: bool = True):
-        _ = self.weights_sha256  # a cast changes the bytes: take the hash before it
-        return super()._apply(fn, recurse)
+        dtypes = {p.dtype for p in self.model.parameters()}
+        made = [(dtype, fn(torch.empty(0, dtype=dtype))) for dtype in dtypes]
+        if all(t.dtype == dtype and not t.is_meta for dtype, t in made):
+            return super()._apply(fn, recurse)
+        sha256 = self.weights_sha256  # a cast changes the bytes: take the hash before it
+        super()._apply(fn, recurse)
+        self.name_weights(sha256)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Backbone":
+        """Ask for gradients of what a method trains of this backbone; the rest stays frozen."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(requires_grad and name in self.trained)
+        return self
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in evaluation mode: frozen means dropout off and statistics still."""
         return super().train(False)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `DataError` unless these are images (B, C, H, W) that this backbone takes."""
+        weight = next(self.model.parameters())
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            told = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise DataError(f"images must be a tensor of floats, normalised for {self.name}; got {told}")
+        cast = torch.is_autocast_enabled(images.device.type) and torch.float64 not in (
+            images.dtype,
+            weight.dtype,
+        )
+        if images.dtype != weight.dtype and self.precision == "fp32" and not cast:
+            raise DataError(
+                f"images are {images.dtype} and the weights of {self.name} {weight.dtype}; give the model "
+                f"images.to({weight.dtype}), or cast it"
+            )
+        embed = getattr(self.model, "patch_embed", None)
+        strict, padded = (getattr(embed, name, False) for name in ("strict_img_size", "dynamic_img_pad"))
+        patch = (1, 1) if embed is None or padded else to_2tuple(embed.patch_size)
+        good = images.ndim == 4 and images.shape[1] == self.channels and min(images.shape[2:]) > 0
+        if good and strict:
+            good = images.shape[2:] == embed.img_size
+        if not good or any(n % p for n, p in zip(images.shape[2:], patch, strict=True)):
+            told = "{} x {} pixels".format(*embed.img_size) if strict else "any size"
+            told += "" if strict or patch == (1, 1) else " that is a multiple of {} x {}".format(*patch)
+            raise DataError(
+                f"{self.name} takes images (B, {self.channels}, H, W) of {told}; got {tuple(images.shape)}"
+            )
 
     @works_for_first
     def enter(self, images: Tensor) -> Tensor:
@@ -159,9 +240,12 @@ class Backbone(nn.Module):
 
         vit: patches with position embedding, prefix tokens (class, distillation, registers) in front, and
         the norm that some models have before their blocks; swin: the embedded patches (B, H', W', C);
-        cnn: the images themselves.
+        cnn: the images themselves. `DataError` for images that it does not take.
         """
         model = self.model
+        self.check_images(images)
+        if model.training:  # somebody told the model inside
+            self.train()
         if self.precision != "fp32":
             images = images.to(next(model.parameters()).dtype)
         if self.family == "vit":
@@ -195,9 +279,11 @@ class Backbone(nn.Module):
         A ViT's map holds its patch tokens behind block `at`, without prefix tokens and norm; a Swin's is what
         stage `at` gives, a CNN's the same by timm's `feature_info`.
         """
+        check_whole("at", at, 0, len(self.map_widths) - 1)
         model = self.model
         if self.family == "cnn":
-            y, maps = model.forward_intermediates(x, indices=[at])
+            # counted from the end: a ConvNeXt of timm before 1.0.16 counts its stem too
+            y, maps = model.forward_intermediates(x, indices=[at - len(self.map_widths)])
             return y.permute(0, 2, 3, 1), maps[0].permute(0, 2, 3, 1)
         found = x
         for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):
@@ -244,6 +330,10 @@ class Backbone(nn.Module):
         if self.family == "vit" and self.model.cls_token is not None:
             valid += ["cls", "cls+mean"]
         check_choice(f"pool of {self.name} ({self.family})", how, valid)
+
+    def takes_mean(self, how: str = "backbone") -> bool:
+        """Whether `pool(y, how)` is, in part at least, a plain mean over the tokens behind the prefix."""
+        return "mean" in how or (how == "backbone" and getattr(self.model, "global_pool", None) == "avg")
 
     def pooled_width(self, how: str = "backbone") -> int:
         """Width of `pool(y, how)`."""

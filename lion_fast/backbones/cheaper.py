@@ -57,7 +57,7 @@ def apply(backbone, *, memory: str = "plain", fold: bool = False, precision: str
     check_bool("fold", fold)
     if memory == "plain" and not fold and precision == "fp32":
         return
-    _ = backbone.weights_sha256  # before anything changes
+    sha256 = backbone.weights_sha256  # before anything changes
     if fold and not backbone.folded:
         fold_norms(backbone)
     if precision != "fp32" and backbone.precision == "fp32":
@@ -69,6 +69,7 @@ def apply(backbone, *, memory: str = "plain", fold: bool = False, precision: str
         backbone.precision = precision
     if memory == "save" and backbone.memory == "plain":
         save_memory(backbone)
+    backbone.name_weights(sha256)
 
 
 def check_method(backbone, method: str) -> None:

@@ -8,7 +8,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from lion_fast.commands.common import add_progress, shows_progress
+from lion_fast.commands.common import add_progress, interruptible, shows_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +22,5 @@ def run(args: argparse.Namespace) -> dict:
     """The demonstration."""
     from lion_fast.studies.demo import run
 
-    return run(Path(args.out), seed=args.seed, progress=shows_progress(args), quiet=args.json)
+    with interruptible("a demonstration is timed as a whole: run it again, and it begins anew"):
+        return run(Path(args.out), seed=args.seed, progress=shows_progress(args), quiet=args.json)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lion_fast.commands.common import interruptible, say
 from lion_fast.errors import OptionError
+from lion_fast.files import refuse_overwriting
 
 EXIT_LEFT = 3
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> dict:
         raise OptionError("--rows-only and --report-only exclude each other")
     grid = read_grid(args.grid)
     out = Path(args.out or f"runs/experiments/{grid.name}")
+    refuse_overwriting(out, [args.grid, *(spec.data.get("source") for spec in grid.sets.values())], [NAME])
     only = parse_only(args.only or [])
     told = runner.Told()
     if not args.report_only:

@@ -12,22 +12,30 @@ the defaults is said before training. Ctrl-C writes a checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
-from dataclasses import fields
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lion_fast.commands.common import add_progress, add_settings, given_settings, say
-from lion_fast.errors import OptionError
-from lion_fast.files import write_atomically
-from lion_fast.options import default_of, in_words, read_settings
+from lion_fast.commands.common import add_progress, add_settings, find_device, given_settings, say
+from lion_fast.errors import CheckpointError, OptionError
+from lion_fast.files import output_folder, refuse_overwriting, write_atomically
+from lion_fast.options import RECORD, default_of, in_words, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
 
 if TYPE_CHECKING:
     from lion_fast.data import Splits
     from lion_fast.methods import TunedModel
     from lion_fast.training import FitResult
+
+# What a run writes into its folder
+WRITTEN = (
+    "config.yaml", RECORD, "splits.json", "checkpoints", "metrics.csv", "steps.csv", "tensorboard", "adapter",
+    "results.json",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,31 +63,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
-    from lion_fast.training import Interrupted, fit, prepare_output
-
     layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
     layers["the command line"] = given_settings(args, *PARTS.values()) | {"out": args.out}
     settings = Settings.from_layers(layers)
+    try:
+        return _locked(args, settings, Path(settings.out))
+    except KeyboardInterrupt as error:
+        out = Path(settings.out)
+        error.hint = "nothing is trained yet: the same command begins anew"
+        if any((out / "checkpoints").glob("step-*")):
+            config = shlex.quote(str(out / "config.yaml"))
+            error.hint = f"resume with: lion-fast finetune --config {config} --resume"
+        raise
+
+
+def _locked(args: argparse.Namespace, settings: Settings, out: Path) -> dict:
+    """Train with the output folder locked."""
+    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
+
     settings.check()
-    out = Path(settings.out)
-    prepare_output(out, resume=args.resume, overwrite=args.overwrite)
-    splits = settings.load_data()
+    if settings.train.device:
+        find_device(settings.train.device)
+    if not args.resume:  # which writes no settings, and goes on where it was
+        config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
+        refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
+    main_process = os.environ.get("RANK", "0") == "0"
+    with output_folder(out) if main_process else contextlib.nullcontext():
+        prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+        return _train(args, settings, out, main_process)
+
+
+def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process: bool) -> dict:
+    from lion_fast.training import fit
+
+    splits = _resumed(settings, out) if args.resume else settings.load_data()
     settings = settings.with_preset(len(splits.train), len(splits.classes))
     model = settings.create(splits.classes)
     _check_backend(model, settings)
-    main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         if not (args.resume and (out / "config.yaml").is_file()):
             # a resumed run keeps what it was started with: this command may yet be refused
-            settings.save(out / "config.yaml")
+            splits.save(out / RECORD)
+            replace(settings, data=settings.data.located()).save(out / "config.yaml")
             write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
-    try:
-        how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
-        fitted = fit(model, splits, settings.train, out, **how)
-    except Interrupted as error:
-        error.hint = f"resume with: lion-fast finetune --config {out / 'config.yaml'} --resume"
-        raise
+    how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
+    fitted = fit(model, splits, settings.train, out, **how)
     result = _result(settings, model, fitted)
     if main_process:
         model.save_adapter(out / "adapter")
@@ -89,6 +118,27 @@ def run(args: argparse.Namespace) -> dict:
             _tell_end(result, fitted)
     _end_process_group()
     return result
+
+
+def _resumed(settings: Settings, out: Path) -> "Splits":
+    """The images of the run in the output folder: those that it began with."""
+    from lion_fast.data.record import record_of, refuse_other
+
+    record, described = record_of(out)
+    if record is None:
+        splits = settings.load_data()
+        refuse_other(out, described, splits.description)
+        return splits
+    if (out / "config.yaml").is_file():
+        before = Settings.load(out / "config.yaml")
+        was, now = before.data.draws(before.train.seed), settings.data.draws(settings.train.seed)
+        told = [f"{name} was {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
+        if told:
+            raise CheckpointError(
+                f"the run in {out} has another split: {'; '.join(told)}. Resume with the options it was "
+                "begun with, or choose another output folder"
+            )
+    return settings.data.load(record=record)
 
 
 def _check_backend(model: "TunedModel", settings: Settings) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lion_fast.commands import common
 from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.files import refuse_overwriting
 from lion_fast.options import PRECISIONS
 from lion_fast.training.settings import ModelSettings
 
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> dict:
     trained = is_run(args.model)
     for name, least in (("batch_size", 1), ("steps", 1), ("warmup", 0)):
         check_whole(common.flag(name), getattr(args, name), least)
+    refuse_overwriting(args.out, args.images or [])
     check_room(Path(args.out), 0)
     model, optimizer = _trained(args) if trained else _untrained(args)
     images, images_are = common.sample_images(args.images, model.backbone, args.batch_size)

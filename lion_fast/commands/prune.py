@@ -8,12 +8,16 @@ One shot, without training. To train while pruning: lion-fast finetune photos/ -
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lion_fast.commands.common import add_adapter, add_device, load_run
-from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
+from lion_fast.commands.common import adapter_folder, add_adapter, add_device, load_run
+from lion_fast.errors import OptionError
+from lion_fast.files import output_folder, refuse_overwriting, write_atomically
+from lion_fast.options import BLOCKS, GRANULARITIES, RECORD, SCOPES
+
+# Files of a run that its pruned adapter keeps
+SETTINGS = ("config.yaml", "splits.json", RECORD)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +38,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Prune a saved adapter in one shot; write it beside the settings it was trained with."""
+    given = Path(args.adapter)
+    folder = adapter_folder(args.adapter)
+    named = given if given.name not in ("", "..") else given.resolve()
+    if args.out is None and not named.name:
+        raise OptionError(f"{args.adapter} has no name to make another of: give --out")
+    out = Path(args.out) if args.out else named.with_name(named.name + "-pruned")
+    reads = [folder, args.weights, *(folder.parent / name for name in SETTINGS)]
+    refuse_overwriting(out, reads, ("adapter", *SETTINGS))
+    if (out / "checkpoints").exists():
+        raise OptionError(f"{out} holds a run of its own; choose another --out")
+    with output_folder(out):
+        return _prune(args, folder, out)
+
+
+def _prune(args: argparse.Namespace, folder: Path, out: Path) -> dict:
     from lion_fast import pruning
     from lion_fast.adapters import TENSORS
+    from lion_fast.equilibrium.layer import LionLayer
     from lion_fast.inspection import parameter_counts
 
     model, _, folder = load_run(args.adapter, args.device, args.weights)
+    if args.compact and not any(isinstance(module, LionLayer) for module in model.modules()):
+        raise OptionError(
+            "--compact takes dead hidden units out of a LionLayer, and this model has none (of lion's "
+            "form=states every state is an output): leave it out, what is pruned is saved packed"
+        )
     how = {name: getattr(args, name) for name in ("criterion", "granularity", "block", "scope", "seed")}
     pruning.prune_once(model, args.keep, **how)
     shares = pruning.kept_shares(model)
     units = pruning.compact_model(model) if args.compact else {}
-    given = Path(args.adapter)
-    out = Path(args.out) if args.out else given.with_name(given.name + "-pruned")
     model.save_adapter(out / "adapter")
-    for name in ("config.yaml", "splits.json"):
+    for name in SETTINGS:
         if (folder.parent / name).is_file():
-            shutil.copyfile(folder.parent / name, out / name)
+            write_atomically(out / name, (folder.parent / name).read_bytes())
     result: dict[str, Any] = {
         "adapter": str(out / "adapter"),
         "kept_shares": shares,

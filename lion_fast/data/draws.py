@@ -4,10 +4,29 @@ Every draw orders all items once by `torch.randperm` under its seed and takes th
 each class, so with one seed a smaller draw is contained in a larger one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lion_fast.errors import DataError, check_number, check_whole
+
+MOST_CLASSES = 1_000_000
+
+
+def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
+    """Labels as int64 (N,); DataError where they are not whole numbers from 0 to below `MOST_CLASSES`."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels must be a vector of whole numbers: {error}") from error
+    other = found.dtype == torch.bool or found.is_floating_point() or found.is_complex()
+    if found.ndim != 1 or (other and len(found)):
+        raise DataError(f"labels must be a vector of whole numbers; got {found.dtype} {tuple(found.shape)}")
+    found = found.to(torch.int64)
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < MOST_CLASSES:
+        raise DataError(f"labels must be numbers 0..K-1 of classes; found {found.min()}..{found.max()}")
+    return found
 
 
 def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:
@@ -18,9 +37,9 @@ def _first_of_each(labels: Tensor, counts: list[int], seed: int) -> Tensor:
 
 
 def _class_counts(labels: Tensor) -> tuple[Tensor, Tensor]:
-    labels = torch.as_tensor(labels, dtype=torch.int64)
-    if labels.ndim != 1 or len(labels) == 0:
-        raise DataError(f"labels must be a non-empty vector; got shape {tuple(labels.shape)}")
+    labels = as_labels(labels)
+    if len(labels) == 0:
+        raise DataError("labels must be a non-empty vector")
     return labels, torch.bincount(labels)
 
 

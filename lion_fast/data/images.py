@@ -8,52 +8,85 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lion_fast.data.draws import as_labels
 from lion_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 
-# What PIL raises on damaged files: OSError (includes UnidentifiedImageError), SyntaxError from the
-# PNG reader, ValueError and struct-like errors from the others, and its decompression-bomb guard.
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
-
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image as RGB: grey is repeated, alpha dropped, integer grey taken as 16 bits and scaled to 8.
+    """PIL image as RGB: grey is repeated, alpha composited on white, integer grey scaled from 16 bits to 8.
+
+    Raises ValueError for floating-point images, for integers outside 0..65535, and where one side is more
+    than 1000 times the other.
 
     >>> from PIL import Image
     >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
     (255, 255, 255)
     """
-    if image.mode == "RGB":
-        image.load()
+    _refuse(image)
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # PIL's own conversion clips at 255 instead of scaling
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("integer image with values outside 0..65535")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
+        eight = np.where(grey == image.info.get("transparency"), 255, (grey + 128) // 257)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+    if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _layout(image: Image.Image) -> str:
+    """How the pixels lie in a file that was opened and not read, in PIL's words."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles else ""
+
+
+def _refuse(image: Image.Image) -> None:
+    """ValueError for what cannot be used, or is read wrongly by PIL, as far as the file's head tells."""
+    if max(image.size) > 1000 * min(image.size):  # the short side resized to 224, it would fill the memory
+        raise ValueError("one side is more than 1000 times the other")
+    if image.mode == "F":
         raise ValueError("floating-point images have no defined range; save them as 8 or 16 bit")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    if (
+        _layout(image) == "RGB;16B" and "transparency" in image.info
+    ):  # reads 8 bits of each colour, 16 of this one
+        raise ValueError("16-bit colour with one transparent colour; save it with an alpha channel")
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0:  # reads the negative
+        raise ValueError("16-bit TIFF in which 0 is white; save it with 0 as black")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """A file that was just opened as an upright RGB image."""
+    _refuse(image)
+    scale = {"L;2": 85, "L;4": 17}.get(_layout(image))
+    if scale and "transparency" in image.info:  # PIL scales the levels to 0..255 and not this one
+        image.info["transparency"] *= scale
+    image.filename = ""  # no memory map: PIL mixes up the sides of a turned TIFF in it
+    if image.format != "TIFF":  # PIL turns it while it reads, and some versions would turn it once more
+        ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def read_image(path: str | Path) -> Image.Image:
     """Decode a file to a PIL RGB image; DataError names the file when that fails.
 
-    EXIF orientation is not applied, as in torchvision's ImageFolder. Of an animation, the first frame.
+    EXIF orientation is applied. Of an animation, the first frame.
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return _decode(image)
     except FileNotFoundError as error:
         raise DataError(f"the image {path} does not exist") from error
-    except _PIL_ERRORS as error:
+    except Exception as error:  # PIL raises many kinds on damaged files
         reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise DataError(f"the image {path} cannot be decoded ({reason}); replace or remove it") from error
 
@@ -76,10 +109,11 @@ def problem_of(path: str | Path, check: str) -> str | None:
     try:
         with Image.open(path) as image:
             if check == "decode" or (image.format in ("JPEG", "MPO") and not _ends_as_jpeg(path)):
-                to_rgb(image)
+                _decode(image)
             else:
+                _refuse(image)
                 image.verify()
-    except _PIL_ERRORS as error:
+    except Exception as error:  # PIL raises many kinds on damaged files
         return str(error) or type(error).__name__
     return None
 
@@ -100,6 +134,9 @@ class FileImages:
             raise DataError(
                 f'{error}, or load with check="decode", which finds and skips every such file at the start'
             ) from error
+
+    def stored(self, i: int) -> str:
+        return self.paths[i]
 
 
 class ArrayImages:
@@ -124,6 +161,9 @@ class ArrayImages:
                 f"image {i} was left out: these files hold a part of the set, made for other draws"
             )
         return Image.fromarray(self.array[i]).convert("RGB")
+
+    def stored(self, i: int) -> np.ndarray | None:
+        return None if self.there is not None and not self.there[i] else self.array[i]
 
 
 class ImageSet(Dataset):
@@ -150,12 +190,14 @@ class ImageSet(Dataset):
         names: Sequence[str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
     ):
-        self.labels = torch.as_tensor(labels, dtype=torch.int64).clone()
+        self.labels = as_labels(labels).clone()
         self.classes = [str(c) for c in classes]
         self.names = [str(n) for n in (range(len(store)) if names is None else names)]
         self.transform = transform
         self._store = store
         self._where = torch.arange(len(store))
+        if len(set(self.classes)) < len(self.classes):
+            raise DataError(f"a class is named twice: {', '.join(self.classes[:20])}")
         if not len(store) == len(self.labels) == len(self.names):
             raise DataError(
                 f"{len(store)} images, {len(self.labels)} labels and {len(self.names)} names must be as many"
@@ -172,6 +214,10 @@ class ImageSet(Dataset):
     def image(self, i: int) -> Image.Image:
         """The i-th image as PIL RGB, before the transform."""
         return self._store.open(int(self._where[i]))
+
+    def stored(self) -> list[str | np.ndarray | None]:
+        """What each image is read from: its path, or uint8 pixels; None where it was left out."""
+        return [self._store.stored(i) for i in self._where.tolist()]
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         image = self.image(i)
@@ -190,6 +236,21 @@ class ImageSet(Dataset):
         new.labels, new._where, new.classes = self.labels[indices], self._where[indices], list(self.classes)
         new.names, new.transform = [self.names[i] for i in indices.tolist()], transform
         return new
+
+    @classmethod
+    def join(cls, sets: Sequence["ImageSet"]) -> "ImageSet":
+        """The items of sets with the same classes one after the other, without a transform."""
+        if len(sets) == 1:
+            return sets[0].with_transform(None)
+        stored = [one for images in sets for one in images.stored()]
+        if all(isinstance(one, str) for one in stored):
+            store: FileImages | ArrayImages = FileImages(stored)
+        else:
+            there = np.array([one is not None for one in stored])
+            blank = np.zeros_like(next(one for one in stored if one is not None))
+            store = ArrayImages(np.stack([blank if one is None else one for one in stored]), there)
+        names = [name for images in sets for name in images.names]
+        return cls(store, torch.cat([images.labels for images in sets]), sets[0].classes, names)
 
     def counts(self) -> dict[str, int]:
         """Number of items of each class, in class order; classes without items included."""

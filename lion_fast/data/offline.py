@@ -53,7 +53,10 @@ def fashion_mnist(cache: Path) -> Raw:
     """60,000 training and 10,000 test images, 28 x 28 grey, 10 classes."""
     folder = _fashion_folder(cache)
     part, parts = folder / _FASHION_PART, {}
-    present = set(json.loads(part.read_text(encoding="utf-8"))) if part.exists() else None
+    try:
+        present = set(json.loads(part.read_text(encoding="utf-8"))) if part.exists() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{part} is damaged ({error}); remove {folder} to fetch the set again") from error
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = _idx(folder, f"{prefix}-images-idx3-ubyte", 3)
         labels = _idx(folder, f"{prefix}-labels-idx1-ubyte", 1)

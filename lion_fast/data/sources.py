@@ -1,27 +1,27 @@
-"""A user's own images: class folders, CSV lists, and the list layouts of VTAB-1k and FGVC."""
+"""A user's own images: class folders and CSV lists; labels beside class names; from lists to image sets."""
 
 import csv
-import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lion_fast.data.images import EXTENSIONS, FileImages, ImageSet, problem_of
-from lion_fast.errors import DataError
+from lion_fast.errors import DataError, OptionError
+from lion_fast.files import say_once
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# of every list, what stands behind the image's id, in words and as a pattern
-BIRD_LISTS = {
-    "images.txt": ("path", r".+"),
-    "image_class_labels.txt": ("CLASS", r"\d+"),
-    "train_test_split.txt": ("0 or 1", r"[01]"),
-}
+# Python's own int() takes 0_1, 01, +1 and the digits of every script for numbers.
+WHOLE = r"0|[1-9][0-9]{0,8}"
+NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+DEBRIS = ("__MACOSX", "__pycache__", "lost+found")
 SHOWN = 5
 
 
@@ -40,7 +40,7 @@ class Item:
 
     path: Path
     name: str
-    label: str | int
+    label: str
     split: str = "all"
 
 
@@ -61,6 +61,17 @@ def some(values: Iterable[object]) -> str:
     return ", ".join(values[:SHOWN]) + more
 
 
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise `OptionError` unless these are names, none of them empty and none twice."""
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
+        raise OptionError(f"classes must be a list of names; got {classes!r}")
+    wrong = [c for c in classes if not isinstance(c, str) or not c.strip()]
+    if wrong:
+        raise OptionError(f"classes must be texts that are not empty; got {some(map(repr, wrong))}")
+    if twice := {c for c in classes if classes.count(c) > 1}:
+        raise OptionError(f"classes names {some(sorted(twice))} twice; give every class once")
+
+
 def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
     """Class sub-folders, with or without train / val / test folders above them."""
     subfolders = _subfolders(root)
@@ -69,10 +80,9 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
             f"{root} has no sub-folders; expected one folder per class ({root.name}/cat/1.jpg), "
             "or train/, val/ and test/ folders that hold one folder per class"
         )
-    names = {f.name.lower() for f in subfolders}
     about: dict[str, Any] = {"kind": "image folder"}
     roots = {"all": root}
-    if "train" in {SPLIT_NAMES.get(n) for n in names} and names <= set(SPLIT_NAMES):
+    if all(f.name.lower() in SPLIT_NAMES for f in subfolders):
         roots = {}
         for folder in subfolders:
             split = SPLIT_NAMES[folder.name.lower()]
@@ -82,22 +92,30 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
                 )
             roots[split] = folder
         about["kind"] = "image folder with split folders"
+    elif parts := [f.name for f in subfolders if _is_part(f)]:
+        others = [f.name for f in subfolders if f.name not in parts]
+        raise DataError(
+            f"{root} has the part(s) {some(parts)} with folders of their own"
+            + (f" beside {some(others)}" if others else "")
+            + ": these would be classes. Name the parts train, val and test and move everything else away"
+        )
     items, empty = [], {}
-    ignored = sum(
-        p.is_file() and not _hidden(p.relative_to(root)) for top in roots.values() for p in top.iterdir()
-    )
+    ignored = [p for top in roots.values() for p in _entries(top) if p.is_file()]
     for split, top in roots.items():
         folders = _subfolders(top)
         if not folders:
             raise DataError(f"{top} has no class sub-folders; expected for example {top.name}/cat/1.jpg")
         for folder in folders:
-            files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
+            files = files_below(folder)
             images = [p for p in files if p.suffix.lower() in EXTENSIONS]
-            ignored += len(files) - len(images)
+            ignored += [p for p in files if p.suffix.lower() not in EXTENSIONS]
             if not images:
                 empty.setdefault(split, []).append(folder.name)
             items += [Item(p, p.relative_to(root).as_posix(), folder.name, split) for p in images]
-    about["ignored_files"] = ignored
+    about["ignored_files"] = len(ignored)
+    if ignored:
+        told = some(p.relative_to(root) for p in ignored)
+        say_once(f"{root} has {len(ignored)} file(s) that are no images of a class: {told}")
     found = sorted({folder.name for top in roots.values() for folder in _subfolders(top)})
     needed = empty.get("all", []) + empty.get("train", [])
     if needed and classes is None:
@@ -108,6 +126,14 @@ def read_folder(root: Path, classes: Sequence[str] | None) -> Listed:
     return Listed(items, found, about)
 
 
+def _is_part(folder: Path) -> bool:
+    """Whether a folder looks like train/ or val2017/ and not like a class: no image lies in it directly."""
+    if re.match("[a-z]*", folder.name.lower())[0] not in SPLIT_NAMES:
+        return False
+    images = (p for p in _entries(folder) if p.suffix.lower() in EXTENSIONS and p.is_file())
+    return bool(_subfolders(folder)) and not any(images)
+
+
 def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
     """A table with the columns path, label and, if wanted, split; paths relative to the file's folder."""
     try:
@@ -116,8 +142,10 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
             columns = [(c or "").strip().lower() for c in reader.fieldnames or []]
             reader.fieldnames = columns
             rows = [(reader.line_num, row) for row in reader if any(v for v in row.values())]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a UTF-8 comma-separated table: {error}") from error
+    if twice := sorted({c for c in columns if c and columns.count(c) > 1}):
+        raise DataError(f"{path} names the column(s) {some(twice)} twice in its first line")
     missing = [c for c in ("path", "label") if c not in columns]
     if missing:
         raise DataError(
@@ -127,8 +155,10 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
         )
     if not rows:
         raise DataError(f"{path} lists no images below its first line")
-    items, seen = [], {}
+    items = []
     for line, row in rows:
+        if any(row.pop(None, ())):
+            raise DataError(f"{path}, line {line}: more cells than columns; a comma in a name needs quotes")
         name, label = ((row[c] or "").strip() for c in ("path", "label"))
         if not name or not label:
             raise DataError(f"{path}, line {line}: the {'path' if not name else 'label'} is empty")
@@ -138,12 +168,6 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
             if written.lower() not in SPLIT_NAMES:
                 raise DataError(f"{path}, line {line}: split must be train, val or test; got {written!r}")
             split = SPLIT_NAMES[written.lower()]
-        if name in seen:
-            raise DataError(
-                f"{path} lists {name} twice ({seen[name]} and {split}/{label}); "
-                "an image may appear once, in one split"
-            )
-        seen[name] = f"{split}/{label}"
         items.append(Item(path.parent / name, name, label, split))
     return Listed(*number_labels(items, path, classes), {"kind": "CSV"})
 
@@ -151,192 +175,46 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
 def number_labels(
     items: list[Item], source: Path, classes: Sequence[str] | None
 ) -> tuple[list[Item], list[str]]:
-    """Labels as class names: integers 0..K-1 without gaps, or names, never a mixture."""
-    written = {str(item.label) for item in items}
-    integers = {w for w in written if _number(w) is int}
-    wrong = sorted(w for w in written if _number(w) is float)
-    if wrong:
-        raise DataError(f"{source}: labels must be integers 0..K-1 or names; got the numbers {some(wrong)}")
-    if integers and integers != written:
-        raise DataError(
-            f"{source} mixes integer labels ({some(sorted(integers))}) with names "
-            f"({some(sorted(written - integers))}); use one or the other"
-        )
-    if not integers:
+    """Items labelled by class names, and the names found or given.
+
+    Labels meet `classes` by name. Without `classes` they are the names, or integers 0..K-1 without gaps.
+    Where none of `classes` is an integer, labels that are integers count them from 0.
+    """
+    written = {item.label for item in items}
+    whole = {w for w in written if re.fullmatch(WHOLE, w)}
+    if classes is not None and (written <= set(classes) or any(re.fullmatch(WHOLE, c) for c in classes)):
         return items, sorted(written)
-    numbers = sorted({int(w) for w in integers})
-    count = numbers[-1] + 1 if classes is None else len(classes)
-    outside = [n for n in numbers if not 0 <= n < count]
-    if outside:
-        raise DataError(f"{source}: labels out of range 0..{count - 1}: {some(outside)}")
-    absent = sorted(set(range(min(count, numbers[-1] + 1))) - set(numbers))
-    if absent and classes is None:
+    if written != whole and len({len(w) for w in written}) == 1 and all(map(_digits, written)):
+        return items, sorted(written)  # 00 to 11: names of one width
+    wrong = sorted(w for w in written - whole if re.fullmatch(NUMBER, w))
+    if wrong:
         raise DataError(
-            f"{source}: integer labels must be 0..{count - 1} without gaps; none is {some(absent)}. "
+            f"{source}: labels must be names, or integers 0..K-1 without padding; "
+            f"got the numbers {some(wrong)}"
+        )
+    if whole and whole != written:
+        raise DataError(
+            f"{source} mixes integer labels ({some(sorted(whole))}) with names "
+            f"({some(sorted(written - whole))}); use one or the other"
+        )
+    if not whole:
+        return items, sorted(written)
+    names = [str(k) for k in range(len(whole))] if classes is None else list(classes)
+    index = {str(k): name for k, name in enumerate(names)}
+    outside = sorted(whole - index.keys(), key=int)
+    if outside and classes is not None:
+        raise DataError(f"{source}: labels out of range 0..{len(names) - 1}: {some(outside)}")
+    if outside:
+        raise DataError(
+            f"{source}: integer labels must be 0..{len(names) - 1} without gaps; none is "
+            f"{some(w for w in index if w not in whole)}, but there is {some(outside)}. "
             "Renumber them, use names, or give the full list of classes"
         )
-    names = [str(k) for k in range(count)] if classes is None else [str(c) for c in classes]
-    return [Item(i.path, i.name, names[int(i.label)], i.split) for i in items], names
+    return [replace(item, label=index[item.label]) for item in items], names
 
 
-def _number(text: str) -> type | None:
-    for kind in (int, float):
-        try:
-            kind(text)
-        except ValueError:
-            continue
-        return None if text.lower().lstrip("+-") in ("nan", "inf", "infinity") else kind
-    return None
-
-
-VTAB_LISTS = {
-    "train800": "train800.txt", "val200": "val200.txt", "train1000": "train800val200.txt", "test": "test.txt",
-}  # fmt: skip
-
-
-def read_vtab(root: Path, val: float, test: float) -> Listed:
-    """One task folder of VTAB-1k: train800.txt, val200.txt, train800val200.txt, test.txt.
-
-    Lines are `images/<split>/000000.jpg LABEL`. With val = 0 the 1,000 images of train800val200.txt are the
-    training split, as in the protocol's final run; with test = 0 no test image is opened, only the labels of
-    its list are looked at, because the number of classes is the same in every part.
-    """
-    lists = {"train": VTAB_LISTS["train800"], "val": VTAB_LISTS["val200"]}
-    if not val:
-        lists = {"train": VTAB_LISTS["train1000"]}
-    if test:
-        lists["test"] = VTAB_LISTS["test"]
-    items = [item for split, name in lists.items() for item in vtab_list(root, name, split)]
-    there = [name for name in VTAB_LISTS.values() if (root / name).is_file()]
-    # A task's label set is fixed; a class may be absent from 800 images but not from the whole.
-    largest = max(int(item.label) for name in there for item in vtab_list(root, name, ""))
-    classes = [str(k) for k in range(largest + 1)]
-    return Listed(items, classes, {"kind": "VTAB-1k task", "lists": lists}, gaps=True)
-
-
-def vtab_list(root: Path, name: str, split: str) -> list[Item]:
-    """The items of one list of a VTAB-1k task folder, labels as integers; the images are not looked at."""
-    items = []
-    for place, line in _lines(root / name, "a VTAB-1k task folder needs it"):
-        words = line.rsplit(maxsplit=1)
-        if len(words) != 2 or not words[1].isdigit():
-            raise DataError(f"{place}: expected 'path LABEL', got {line!r}")
-        items.append(Item(root / words[0], words[0], int(words[1]), split))
-    if not items:
-        raise DataError(f"{root / name} lists no images")
-    return items
-
-
-def _lines(path: Path, needed: str) -> Iterator[tuple[str, str]]:
-    """The lines of a list that are not empty, each with its place for an error."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; {needed}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line.strip()
-
-
-def read_fgvc(root: Path) -> Listed:
-    """FGVC in the layout of VPT: train.json, [val.json], test.json map an image path to a class id."""
-    items = []
-    folders = [f for f in (root / "images", root / "Images", root) if f.is_dir()]
-    for split in ("train", "val", "test"):
-        path = root / f"{split}.json"
-        if not path.is_file():
-            continue
-        try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-            table = {str(k): int(v) for k, v in table.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a JSON object of image path -> class id: {error}") from error
-        for name, label in table.items():
-            found = next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
-            items.append(Item(found, name, label, split))
-    ids = sorted({int(i.label) for i in items})
-    return Listed(items, [str(k) for k in ids], {"kind": "FGVC lists (train.json, test.json)"})
-
-
-def read_birds(root: Path) -> Listed:
-    """CUB-200-2011 and NABirds as published, which SSF reads: three lists beside images/, by image id.
-
-    images.txt: `ID path`; image_class_labels.txt: `ID class`; train_test_split.txt: `ID 1` for training,
-    `ID 0` for test. Classes are numbered in the order of their published ids, which need not be contiguous;
-    they are named by their folders where each has one of its own.
-    """
-    tables = {}
-    for name, (wanted, pattern) in BIRD_LISTS.items():
-        table = tables[name] = {}
-        for place, line in _lines(root / name, f"the layout needs {', '.join(BIRD_LISTS)} and images/"):
-            key, *value = line.split(maxsplit=1)
-            if not value or not re.fullmatch(pattern, value[0]):
-                raise DataError(f"{place}: expected 'ID {wanted}', got {line!r}")
-            if key in table:
-                raise DataError(f"{place}: the image {key} is listed twice")
-            table[key] = value[0]
-    files, labels, parts = tables.values()
-    for name, table in tables.items():
-        unequal = sorted(files.keys() ^ table.keys())
-        if unequal:
-            raise DataError(
-                f"{root}: images.txt and {name} list different images: {some(unequal)} in one only"
-            )
-    items = [
-        Item(root / "images" / file, file, int(labels[key]), "train" if parts[key] == "1" else "test")
-        for key, file in files.items()
-    ]
-    return _by_folder(items, "FGVC lists (images.txt, train_test_split.txt)")
-
-
-def read_dogs(root: Path) -> Listed:
-    """Stanford Dogs as published, which SSF reads: train_list.mat and test_list.mat beside Images/.
-
-    The lists may also lie in lists/. They are MATLAB files: reading them needs scipy.
-    """
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(
-            f"{root} has its lists as MATLAB files, which scipy reads: pip install scipy, or list the images "
-            "in a CSV file (path,label,split)"
-        ) from error
-    folder = next((f for f in (root / "Images", root / "images") if f.is_dir()), root / "Images")
-    items = []
-    for split in ("train", "test"):
-        path = root / f"{split}_list.mat"
-        if not path.is_file() and (root / "lists" / path.name).is_file():
-            path = root / "lists" / path.name
-        try:
-            table = loadmat(path, variable_names=["file_list", "labels"])
-            names = [str(entry.item()) for entry in table["file_list"].ravel()]
-            labels = [int(label) for label in table["labels"].ravel()]
-            items += [Item(folder / n, n, k, split) for n, k in zip(names, labels, strict=True)]
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{path} is missing; the layout needs train_list.mat and test_list.mat"
-            ) from error
-        except Exception as error:  # scipy raises many kinds on a file that is none of its own
-            raise DataError(f"{path} is no list with file_list and labels: {error!r}") from error
-    return _by_folder(items, "FGVC lists (train_list.mat, test_list.mat)")
-
-
-# The layouts of published sets: whose files tell which reader's; classes are fixed by their lists.
-PUBLISHED: dict[Callable[..., Listed], list[tuple[str, ...]]] = {
-    read_vtab: [(VTAB_LISTS["train800"],), (VTAB_LISTS["train1000"],)],
-    read_fgvc: [("train.json",)],
-    read_birds: [("images.txt", "train_test_split.txt")],
-    read_dogs: [("train_list.mat",), ("lists/train_list.mat",)],
-}
-
-
-def _by_folder(items: list[Item], kind: str) -> Listed:
-    """Items with class ids, named by the ids' own folders where folders and ids agree."""
-    ids = sorted({int(i.label) for i in items})
-    folders = {(int(i.label), Path(i.name).parent.name) for i in items}
-    names = dict(folders)
-    if len(folders) != len(ids) or len(set(names.values())) != len(ids) or "" in names.values():
-        names = {k: str(k) for k in ids}
-    items = [Item(i.path, i.name, names[int(i.label)], i.split) for i in items]
-    return Listed(items, [names[k] for k in ids], {"kind": kind})
+def _digits(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def collect(
@@ -345,18 +223,33 @@ def collect(
     """Check the listed files, leave unreadable ones out, number the classes, build the sets."""
     items, names = listed.items, listed.classes
     if classes is not None:
-        names = [str(c) for c in classes]
+        names = list(classes)
         unknown = sorted(set(listed.classes) - set(names))
         if unknown:
             raise DataError(
                 f"{source} holds the class(es) {some(unknown)}, which are not among the "
                 f"{len(names)} given classes: {some(names)}"
             )
-    missing = [item.name for item in items if not item.path.is_file()]
+    missing = [item.name for item in items if not os.path.isfile(item.path)]
     if missing:
+        hint = "; the separator of folders is /" if os.sep == "/" and "\\" in missing[0] else ""
         raise DataError(
-            f"{len(missing)} of the {len(items)} images listed by {source} do not exist: {some(missing)}"
+            f"{len(missing)} of the {len(items)} images listed by {source} do not exist: "
+            f"{some(missing)}{hint}"
         )
+    seen: dict[str, Item] = {}
+    for item in items:
+        first = seen.setdefault(os.path.realpath(item.path), item)
+        if first is not item:
+            raise DataError(
+                f"{source} lists {first.name} twice ({first.split}/{first.label} and, as {item.name}, "
+                f"{item.split}/{item.label}); an image may appear once, in one split"
+            )
+    alike: dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), name)
+        if other != name:
+            say_once(f"{source} has the two classes {other!a} and {name!a}; are they one?")
     kept, skipped = [], []
     for item in items:
         problem = problem_of(item.path, check)
@@ -380,7 +273,7 @@ def collect(
             raise DataError(
                 f"no image of the {split} split of {source} can be read: {some(i['file'] for i in skipped)}"
             )
-        labels = [index[str(i.label)] for i in chosen]
+        labels = [index[i.label] for i in chosen]
         parts[split] = ImageSet(FileImages([i.path for i in chosen]), labels, names, [i.name for i in chosen])
     if not parts:
         raise DataError(f"{source} holds no images")
@@ -399,9 +292,34 @@ def collect(
     return Raw(parts, names, listed.about | {"skipped": {"count": len(skipped), "files": skipped[:20]}})
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, debris apart; DataError for what is neither file nor folder."""
+    try:
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in DEBRIS)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
+    for path in found:
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            raise DataError(f"{path} is a link to nothing, or no file; mend or remove it")
+    return found
+
+
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(Path(p.name)))
+    return [p for p in _entries(folder) if p.is_dir()]
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in path.parts)
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, those in linked folders too; DataError for a link that leads back."""
+    parent = Path(os.path.realpath(folder.parent))
+    files, todo = [], [(folder, frozenset(map(str, (parent, *parent.parents))))]
+    while todo:
+        here, above = todo.pop()
+        real = os.path.realpath(here)
+        if real in above:
+            raise DataError(f"{here} is a link to a folder that holds it; remove it")
+        for path in _entries(here):
+            if path.is_dir():
+                todo.append((path, above | {real}))
+            else:
+                files.append(path)
+    return sorted(files)

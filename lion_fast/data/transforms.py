@@ -9,17 +9,20 @@ from lion_fast.errors import check_choice
 from lion_fast.options import RESIZE, sides
 
 _INTERPOLATION = {mode.value: mode for mode in InterpolationMode}
+CROP_MODES = ("center", "squash", "border")
 AUGMENT = ("none", "flip", "crop")
 
 
 def transforms(backbone, train: bool = False, augment: str = "none", resize: str | None = None) -> v2.Compose:
     """PIL RGB image -> normalised float32 (3, S, S), as the backbone expects it.
 
-    backbone: anything with `img_size` (int or (H, W)), `mean`, `std`, `interpolation` and
-    `crop_pct`. train: augment, when `augment` asks for it; evaluation never does.
+    backbone: anything with `img_size` (int or (H, W)), `mean`, `std`, `interpolation`, `crop_pct` and, if
+    it is not "center", `crop_mode`. train: augment, when `augment` asks for it; evaluation never does.
 
-    resize: "crop" resizes the short side to floor(S / crop_pct) and cuts the centre, the geometry of
-    timm's evaluation; "direct" resizes to (S, S) whatever the aspect ratio, as the VTAB-1k protocol does;
+    resize: "crop" is timm's evaluation, pixel for pixel, in the backbone's `crop_mode`: "center" resizes
+    until the image covers floor(S / crop_pct) on both sides and cuts the centre, "squash" resizes both sides
+    to floor(S / crop_pct) and cuts the centre, "border" resizes the long side and fills up with the mean
+    colour. "direct" resizes to (S, S) whatever the aspect ratio, as the VTAB-1k protocol does;
     None is the backbone's own choice, `backbone.resize`, and "crop" where it has none.
     augment: "none" trains on the evaluation pipeline; "flip" adds a horizontal flip with probability
     1/2; "crop" takes a random part of 50 to 100 % of the area (aspect ratio 3/4 to 4/3), resizes it
@@ -41,19 +44,34 @@ def transforms(backbone, train: bool = False, augment: str = "none", resize: str
     check_choice("resize", resize, RESIZE)
     check_choice("interpolation", backbone.interpolation, _INTERPOLATION)
     mode = _INTERPOLATION[backbone.interpolation]
-    height, width = sides(backbone.img_size)
+    size = height, width = sides(backbone.img_size)
     if train and augment == "crop":
-        geometry = [v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), interpolation=mode)]
+        geometry = [v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=mode)]
     elif resize == "direct":
-        geometry = [v2.Resize((height, width), interpolation=mode)]
+        geometry = [v2.Resize(size, interpolation=mode)]
     else:
-        scaled = [math.floor(s / backbone.crop_pct) for s in (height, width)]
-        # an int resizes the short side and keeps the aspect ratio
-        target = scaled[0] if height == width else scaled
-        geometry = [v2.Resize(target, interpolation=mode), v2.CenterCrop((height, width))]
+        geometry = _evaluation(backbone, size, mode)
     if train and augment in ("flip", "crop"):
         geometry.append(v2.RandomHorizontalFlip())
     pixels = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return v2.Compose(
         [*geometry, *pixels, v2.Normalize(list(backbone.mean), list(backbone.std)), v2.ToPureTensor()]
     )
+
+
+def _evaluation(backbone, size: tuple[int, int], mode: InterpolationMode) -> list:
+    """What timm's `create_transform(is_training=False)` does to a PIL image before it is a tensor."""
+    crop_mode = getattr(backbone, "crop_mode", "center")
+    check_choice("crop_mode", crop_mode, CROP_MODES)
+    scaled = [math.floor(s / backbone.crop_pct) for s in size]
+    if crop_mode == "squash":
+        return [v2.Resize(scaled, interpolation=mode), v2.CenterCrop(size)]
+    if crop_mode == "center" and scaled[0] == scaled[1]:
+        # an int resizes the short side and keeps the aspect ratio
+        return [v2.Resize(scaled[0], interpolation=mode), v2.CenterCrop(size)]
+    from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio  # timm loads slowly
+
+    if crop_mode == "center":
+        return [ResizeKeepRatio(scaled, interpolation=mode.value), v2.CenterCrop(size)]
+    fill = [round(255 * value) for value in backbone.mean]
+    return [ResizeKeepRatio(scaled, 1.0, mode.value), CenterCropOrPad(size, fill=fill)]

@@ -9,14 +9,15 @@ from lion_fast.equilibrium.solve import (
     SolveInfo,
     SolveOptions,
     apply_policy,
+    check_tensor,
     default_tol,
     record_backward,
     takes_solve_options,
 )
-from lion_fast.equilibrium.solvers import final, refuse_transforms, series, unit_rows
+from lion_fast.equilibrium.solvers import final, refuse_transforms, series
 from lion_fast.errors import check_choice
 from lion_kernels import ops
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype, unit_rows
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -50,15 +51,19 @@ class _Equilibrium(torch.autograd.Function):
 
 
 def check_input(x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is [..., width], TypeError unless it is floating-point."""
+    """Raise ValueError unless x is [..., width], TypeError unless it is of a float type of `TOLERANCES`."""
+    check_tensor(x)
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(
             f"the last dimension of x must be the layer's width {width}; x has shape {tuple(x.shape)}"
         )
-    default_tol(x.dtype)
 
 
 def _check_shapes(A: Tensor, W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> None:
+    for name, tensor in zip("AWbVc", (A, W, b, V, c), strict=True):
+        check_tensor(tensor, name)
+    if A.ndim != 2:
+        raise ValueError(f"A must be a matrix [R, D]; got shape {tuple(A.shape)}")
     state, width = A.shape
     expected = {"W": (state, state), "b": (state,), "V": (width, state), "c": (width,)}
     for (name, shape), tensor in zip(expected.items(), (W, b, V, c), strict=True):
@@ -87,8 +92,8 @@ def equilibrium(
     `on_failure` is "warn" or "raise", which look at the solve and at its gradient. Second derivatives,
     torch.vmap and torch.func raise RuntimeError.
 
-    Raises ValueError on shapes and options that do not fit, TypeError on integer input, RuntimeError
-    where `backend="triton"` cannot run.
+    Raises ValueError on shapes and options that do not fit, TypeError on tensors that are no floats,
+    RuntimeError where `backend="triton"` cannot run.
 
     >>> x, A, V = torch.randn(2, 7, 6), torch.randn(4, 6), torch.randn(6, 4)
     >>> out, info = equilibrium(x, A, 0.5 * torch.eye(4), torch.zeros(4), V, torch.zeros(6), return_info=True)
@@ -97,8 +102,8 @@ def equilibrium(
     """
     check_choice("activation", activation, ACTIVATIONS)
     options = SolveOptions(**solve)
-    check_input(x, A.shape[-1])
     _check_shapes(A, W, b, V, c)
+    check_input(x, A.shape[-1])
     found = solve_tokens(x, A, W, b, V, c, activation, options, residual=residual, return_info=return_info)
     return found if return_info else found[0]
 
@@ -116,6 +121,10 @@ def solve_tokens(
     refuse_transforms()
     if options.max_iter == 1:
         W = W * 0  # it stands in no result, so it gets no gradient
+    for weight in (A, W, b, V, c):
+        default_tol(weight.dtype)
+        if weight.device != x.device:
+            raise ValueError(f"x is on {x.device} and the weights on {weight.device}: move one with .to()")
     tol = options.tolerance(x.dtype)
     backend = ops.resolve_backend(options.backend, x.device, x.dtype, A.shape[0])
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, W, b, V, c))

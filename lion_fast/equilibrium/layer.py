@@ -3,18 +3,39 @@
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.contraction import bounded, contraction_scale
+from lion_fast.equilibrium.contraction import bounded, bounded_product
 from lion_fast.equilibrium.functional import check_input, solve_tokens
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, takes_solve_options
-from lion_fast.errors import check_choice, check_number, check_whole
+from lion_fast.equilibrium.solve import (
+    TOLERANCES,
+    SolveInfo,
+    SolveOptions,
+    Solving,
+    takes_solve_options,
+)
+from lion_fast.errors import OptionError, check_choice, check_number, check_whole
 from lion_kernels.reference import ACTIVATIONS
 
 RECURRENCES = ("free", "tied")
 # The read-out starts small, so that the layer starts near the identity, and not at zero, where no
 # gradient would reach A and W.
 READ_OUT_STD = 1e-2
-HINT = "Raise max_iter or tol, or lower gamma."
+
+
+def broken_weights(layer: nn.Module) -> str:
+    """What is wrong with weights that hold NaN or Inf, or nothing. Reads the device."""
+    broken = [name for name, p in layer.named_parameters() if not torch.isfinite(p).all()]
+    if not broken:
+        return ""
+    return f"The weights {', '.join(broken)} hold NaN or Inf: load or initialise them again."
+
+
+def hint(layer: nn.Module) -> str:
+    """What to do about a solve of `layer` that failed. Reads the device."""
+    return broken_weights(layer) or (
+        "Raise max_iter or tol, or lower gamma; where it is not finite, look for NaN and Inf in the input or "
+        "for numbers beyond its dtype."
+    )
 
 
 class LionLayer(Solving, Masked):
@@ -48,6 +69,7 @@ class LionLayer(Solving, Masked):
     """
 
     matrices = ("A", "W", "V")
+    _hint = hint
     # The state width of the layer that `pruning.compact` made this one from.
     compacted_from: int | None = None
 
@@ -69,6 +91,8 @@ class LionLayer(Solving, Masked):
         check_choice("recurrence", recurrence, RECURRENCES)
         check_choice("activation", activation, ACTIVATIONS)
         self.solve = SolveOptions(**solve)
+        if dtype is not None and dtype not in TOLERANCES:
+            raise OptionError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}; got {dtype!r}")
         check_whole("dim", dim)
         check_whole("state_dim", state_dim)
         note = "for a contraction; allow_expansive=True admits more, and then there may be no equilibrium"
@@ -101,27 +125,18 @@ class LionLayer(Solving, Masked):
         limit = self.gamma / ACTIVATIONS[self.activation].lipschitz
         if self.W is not None:
             return bounded(self.masked("W"), limit)
-        with torch.autocast(self.A.device.type, enabled=False):
-            # V's gradient through A V is the series' next term: a Jacobian-free gradient is without.
-            jacobian_free = self.solve.adjoint(0.0)[0] == 0
-            A, V = self.masked("A"), self.masked("V")
-            W = A @ (V.detach() if jacobian_free else V)
-            scale = contraction_scale(A @ V, limit)
-            return (W.to(scale.dtype) * scale).to(W.dtype)
+        # V's gradient through A V is the series' next term: a Jacobian-free gradient is without.
+        jacobian_free = self.solve.adjoint(0.0)[0] == 0
+        return bounded_product(self.masked("A"), self.masked("V"), limit, gradient_of_V=not jacobian_free)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         check_input(x, self.dim)
         found = solve_tokens(
             x, self.masked("A"), self.recurrence_matrix(), self.b, self.masked("V"), self.c,
-            self.activation, self.solve, return_info=return_info, contracts=self.gamma < 1, hint=self._hint,
+            self.activation, self.solve, return_info=return_info, contracts=self.gamma < 1,
+            hint=self._hint,
         )  # fmt: skip
         return found if return_info else found[0]
-
-    def _hint(self) -> str:
-        broken = [name for name, p in self.named_parameters() if not torch.isfinite(p).all()]
-        if broken:
-            return f"The weights {', '.join(broken)} hold NaN or Inf: load or initialise them again."
-        return HINT
 
     def extra_repr(self) -> str:
         return (

@@ -1,6 +1,6 @@
 """Modules whose matrices can carry a pruning mask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -12,46 +12,60 @@ from lion_fast.errors import OptionError
 class Masked(nn.Module):
     """Keeps a boolean mask, True where kept, beside each parameter named in `matrices`.
 
-    A mask is a buffer NAME_mask, absent from the state_dict until it is set and made on loading where the
+    A mask is a buffer NAME_mask, which is not there until it is set, and made on loading where the
     state_dict has it. `masked` multiplies by it, so that an entry off the mask has neither a value nor a
     gradient; the parameter itself is zero there when the mask is set.
+
+    The buffers are named as those of `torch.nn.utils.prune`, whose masks count too while they are there.
     """
 
     matrices: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.matrices:
-            self.register_buffer(f"{name}_mask", None)
-
     def masked(self, name: str) -> Tensor:
         """The matrix as it counts: the parameter itself, or its product with its mask."""
-        matrix, mask = getattr(self, name), getattr(self, f"{name}_mask")
+        matrix, mask = getattr(self, name), getattr(self, f"{name}_mask", None)
         return matrix if mask is None else matrix * mask
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks that are set, by the name of their matrix."""
-        found = {name: getattr(self, f"{name}_mask") for name in self.matrices}
+        """The masks that are set, by the name of their matrix.
+
+        Raises OptionError where they are those of `torch.nn.utils.prune`.
+        """
+        for name in self.matrices:
+            if f"{name}_orig" in self._parameters:
+                raise OptionError(
+                    f"{name} is pruned by torch.nn.utils.prune: call its remove(layer, {name!r}) first, or "
+                    "use lion_fast.pruning alone"
+                )
+        found = {name: getattr(self, f"{name}_mask", None) for name in self.matrices}
         return {name: mask for name, mask in found.items() if mask is not None}
+
+    def _put_mask(self, name: str, mask: Tensor | None) -> None:
+        if mask is not None:
+            self.register_buffer(f"{name}_mask", mask)
+        elif hasattr(self, f"{name}_mask"):
+            delattr(self, f"{name}_mask")
 
     @torch.no_grad()
     def set_mask(self, name: str, mask: Tensor | None) -> None:
         """Set the mask of a matrix, a boolean of its shape, and zero what it drops; None takes it away.
 
-        Raises OptionError for another name, shape or dtype.
+        Raises OptionError for another name, shape or dtype, and as `masks`.
         """
         matrix = getattr(self, name) if name in self.matrices else None
         if matrix is None:
             raise OptionError(f"{name!r} has no mask; those with one are {', '.join(self.matrices)}")
+        self.masks()
         if mask is not None:
-            if mask.shape != matrix.shape or mask.dtype != torch.bool:
+            of = getattr(mask, "dtype", type(mask).__name__), tuple(getattr(mask, "shape", ()))
+            if of != (torch.bool, tuple(matrix.shape)):
                 raise OptionError(
-                    f"the mask of {name} must be a boolean of shape {tuple(matrix.shape)}; got "
-                    f"{mask.dtype} of shape {tuple(mask.shape)}"
+                    f"the mask of {name} must be a boolean of shape {tuple(matrix.shape)}; got {of[0]} of "
+                    f"shape {of[1]}"
                 )
             mask = mask.to(matrix.device, copy=True)
             matrix.masked_fill_(~mask, 0)
-        setattr(self, f"{name}_mask", mask)
+        self._put_mask(name, mask)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         self._make_masks(state_dict, prefix)
@@ -61,9 +75,14 @@ class Masked(nn.Module):
         """A mask that keeps all for each one that the state has and this module has not yet."""
         for name in self.matrices:
             matrix = getattr(self, name)
-            if f"{prefix}{name}_mask" in state and matrix is not None and name not in self.masks():
-                mask = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
-                setattr(self, f"{name}_mask", mask)
+            known = getattr(self, f"{name}_mask", None) is not None
+            if f"{prefix}{name}_mask" in state and matrix is not None and not known:
+                self._put_mask(name, torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device))
+
+
+def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """What changes where one of the tensors is replaced, moved or written to, while the old ones are held."""
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -77,4 +96,4 @@ def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             module._make_masks(state, prefix)
             for name in module.masks():
                 if f"{prefix}{name}_mask" not in state:
-                    setattr(module, f"{name}_mask", None)
+                    module._put_mask(name, None)

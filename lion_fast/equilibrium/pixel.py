@@ -6,12 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.layer import READ_OUT_STD
+from lion_fast.equilibrium.contraction import scale_within
+from lion_fast.equilibrium.layer import READ_OUT_STD, hint
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, apply_policy, takes_solve_options
+from lion_fast.equilibrium.solve import (
+    OPTIONS,
+    SolveInfo,
+    SolveOptions,
+    Solving,
+    apply_policy,
+    check_tensor,
+    takes_solve_options,
+)
 from lion_fast.equilibrium.solvers import solve_implicit
 from lion_fast.errors import check_choice, check_gamma, check_whole
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, flag_rows
 
 # Frequencies per dimension above which the torus is sampled: a trigonometric polynomial of degree d exceeds
 # its largest sample of n by at most 1 / cos(pi d / n), 0.5 % per dimension at 3 x 3.
@@ -36,10 +45,17 @@ def conv_norm_bound(weight: Tensor, height: int, width: int) -> Tensor:
     >>> bool(1 <= conv_norm_bound(identity, 8, 8) < 1.001)
     True
     """
+    check_tensor(weight, "weight")
+    if weight.ndim != 4 or any(k % 2 == 0 for k in weight.shape[2:]) or min(*weight.shape, height, width) < 1:
+        raise ValueError(
+            f"a bound needs a weight (c_out, c_in, k, k) with k odd and a map of at least 1 x 1; got "
+            f"{tuple(weight.shape)} and {height} x {width}"
+        )
     weight = weight if weight.dtype == torch.float64 else weight.float()
     tiny = torch.finfo(weight.dtype).tiny
     with torch.autocast(weight.device.type, enabled=False):
-        largest = weight.detach().abs().amax().clamp_min(tiny)
+        found = weight.detach().abs().amax()
+        largest = found.clamp_min(tiny)
         (rows, row_margin), (columns, column_margin) = (
             _waves(size, k, weight) for size, k in zip((height, width), weight.shape[2:], strict=True)
         )
@@ -57,7 +73,7 @@ def conv_norm_bound(weight: Tensor, height: int, width: int) -> Tensor:
                 G = G / size[:, None, None]
                 G = G @ G
         bound = log_norm.exp().amax() * largest * (row_margin * column_margin * (1 + MARGIN))
-    return bound.where(largest > tiny, 0.0)
+    return bound.where(found != 0, 0.0)
 
 
 def _waves(size: int, k: int, like: Tensor) -> tuple[Tensor, float]:
@@ -77,8 +93,11 @@ class PixelEnd(Solving, Masked):
     x (B, `in_channels`, H, W), out the same; the state z is (B, `channels`, H, W). Wh is W scaled down where
     needed so that Lip(phi) times the convolution's norm at the true H x W is at most `gamma`, for certain.
     Parameters U (c, 3, 3, 3), W (c, c, 3, 3), b (c), V (3, c, 1, 1), c (3): 9 c^2 + 31 c + 3 numbers on RGB.
-    Options as `LionLayer`; whatever `backend`, it runs in torch. The injection and Wh are computed once per
-    solve.
+    Options as `LionLayer` but `backend`: it runs in torch. x is of any float dtype, in which the convolutions
+    are. The injection and Wh are computed once per solve. The convolutions are the library's: an image alone
+    and in a batch may differ by their rounding. In the record a token is an image.
+
+    Raises OptionError on an option outside its range, ValueError or TypeError on input that does not fit.
 
     >>> end = PixelEnd(3, channels=4)
     >>> end(torch.zeros(2, 3, 16, 16)).shape
@@ -86,8 +105,9 @@ class PixelEnd(Solving, Masked):
     """
 
     matrices = ("U", "W", "V")
+    _hint = hint
 
-    @takes_solve_options()
+    @takes_solve_options(*(name for name in OPTIONS if name != "backend"))
     def __init__(
         self,
         in_channels: int = 3,
@@ -100,7 +120,8 @@ class PixelEnd(Solving, Masked):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
         self.solve = SolveOptions(**solve)
-        check_whole("pixel_channels", channels)
+        check_whole("in_channels", in_channels)
+        check_whole("channels", channels)
         check_gamma(gamma)
         self.activation, self.gamma = activation, gamma
         self.U = nn.Parameter(torch.empty(channels, in_channels, 3, 3))
@@ -122,24 +143,29 @@ class PixelEnd(Solving, Masked):
         """Wh (c, c, 3, 3), a contraction of rate at most gamma on maps of height x width."""
         W = self.masked("W")
         norm = conv_norm_bound(W, height, width)
-        if self.W.dtype in (torch.float16, torch.bfloat16):
-            # rounding the scaled entries adds a convolution of at most this norm
-            norm = norm + torch.finfo(self.W.dtype).eps * W.to(norm.dtype).abs().sum()
         limit = self.gamma / ACTIVATIONS[self.activation].lipschitz
-        scale = torch.where(norm > limit, limit / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
-        return (W.to(norm.dtype) * scale).to(self.W.dtype)
+        whole = W.to(norm.dtype)
+        scale = scale_within(norm, limit, W.dtype, lambda: whole.abs().sum(), W.numel())
+        return (whole * scale).to(W.dtype)
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        check_tensor(x)
+        channels = self.U.shape[1]
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+            raise ValueError(f"x must be (B, {channels}, H, W) for this layer; it has shape {tuple(x.shape)}")
         phi = ACTIVATIONS[self.activation].phi
-        kernel = self.recurrence_kernel(*x.shape[-2:])
-        q = F.conv2d(x, self.masked("U"), self.b, padding=1)
+        weights = self.masked("U"), self.masked("V"), self.recurrence_kernel(*x.shape[2:])
+        U, V, kernel = (t.to(x.dtype) for t in weights)
+        q = F.conv2d(x, U, self.b.to(x.dtype), padding=1)
 
         def f(z: Tensor, q: Tensor) -> Tensor:
             return phi(F.conv2d(z, kernel, padding=1) + q)
 
         z, info = solve_implicit(
-            f, q, torch.zeros_like(q), self.solve, self.solve.terms, return_info=return_info
+            f, q, torch.zeros_like(q), self.solve, self.solve.terms, return_info=return_info, hint=self._hint
         )
-        apply_policy(info, self.on_failure)
-        out = x + F.conv2d(z, self.masked("V"), self.c)
+        out = x + F.conv2d(z, V, self.c.to(x.dtype))
+        for result in (q, out):
+            info.residual = flag_rows(info.residual, result.detach().flatten(1))
+        apply_policy(info, self.on_failure, self._hint)
         return (out, info) if return_info else out

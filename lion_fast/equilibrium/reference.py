@@ -11,7 +11,7 @@ from lion_fast.equilibrium.contraction import contraction_scale
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.equilibrium.solvers import solve_implicit
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype, flag_rows
 
 
 class LionLayer(layer.LionLayer):
@@ -30,14 +30,14 @@ class LionLayer(layer.LionLayer):
     """
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
+        check_input(x, self.dim)
         phi = ACTIVATIONS[self.activation].phi
         acc = accumulate_dtype(x.dtype)
-        check_input(x, self.dim)
         options = replace(self.solve, tol=self.solve.tolerance(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, self.dim).to(acc)
-            A, V = self.masked("A"), self.masked("V")
-            A, Wh, b, V, c = (t.to(acc) for t in (A, self.recurrence_matrix(), self.b, V, self.c))
+            weights = self.masked("A"), self.recurrence_matrix(), self.b, self.masked("V"), self.c
+            A, Wh, b, V, c = (t.to(acc) for t in weights)
             if self.recurrence == "free":
                 z0 = tokens.new_zeros(tokens.shape[0], self.state_dim)
 
@@ -46,7 +46,8 @@ class LionLayer(layer.LionLayer):
 
             else:
                 z0 = torch.zeros_like(tokens)
-                s = contraction_scale(A @ V, self.gamma / ACTIVATIONS[self.activation].lipschitz)
+                limit = self.gamma / ACTIVATIONS[self.activation].lipschitz
+                s = contraction_scale(A @ V, limit, self.A.dtype)
 
                 def f(y: Tensor, x: Tensor) -> Tensor:
                     return F.linear(phi(F.linear(x + s * y, A, b)), V)
@@ -62,10 +63,11 @@ class LionLayer(layer.LionLayer):
                 hint=self._hint,
             )
             prompt = (F.linear(z, V) if self.recurrence == "free" else z) + c
-            out = (tokens + prompt).to(x.dtype).reshape(x.shape)
-        info.residual = info.residual.reshape(x.shape[:-1])
+            out = (tokens + prompt).to(x.dtype)
+        info.residual = flag_rows(info.residual, out.detach()).reshape(x.shape[:-1])
         info.iterations = info.iterations.reshape(x.shape[:-1])
         apply_policy(info, self.on_failure, self._hint)
+        out = out.reshape(x.shape)
         return (out, info) if return_info else out
 
 

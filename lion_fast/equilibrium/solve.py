@@ -20,13 +20,22 @@ TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4, to
 PHANTOM_DAMPING = 0.5
 # An exact backward may take this many times the forward's iterations.
 EXACT_FACTOR = 4
+# Steps are counted in int32.
+MOST = 10**8
 
 
 def default_tol(dtype: torch.dtype) -> float:
     """The relative residual that is asked for when `tol` is None, by the tokens' dtype."""
     if dtype not in TOLERANCES:
-        raise TypeError(f"an equilibrium needs a floating-point input; got {dtype}")
+        raise TypeError(f"an equilibrium needs {', '.join(map(str, TOLERANCES))}; got {dtype}")
     return TOLERANCES[dtype]
+
+
+def check_tensor(x: Tensor, name: str = "x") -> None:
+    """Raise TypeError unless x is a dense tensor of a float type of `TOLERANCES`."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got {getattr(x, 'layout', type(x).__name__)}")
+    default_tol(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +73,8 @@ class SolveOptions:
         check_choice("backward", self.backward, BACKWARDS)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("on_failure", self.on_failure, POLICIES)
-        check_whole("max_iter", self.max_iter)
-        check_whole("neumann_terms", self.neumann_terms, 0)
+        check_whole("max_iter", self.max_iter, 1, MOST)
+        check_whole("neumann_terms", self.neumann_terms, 0, MOST)
         check_number("damping", self.damping, above=0, most=1)
         if self.tol is not None:
             check_number("tol", self.tol, least=0, below=1, note="0: always max_iter iterations")

@@ -32,7 +32,7 @@ from lion_fast.equilibrium.solve import (
     takes_solve_options,
 )
 from lion_fast.errors import OptionError, check_choice, refuse_unknown
-from lion_kernels.reference import ADJOINT_FLOOR, iterate
+from lion_kernels.reference import ADJOINT_FLOOR, iterate, unit_rows
 
 __all__ = ["ImplicitLayer", "anderson", "broyden", "implicit", "picard"]
 
@@ -86,18 +86,6 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return final((grad,), grad, *ctx.saved_tensors)[0]
-
-
-def unit_rows(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g [B, N] with rows of size near 1, and the powers of two [B, 1] they were divided by.
-
-    An adjoint is linear and as small or large as the loss: so no square under- or overflows, and no bit
-    of a mantissa changes.
-    """
-    size = g.abs().sum(1, keepdim=True)
-    exponent = torch.frexp(size).exponent.clamp(-100, 100)
-    scale = torch.where(torch.isfinite(size), torch.ldexp(torch.ones_like(size), exponent), 1.0)
-    return g / scale, scale
 
 
 def series(

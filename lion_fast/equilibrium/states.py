@@ -2,15 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lion_fast.equilibrium.contraction import bounded
 from lion_fast.equilibrium.functional import check_input, solve_tokens
-from lion_fast.equilibrium.layer import HINT
+from lion_fast.equilibrium.layer import hint
 from lion_fast.equilibrium.masked import Masked
 from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, Solving, takes_solve_options
 from lion_fast.errors import check_choice, check_gamma, check_whole
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, linear
 
 
 class StateLayer(Solving, Masked):
@@ -18,8 +17,9 @@ class StateLayer(Solving, Masked):
 
     Parameters: injection A [R, D], recurrence W [R, R], bias b [R]: R D + R^2 + R numbers. Wh is bounded as
     in a `LionLayer`. x [..., D] of any float dtype gives Z [..., R] in x's dtype, under autocast too. The
-    injection is a product of its own in x's dtype; the solve then runs on tokens of width R, by the kernels
-    of `LionLayer`.
+    injection is a product of its own, given in x's dtype; the solve then runs on tokens of width R, by the
+    kernels of `LionLayer`. On a CPU a token's bits do not depend on its batch; on a GPU the injection is
+    the vendor's product, which promises no such thing.
 
     Args:
         dim: width D of a token.
@@ -35,6 +35,7 @@ class StateLayer(Solving, Masked):
     """
 
     matrices = ("A", "W")
+    _hint = hint
 
     @takes_solve_options()
     def __init__(
@@ -65,17 +66,20 @@ class StateLayer(Solving, Masked):
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         check_input(x, self.dim)
+        W = self.recurrence_matrix()
         # as a LionLayer's, the state does not depend on whether autocast is on
         with torch.autocast(x.device.type, enabled=False):
-            q = F.linear(x, self.masked("A").to(x.dtype), self.b.to(x.dtype))
+            q = linear(x.reshape(-1, self.dim), self.masked("A"), self.b).reshape(
+                *x.shape[:-1], self.state_dim
+            )
         # with A = V = 1 and b = c = 0 the whole solve's output is its state; each a tensor of its own, since
         # torch.compile leaves the graph where an autograd.Function gets one twice
         new = {"dtype": self.A.dtype, "device": self.A.device}
         A, V = (torch.eye(self.state_dim, **new) for _ in range(2))
         b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
         z, info = solve_tokens(
-            q, A, self.recurrence_matrix(), b, V, c, self.activation, self.solve,
-            residual=False, return_info=return_info, contracts=True, hint=lambda: HINT,
+            q, A, W, b, V, c, self.activation, self.solve,
+            residual=False, return_info=return_info, contracts=True, hint=self._hint,
         )  # fmt: skip
         z = z.to(x.dtype)
         return (z, info) if return_info else z

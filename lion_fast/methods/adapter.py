@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lion_fast.backbones import Backbone
 from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_number, check_whole
-from lion_fast.methods.base import register
+from lion_fast.methods.base import MOST, register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
+from lion_fast.methods.noise import dropout
 
 
 class Bottleneck(nn.Module):
@@ -38,12 +39,12 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.down(x)
         z = F.gelu(z) if self.activation == "gelu" else F.relu(z)
-        return self.up(F.dropout(z, self.dropout, self.training))
+        return self.up(dropout(z, self.dropout, self.training))
 
 
 def bottlenecks(backbone: Backbone, rank: int, dropout: float, activation: str = "relu") -> nn.ModuleList:
     """A `Bottleneck` for every block of a ViT; `OptionError` for a rank or dropout out of range."""
-    check_whole("rank", rank)
+    check_whole("rank", rank, most=MOST)
     check_number("dropout", dropout, least=0, below=1)
     return nn.ModuleList(
         Bottleneck(backbone.width_in, rank, activation=activation, dropout=dropout) for _ in backbone.blocks
@@ -82,7 +83,7 @@ class AdaptFormer(BlockMethod):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_number("scale", scale)
+        check_number("scale", scale, least=-1e6, most=1e6)
         self.record(rank=rank, scale=scale, dropout=dropout)
         self.scale = scale
         self.adapters = bottlenecks(self.backbone, rank, dropout)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_whole
-from lion_fast.methods.base import register
+from lion_fast.methods.base import MOST, register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
 
 RANK = 4
@@ -37,7 +37,7 @@ class APT(BlockMethod):
 
     def __init__(self, backbone, num_classes: int, *, length: int = 200, **options):
         super().__init__(backbone, num_classes, **options)
-        check_whole("length", length)
+        check_whole("length", length, most=MOST)
         self.record(length=length)
         L, D = len(self.backbone.blocks), self.backbone.width_in
         self.P = nn.Parameter(torch.empty(L, length, D).normal_(std=0.02))

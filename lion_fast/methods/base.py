@@ -16,19 +16,24 @@ from lion_fast import __version__
 from lion_fast.backbones import Backbone, cheaper, load_backbone
 from lion_fast.equilibrium.masked import match_masks
 from lion_fast.errors import (
+    LARGEST,
     AdapterError,
     BackboneError,
     OptionError,
     check_bool,
     check_number,
+    check_text,
     check_whole,
     refuse_unknown,
+    shown,
 )
 from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
 from lion_fast.pruning.compaction import describe_compacted
 from lion_fast.pruning.counts import count_parameters
 from lion_fast.pruning.packing import MASK
 
+# Prompts, ranks, cells: an option above it is a slip that would take all memory
+MOST = 65_536
 _REGISTRY: dict[str, type["TunedModel"]] = {}
 
 
@@ -70,17 +75,29 @@ def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
     return {name: p.default for name, p in _parameters(cls).items()}
 
 
-def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
-    """Raise `OptionError` on a value that is no number or no bool where the annotation asks for one."""
+def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any], most: int = LARGEST) -> None:
+    """Raise `OptionError` on a value that is no number, bool or text where the annotation asks for one.
+
+    most: bound of whole numbers, either way. A value that JSON has no word for is refused everywhere.
+    """
     for name, p in _parameters(cls).items():
         if name not in options:
             continue
         value, union = options[name], isinstance(p.annotation, UnionType)
         kinds = typing.get_args(p.annotation) if union else (p.annotation,)
+        if not _is_plain(value):
+            raise OptionError(f"{name} must be numbers, texts or lists of them; got {shown(value)}")
+        if value is None and NoneType in kinds:
+            continue
         if kinds == (bool,):
             check_bool(name, value)
-        if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
+        elif set(kinds) <= {float, int, NoneType}:
             check_number(name, value)
+            if isinstance(value, int):
+                bound = LARGEST if float in kinds else most
+                check_whole(name, value, -bound, bound)
+        elif set(kinds) <= {str, NoneType}:
+            check_text(name, value)
 
 
 class TunedModel(nn.Module):
@@ -116,7 +133,8 @@ class TunedModel(nn.Module):
     ):
         super().__init__()
         refuse_unknown(unknown, method_options(type(self)), f"option of {self.method}")
-        check_whole("num_classes", num_classes)
+        check_whole("num_classes", num_classes, most=10_000_000)
+        check_bool("head_bias", head_bias)
         backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(backbone, Backbone):
             raise BackboneError(
@@ -128,13 +146,18 @@ class TunedModel(nn.Module):
                 f"method {self.method} works on {', '.join(self.families)} backbones; {backbone.name} is a "
                 f"{backbone.family} backbone. Methods that work on it: {able}"
             )
+        if backbone.tuned_by or any(p.requires_grad for p in backbone.parameters()):
+            told = f"belongs to a {backbone.tuned_by} model" if backbone.tuned_by else "is not frozen"
+            raise BackboneError(
+                f"this {backbone.name} {told}; give the backbone as it was loaded, or model.merge().backbone"
+            )
         cheaper.check_method(backbone, self.method)
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
         self.pool = pool
         self.options: dict[str, Any] = {}
-        self.record(pool=pool, head_bias=bool(head_bias))
+        self.record(pool=pool, head_bias=head_bias)
         self.head = self.new_head(backbone.pooled_width(pool), head_bias)
 
     def new_head(self, width: int, bias: bool) -> nn.Linear:
@@ -169,15 +192,23 @@ class TunedModel(nn.Module):
         return self.encode(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) in the head's dtype."""
+        """Logits (B, num_classes) in the head's dtype; B may be 0. `DataError` for what are no images."""
+        self.backbone.check_images(images)
         with self.backbone.autocast(images.device):
-            features = self.features(images)
+            if len(images):
+                features = self.features(images)
+            else:  # timm's windows take no empty batch: one image stands in for it
+                features = self.features(images.new_zeros(1, *images.shape[1:]))[:0]
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype))
 
     def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Extra losses of the method, by name, to add to the cross-entropy; none by default."""
         return {}
+
+    def step_mean(self, images: Tensor) -> Tensor | None:
+        """A mean over images that `loss_terms` needs over all of a step, by `noise.over_step`; else None."""
+        return None
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last forward worth logging; reading them may synchronise with the device."""
@@ -186,6 +217,15 @@ class TunedModel(nn.Module):
     def merge(self) -> "TunedModel":
         """Fold the method into the backbone's weights, where the method can."""
         raise OptionError(f"method {self.method} does not merge into the weights of a backbone")
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TunedModel":
+        """Ask for gradients of what the method trains, and of its head; what is frozen stays frozen."""
+        frozen = {id(p) for p in self.backbone.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in frozen:
+                parameter.requires_grad_(requires_grad)
+        self.backbone.requires_grad_(requires_grad)
+        return self
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What the optimiser gets: the method's parameters and the head."""
@@ -222,6 +262,10 @@ class TunedModel(nn.Module):
                 "the adapter's classes and pool, or load the adapter by load_adapter(dir)"
             )
         for name, tensor in own.items():
+            if state[name].is_complex() or state[name].is_floating_point() != tensor.is_floating_point():
+                raise AdapterError(
+                    f"{name} of the adapter is {state[name].dtype}; train or fetch the adapter again"
+                )
             if state[name].shape != tensor.shape:
                 raise AdapterError(
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "

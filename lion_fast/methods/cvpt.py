@@ -6,6 +6,7 @@ mathematics (insertion between attention and MLP).
 
 import copy
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import after_attention, attend, attention_branch, heads
-from lion_fast.methods.prefix import KV
+from lion_fast.methods.prefix import KV, Seen, is_recorded
 from lion_fast.methods.prompts import PromptMethod, drawn
 
 
@@ -50,12 +51,21 @@ class CVPT(PromptMethod):
         shape = len(self.backbone.blocks), self.length, self.backbone.width_in
         self.prompts = drawn(math.sqrt(6 / (shape[2] * (shape[1] + shape[0]))), *shape)
         self.copies: nn.ModuleList | None = None
+        self._copied: Seen | None = None
         if self.form == "naive":
+            self._follow_backbone()
+
+    def _follow_backbone(self) -> None:
+        """Copies of the projections as they are now."""
+        frozen = [p for block in self.backbone.blocks for p in block.attn.parameters()]
+        if self._copied is None or not self._copied.same(frozen):
             self.copies = nn.ModuleList(copy.deepcopy(block.attn) for block in self.backbone.blocks)
-            self.copies.requires_grad_(False)
+            self._copied = Seen(frozen)
 
     def features(self, images: Tensor) -> Tensor:
         x = self.backbone.enter(images)
+        if self.form == "naive" and not is_recorded():
+            self._follow_backbone()
         kv = self.prefix() if self.copies is None else None
         for i, block in enumerate(self.backbone.blocks):
             x = x + attention_branch(block, x)
@@ -81,6 +91,15 @@ class CVPT(PromptMethod):
         if self.copies is not None:
             self.copies.eval()
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "CVPT":
+        super().requires_grad_(requires_grad)
+        if self.copies is not None:
+            self.copies.requires_grad_(False)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copied": None}
 
 
 @works_for_first

@@ -16,6 +16,8 @@ from lion_fast.errors import OptionError, check_choice, check_number
 from lion_fast.methods.adapter import bottlenecks
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
+from lion_fast.methods.noise import over_step, uniform_like
+from lion_fast.methods.prefix import is_recorded
 
 RATE_WEIGHT = 2.0
 
@@ -71,7 +73,8 @@ class DyT(BlockMethod):
         super().__init__(backbone, num_classes, **options)
         check_choice("form", form, ("exact", "naive"))
         check_number("rate", rate, above=0, most=1, note="the share of tokens to let through")
-        check_number("temperature", temperature, above=0)
+        check_number("temperature", temperature, above=0, most=1e6)
+        check_number("scale", scale, least=-1e6, most=1e6)
         check_number("threshold", threshold, below=1, note="and below 0 every token passes")
         self.record(rank=rank, rate=rate, temperature=temperature, threshold=threshold)
         self.record(scale=scale, dropout=dropout, form=form)
@@ -84,7 +87,7 @@ class DyT(BlockMethod):
             nn.init.zeros_(dispatcher.bias)
         self._complete = False
         self._masks: list[Tensor] = []  # M of the patch tokens (B, N) in this forward, block by block
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._passed: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,7 +97,8 @@ class DyT(BlockMethod):
             masks = torch.stack(drawn)  # (L, B, N)
             self._passed = masks.detach().mean()
             # for loss_terms, which comes next on the same images
-            self._last = (images, logits, masks) if self.training and torch.is_grad_enabled() else None
+            keeps = self.training and torch.is_grad_enabled()
+            self._last = (images, _writes(images), logits, masks) if keeps else None
         return logits
 
     def features(self, images: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ class DyT(BlockMethod):
         logit = _wide(logit)
         if self.training:
             # logistic noise: the difference of two Gumbel variables
-            noise = torch.rand_like(logit).logit(eps=1e-7)
+            noise = uniform_like(logit).logit(eps=1e-7)
             soft = ((logit + noise) / self.temperature).sigmoid()
             hard = (soft > self.threshold).to(soft.dtype)
             mask = hard + soft - soft.detach()
@@ -130,23 +134,29 @@ class DyT(BlockMethod):
     def loss_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms "complete", "distillation" and "rate"; after `forward` on the same images its logits are
         used, else the dispatched model is run again."""
-        if self._last is None or self._last[0] is not images:
+        if self._last is None or self._last[0] is not images or self._last[1] != _writes(images):
             with torch.enable_grad():
                 self(images)
         if self._last is None:
             raise OptionError("loss_terms belong to training; call train() first")
-        (_, logits, masks), self._last = self._last, None
+        (*_, logits, masks), self._last = self._last, None
         complete = _wide(self.complete(images))
         return {
-            "complete": F.cross_entropy(complete, labels),
+            "complete": F.cross_entropy(complete, labels if labels.is_floating_point() else labels.long()),
             "distillation": F.kl_div(
                 _wide(logits).log_softmax(-1),
                 complete.detach().log_softmax(-1),
                 reduction="batchmean",
                 log_target=True,
             ),
-            "rate": RATE_WEIGHT * (masks.mean() - self.rate).square(),
+            "rate": RATE_WEIGHT * (over_step(masks.mean()) - self.rate).square(),
         }
+
+    def step_mean(self, images: Tensor) -> Tensor | None:
+        """The share of patch tokens let through, which "rate" needs of all images of a step."""
+        with torch.no_grad():
+            self(images)
+        return self._passed
 
     @works_for_first
     def complete(self, images: Tensor) -> Tensor:
@@ -164,6 +174,11 @@ class DyT(BlockMethod):
     def __getstate__(self) -> dict[str, Any]:
         # a graph can be neither copied nor pickled
         return {**self.__dict__, "_last": None, "_masks": []}
+
+
+def _writes(images: Tensor) -> int:
+    """How often images were written into, as far as that is counted."""
+    return 0 if is_recorded() or images.is_inference() else images._version
 
 
 def _wide(x: Tensor) -> Tensor:

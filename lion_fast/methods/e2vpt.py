@@ -5,7 +5,7 @@ Source: Han et al., "E2VPT: An Effective and Efficient Approach for Visual Promp
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from lion_fast.errors import (
     AdapterError,
     BackboneError,
     OptionError,
+    check_bool,
     check_choice,
     check_number,
     check_whole,
 )
-from lion_fast.methods.base import register
+from lion_fast.methods.base import MOST, register
 from lion_fast.methods.prefix import KV
 from lion_fast.methods.prompts import PromptMethod, carry_prompts, prefix_of, prompt_bound
 
@@ -83,7 +84,8 @@ class E2VPT(PromptMethod):
     ):
         super().__init__(backbone, num_classes, **options)
         length = self.length
-        check_whole("kv_length", kv_length, 0)
+        check_whole("kv_length", kv_length, 0, MOST)
+        check_bool("share_kv", share_kv)
         check_choice("masks", masks, ("fixed", "learned"))
         check_choice("removal", removal, ("masked", "removed"))
         if self.backbone.width_in % SEGMENTS:
@@ -94,7 +96,7 @@ class E2VPT(PromptMethod):
         tokens, segments = _check_pruned(pruned, length)
         if masks == "learned" and (tokens or segments):
             raise OptionError('masks="learned" comes before pruning; with pruned prompts use masks="fixed"')
-        self.record(kv_length=kv_length, share_kv=bool(share_kv), masks=masks)
+        self.record(kv_length=kv_length, share_kv=share_kv, masks=masks)
         self.record(removal=removal, pruned=(tokens, segments))
         self.kv_length, self.removal = kv_length, removal
         blocks, attn = self.backbone.blocks, self.backbone.blocks[0].attn
@@ -116,7 +118,7 @@ class E2VPT(PromptMethod):
         return carry_prompts(
             self.backbone,
             x,
-            lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1)),
+            lambda i, x: self.dropped(prompts[i].to(x.dtype).expand(len(x), -1, -1), each=True),
             lambda i, block, x: prefix_block(block, x, *kv[i]),
         )
 
@@ -183,7 +185,7 @@ class E2VPT(PromptMethod):
                 self._probe = masks
             for images, labels in batches:
                 with torch.enable_grad():
-                    loss = F.cross_entropy(self(images.to(device)).float(), labels.to(device))
+                    loss = F.cross_entropy(self(images.to(device)).float(), labels.to(device).long())
                 for total, gradient in zip(sums, torch.autograd.grad(loss, masks), strict=True):
                     total += gradient.abs() if absolute else gradient
                 count += 1
@@ -207,7 +209,9 @@ class E2VPT(PromptMethod):
         check_number("segment_ratio", segment_ratio, least=0, below=1)
         if self.options["pruned"] != [0, 0]:
             raise OptionError("this model is pruned already; prune a fresh one by both ratios at once")
-        token, segment = scores
+        token, segment = (torch.as_tensor(score) for score in scores)
+        if not (token.isfinite().all() and segment.isfinite().all()):
+            raise OptionError("scores hold NaN or Inf; take the importance of a model that is finite")
         if token.shape != (self.length,) or segment.shape != (self.length, SEGMENTS):
             raise OptionError(
                 f"scores must be of shapes ({self.length},) and ({self.length}, {SEGMENTS}); "
@@ -254,6 +258,13 @@ class E2VPT(PromptMethod):
         if self.kv_prompts is not None:
             bound = math.sqrt(6 / (self.kv_length * self.kv_prompts.shape[-1]))
             self.kv_prompts.uniform_(-bound, bound)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        # torch refuses a layout of maps (channels_last) for the five dimensions of the key-value prompts
+        def flat(t: Tensor) -> Tensor:
+            return fn(t.flatten(0, 2)).unflatten(0, t.shape[:3]) if t.ndim == 5 else fn(t)
+
+        return super()._apply(flat, recurse)
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """As every method's; indices of kept tokens and segments are checked too."""

@@ -14,7 +14,7 @@ from lion_fast.equilibrium.pixel import PixelEnd
 from lion_fast.equilibrium.solve import OPTIONS, SolveInfo, SolveOptions, takes_solve_options
 from lion_fast.errors import OptionError, check_choice, check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import GRID, ReadOut, features_and_cells, map_place
+from lion_fast.methods.read_out import FINEST, GRID, WIDEST, ReadOut, features_and_cells, map_place
 
 ENDS = ("input", "output")
 VARIANTS = ("states", "residual")
@@ -102,10 +102,15 @@ class LionModel(TunedModel):
         if not ends or any(end not in ENDS for end in ends) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
         reads_states = states and "output" in ends
-        activation = activation or ("tanh" if states else "relu")
+        if activation is None:
+            activation = "tanh" if states else "relu"
         solve = {"activation": activation, "gamma": gamma, **asdict(solve)}
         layer = {**solve, "state_dim": state_dim}
-        check_whole("grid", grid)
+        check_whole("grid", grid, most=FINEST)
+        check_whole("state_dim", state_dim, most=WIDEST)
+        check_whole("pixel_channels", pixel_channels, most=WIDEST)
+        if at is not None:
+            check_whole("at", at, 0, len(backbone.map_widths) - 1)
         self.form, self.grid = form, grid
         self.at = map_place(backbone) if at is None and reads_states else at
         self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
@@ -114,14 +119,15 @@ class LionModel(TunedModel):
         self.output_end: nn.Module | None = None
         if "input" in ends:
             if backbone.family == "cnn":
-                self.input_end = PixelEnd(backbone.width_in, pixel_channels, **solve)
+                check_whole("pixel_channels", pixel_channels)
+                own = {name: value for name, value in solve.items() if name != "backend"}
+                self.input_end = PixelEnd(backbone.width_in, pixel_channels, **own)
             else:
                 self.input_end = LionLayer(backbone.width_in, recurrence=recurrence, **layer)
         if "output" in ends and not states:
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
         if reads_states:
             widths = backbone.map_widths
-            check_whole("at", self.at, 0, len(widths) - 1)
             self.output_end = ReadOut(backbone.pooled_width(self.pool), grid * grid, widths[self.at], **layer)
             self.head = self.new_head(self.output_end.out_features, head_bias)
         self._info: dict[str, SolveInfo] = {}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.errors import check_choice, check_number, check_whole
-from lion_fast.methods.base import register
+from lion_fast.methods.base import MOST, register
 from lion_fast.methods.blocks import BlockMethod, attention_branch, self_attention
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.owned import Merged, mergeable_copy
 
 
@@ -51,11 +52,11 @@ class LoRA(BlockMethod):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_whole("rank", rank)
+        check_whole("rank", rank, most=MOST)
         check_choice("target", target, ("qkv", "qv"))
         check_number("dropout", dropout, least=0, below=1)
         if alpha is not None:
-            check_number("alpha", alpha, above=0)
+            check_number("alpha", alpha, above=0, most=1e6)
         self.record(rank=rank, alpha=alpha, target=target, dropout=dropout)
         self.target, self.dropout, self.scale = target, dropout, (rank if alpha is None else alpha) / rank
         L, D = len(self.backbone.blocks), self.backbone.width_in
@@ -71,7 +72,7 @@ class LoRA(BlockMethod):
 
     def delta(self, i: int, rows: Tensor) -> Tensor:
         """What block i adds to q, k, v of rows (B, N, D): (B, N, 3 D)."""
-        z = F.dropout(rows, self.dropout, self.training)
+        z = dropout(rows, self.dropout, self.training)
         parts = [F.linear(F.linear(z, A), B) for A, B in zip(self.A[i], self.B[i], strict=True)]
         if self.target == "qv":
             parts.insert(1, torch.zeros_like(parts[0]))

@@ -27,16 +27,16 @@ def own_copy(backbone: Backbone, trained: Callable[[str], bool] = lambda name: F
     copy keeps the hash of the weights as they were given, so an adapter names the backbone it started from.
     """
     memo: dict[int, object] = {}
-    some = False
+    names = frozenset(name for name, _ in backbone.model.named_parameters() if trained(name))
     for name, parameter in backbone.model.named_parameters():
-        tuned, data = trained(name), parameter.detach()
-        some |= tuned
+        tuned, data = name in names, parameter.detach()
         memo[id(parameter)] = nn.Parameter(data.clone() if tuned else data, requires_grad=tuned)
     for buffer in backbone.model.buffers():
         memo[id(buffer)] = buffer.detach()
-    if some:
-        _ = backbone.weights_sha256  # the hash of what is given: the copy's weights will move
     copied = copy.deepcopy(backbone, memo)
+    copied.tuned_by, copied.trained = None, names
+    if names:
+        copied.name_weights(backbone.weights_sha256)  # of what is given: the copy's weights will move
     for module in copied.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, BackboneHook):
@@ -66,6 +66,8 @@ class Merged(TunedModel):
     """A model whose method is folded into its backbone: the bare backbone's cost, nothing left to train."""
 
     def __init__(self, model: TunedModel, backbone: Backbone):
+        backbone.trained, backbone._sha256 = frozenset(), None  # other weights now
+        backbone.requires_grad_(False)
         super().__init__(backbone, model.num_classes, pool=model.pool, head_bias=model.head.bias is not None)
         self.method = f"{model.method} (merged)"
         self.classes = model.classes
@@ -73,7 +75,6 @@ class Merged(TunedModel):
         self.requires_grad_(False)
         backbone.weights_source += f", {model.method} merged"
         backbone.request = None
-        backbone._sha256 = None  # other weights now
         self.train(model.training)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:

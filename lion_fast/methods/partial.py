@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lion_fast.backbones import Backbone
-from lion_fast.errors import OptionError, check_whole
+from lion_fast.errors import OptionError, check_bool, check_whole
 from lion_fast.methods.base import TunedModel, register
 from lion_fast.methods.owned import Merged, own_copy, runs
 
@@ -25,6 +25,7 @@ class TrainsBackbone(TunedModel):
         super().__init__(backbone, num_classes, **options)
         chosen, used = self.trained(self.backbone), runs(self.backbone, self.pool)
         self.backbone = own_copy(self.backbone, lambda name: chosen(name) and used(name))
+        self.backbone.tuned_by = self.method
         if not self.num_trainable():
             raise OptionError(f"method {self.method} finds nothing to train in {self.backbone.name}")
 
@@ -77,9 +78,10 @@ class Partial(TrainsBackbone):
 
     def __init__(self, backbone, num_classes: int, *, blocks: int = 1, last_norm: bool = True, **options):
         check_whole("blocks", blocks)
-        self._wanted = blocks, bool(last_norm)
+        check_bool("last_norm", last_norm)
+        self._wanted = blocks, last_norm
         super().__init__(backbone, num_classes, **options)
-        self.record(blocks=blocks, last_norm=bool(last_norm))
+        self.record(blocks=blocks, last_norm=last_norm)
 
     def trained(self, backbone: Backbone) -> Callable[[str], bool]:
         blocks, last_norm = self._wanted

@@ -1,23 +1,63 @@
 """Keys and values that do not depend on the images, kept between evaluations."""
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lion_fast.backbones import Backbone
+from lion_fast.backbones.prefix import kv_sources
+
 KV = list[tuple[Tensor, Tensor]]
+
+
+class Seen:
+    """Tensors as they were: `same` tells whether given ones are those, and unchanged.
+
+    A write to `.data` in place is the one change that torch keeps no count of.
+
+    >>> weight = torch.zeros(2)
+    >>> seen = Seen([weight])
+    >>> seen.same([weight]), seen.same([weight.add_(1)])
+    (True, False)
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._tensors, self._states = list(tensors), _states(tensors)
+        # aliases keep the memory, so that no other tensor can come to lie at its address
+        self._kept = [t.detach() for t in tensors]
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and _states(tensors) == self._states
+        )
+
+
+def is_recorded() -> bool:
+    """Whether this call is being compiled or traced: what Python decides in it would hold for ever."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    return [(t._version, t.data_ptr(), t.dtype) for t in tensors]
 
 
 class PrefixCache:
     """Mixin of methods that put rows of keys and values, the same for every image, into attention.
 
     While training, or where gradients are recorded, they are computed in every call, once for the batch;
-    while evaluating without gradients they are computed once and kept until what they are made of changes.
-    Inside `torch.compile`, which cannot see that change, they are computed in every call.
-    A method gives `_prefix`, what computes them, and `_prefix_sources`, the tensors they are made of.
+    while evaluating without gradients they are computed once and kept until what they are made of changes:
+    the method's own tensors or the frozen weights.
+    Inside `torch.compile` and traces, which cannot see that change, they are computed in every call.
+    A method gives `_prefix`, what computes them, and `_prefix_sources`, its own tensors in them.
     """
 
-    _cache: tuple[tuple[Any, ...], KV] | None = None
+    backbone: Backbone
+    _cache: tuple[Seen, torch.dtype | None, KV] | None = None
 
     def _prefix(self) -> KV:
         raise TypeError(f"{type(self).__name__} must say how its prefix is computed")
@@ -27,20 +67,23 @@ class PrefixCache:
 
     def prefix(self) -> KV:
         """Keys and values of every block, each (h, P, D/h)."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or is_recorded():
             return self._prefix()
-        sources = self._prefix_sources()
-        # an in-place update, a cast and an autocast region each make another key
-        device = sources[0].device
-        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (*sources, cast, *((t._version, t.device) for t in sources))
-        if self._cache is None or not _same(self._cache[0], key, len(sources)):
-            self._cache = (key, self._prefix())
-        return self._cache[1]
+        sources = [*self._prefix_sources(), *kv_sources(self.backbone)]
+        if any(t.is_inference() for t in sources):  # their changes are not counted
+            return self._prefix()
+        device = sources[0].device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if self._cache is None or self._cache[1] != cast or not self._cache[0].same(sources):
+            self._cache = Seen(sources), cast, self._prefix()
+        return self._cache[2]
 
     def clear_cache(self) -> None:
         """Forget kept keys and values; needed by hand only after a write to `.data` in evaluation."""
         self._cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
 
     def train(self, mode: bool = True):
         self.clear_cache()
@@ -49,9 +92,3 @@ class PrefixCache:
     def _apply(self, fn, recurse: bool = True):
         self.clear_cache()
         return super()._apply(fn, recurse)
-
-
-def _same(old: tuple, new: tuple, sources: int) -> bool:
-    return all(a is b for a, b in zip(old[:sources], new[:sources], strict=True)) and (
-        old[sources:] == new[sources:]
-    )

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from lion_fast.errors import check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import Cells, features_and_cells, map_place
+from lion_fast.methods.read_out import FINEST, Cells, features_and_cells, map_place
 
 
 @register("probe")
@@ -31,7 +31,7 @@ class Probe(TunedModel):
         self.grid, self.cells = grid, None
         self.record(grid=grid)
         if grid is not None:
-            check_whole("grid", grid)
+            check_whole("grid", grid, most=FINEST)
             at = map_place(self.backbone)
             self.cells = Cells(self.backbone.pooled_width(self.pool), grid**2, self.backbone.map_widths[at])
             self.head = self.new_head(self.cells.out_features, head_bias)

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lion_fast.backbones import Backbone, prefix_block, prefix_kv
 from lion_fast.errors import check_choice, check_number, check_whole
+from lion_fast.methods.base import MOST
 from lion_fast.methods.blocks import BlockMethod
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 
 
@@ -40,7 +42,7 @@ class PromptMethod(PrefixCache, BlockMethod):
         **options,
     ):
         super().__init__(backbone, num_classes, **options)
-        check_whole("length", length)
+        check_whole("length", length, most=MOST)
         check_number("dropout", dropout, least=0, below=1)
         check_choice("form", form, ("exact", "naive"))
         self.record(length=length, dropout=dropout, form=form)
@@ -55,16 +57,16 @@ class PromptMethod(PrefixCache, BlockMethod):
             x = self._naive(x)
         return self.backbone.pool(self.backbone.norm(x), self.pool)
 
-    def dropped(self, prompts: Tensor) -> Tensor:
-        """Prompts as training drops them."""
-        return F.dropout(prompts, self.dropout, self.training)
+    def dropped(self, prompts: Tensor, each: bool = False) -> Tensor:
+        """Prompts as training drops them; `each`: the rows are those of each image, (B, P, D)."""
+        return (dropout if each else F.dropout)(prompts, self.dropout, self.training)
 
     def _naive(self, x: Tensor) -> Tensor:
         return carry_prompts(self.backbone, x, self._carried)
 
     def _carried(self, i: int, x: Tensor) -> Tensor:
         """The prompts (B, P, D) that the naive form puts in front of block i with rows x."""
-        return self.dropped(self.prompts[i].to(x.dtype).expand(len(x), -1, -1))
+        return self.dropped(self.prompts[i].to(x.dtype).expand(len(x), -1, -1), each=True)
 
     def _prefix(self) -> KV:
         return prefix_of(self.backbone, self.dropped(self.prompts))
@@ -93,11 +95,13 @@ def carry_prompts(
     x: Tensor,
     prompts: Callable[[int, Tensor], Tensor | None],
     run: Callable[[int, nn.Module, Tensor], Tensor] = lambda i, block, x: block(x),
+    keep: bool = False,
 ) -> Tensor:
     """Rows (B, N, D) of a ViT through its blocks with prompts carried along behind the prefix tokens.
 
     prompts(i, x): those (B, P, D) that take the place of the former ones in front of block i, or None: the
-    former ones go on. run(i, block, x) is the block itself. Gives the rows without prompts.
+    former ones go on. run(i, block, x) is the block itself. Gives the rows without prompts, or with `keep`
+    what the last block made of them too, behind the prefix tokens.
     """
     head, count = backbone.num_prefix_tokens, 0
     for i, block in enumerate(backbone.blocks):
@@ -106,4 +110,4 @@ def carry_prompts(
             x = torch.cat([x[:, :head], new, x[:, head + count :]], 1)
             count = new.shape[1]
         x = run(i, block, x)
-    return torch.cat([x[:, :head], x[:, head + count :]], 1)
+    return x if keep else torch.cat([x[:, :head], x[:, head + count :]], 1)

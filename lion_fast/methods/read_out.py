@@ -9,6 +9,7 @@ from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.equilibrium.states import StateLayer
 
 GRID = 4  # cells of the map along each side, by default
+FINEST, WIDEST = 256, 8192  # cells along a side, width of states: above them an option is a slip
 
 
 def map_place(backbone: Backbone) -> int:

@@ -92,6 +92,7 @@ class SSF(TunedModel):
         if self.backbone.family == "vit":
             check_blocks(self.method, self.backbone)
         self.backbone = own_copy(self.backbone)
+        self.backbone.tuned_by = self.method
         used = runs(self.backbone, self.pool)
         self.changes = nn.ModuleDict()
         model = self.backbone.model

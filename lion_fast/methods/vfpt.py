@@ -51,7 +51,7 @@ class VFPT(PromptMethod):
         self.prompts = drawn(prompt_bound(self.backbone), *shape)
 
     def _carried(self, i: int, x: Tensor) -> Tensor:
-        prompts = self.dropped(self.prompts[i].expand(len(x), -1, -1))
+        prompts = self.dropped(self.prompts[i].expand(len(x), -1, -1), each=True)
         return self._seen(fourier_fft, prompts).to(x.dtype)
 
     def _prefix(self) -> KV:

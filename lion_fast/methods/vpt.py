@@ -3,16 +3,20 @@
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; written from its mathematics.
 """
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones import prefix_block, takes_prefix
-from lion_fast.errors import OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import BackboneError, OptionError, check_bool, check_choice, check_number, check_whole
 from lion_fast.methods import vpt_swin
-from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.base import MOST, TunedModel, register
+from lion_fast.methods.noise import dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
-from lion_fast.methods.read_out import GRID, ReadOut, features_and_cells, map_place
+from lion_fast.methods.read_out import GRID, WIDEST, ReadOut, features_and_cells, map_place
 from lion_fast.methods.vpt_border import PixelBorder
 from lion_fast.options import sides
 
@@ -21,8 +25,9 @@ from lion_fast.options import sides
 class VPT(PrefixCache, TunedModel):
     """`length` prompts of width D, in front of block 1 ("shallow") or anew in front of every block ("deep").
 
-    Prompts stand behind the prefix tokens and in front of the patches, carry no position embedding, and are
-    left out of the final norm and of pooling. Shallow trains P D numbers, deep L P D.
+    Prompts stand behind the prefix tokens and in front of the patches and carry no position embedding. They
+    are left out of pooling; `prompt_pooling=True` lets what the last block makes of them into a mean, as the
+    published code does on MAE and Swin. Shallow trains P D numbers, deep L P D.
 
     Deep prompts have two forms of one function. What a block computes at a prompt's position is thrown away
     by the next block, so a prompt acts only through the keys and values it puts in front of the image's:
@@ -47,6 +52,7 @@ class VPT(PrefixCache, TunedModel):
         length: prompts per layer; pixels of border on a CNN.
         dropout: of prompts, while training.
         form: "exact" (deep only), "naive", or None: exact where it exists.
+        prompt_pooling: whether prompts enter a mean over tokens (naive form; on a Swin deep prompts).
         state_dim: width R of an output end as LION's with its defaults (`ReadOut`); None: none, as published.
         pool, head_bias: see `TunedModel`.
 
@@ -68,6 +74,7 @@ class VPT(PrefixCache, TunedModel):
         length: int = 10,
         dropout: float = 0.0,
         form: str | None = None,
+        prompt_pooling: bool = False,
         state_dim: int | None = None,
         head_bias: bool = True,
         **options,
@@ -75,15 +82,17 @@ class VPT(PrefixCache, TunedModel):
         super().__init__(backbone, num_classes, head_bias=head_bias, **options)
         backbone = self.backbone
         cnn = backbone.family == "cnn"
-        depth = depth or ("shallow" if cnn else "deep")
+        if depth is None:
+            depth = "shallow" if cnn else "deep"
         check_choice("depth", depth, ("deep", "shallow"))
-        check_whole("length", length)
+        check_whole("length", length, most=max(sides(backbone.img_size)) if cnn else MOST)
         check_number("dropout", dropout, least=0, below=1)
         known = backbone.family == "swin" or (
             not cnn and all(takes_prefix(block) for block in backbone.blocks)
         )
+        check_bool("prompt_pooling", prompt_pooling)
         if form is None:
-            form = "exact" if depth == "deep" and known else "naive"
+            form = "exact" if depth == "deep" and known and not prompt_pooling else "naive"
         check_choice("form", form, ("exact", "naive"))
         if cnn and (depth == "deep" or form == "exact" or dropout):
             raise OptionError(
@@ -100,18 +109,33 @@ class VPT(PrefixCache, TunedModel):
                 f'form="exact" knows timm\'s plain blocks; {backbone.name} has '
                 f'{type(backbone.blocks[0]).__name__} blocks. Use form="naive"'
             )
+        carried = backbone.family == "vit" or (backbone.family == "swin" and depth == "deep")
+        if prompt_pooling and not (carried and form == "naive" and backbone.takes_mean(self.pool)):
+            raise OptionError(
+                "prompt_pooling puts prompts into a mean over tokens: it needs a pool of patches' mean, the "
+                f'naive form, and on a Swin depth="deep"; got pool={self.pool!r}, form={form!r}, '
+                f"depth={depth!r} on {backbone.name}"
+            )
         if state_dim is not None and (backbone.family != "vit" or form != "exact"):
             raise OptionError(
                 "state_dim goes with deep prompts in their exact form on a ViT; "
                 f"got form={form!r} on {backbone.name}, a {backbone.family} backbone"
             )
         self.record(depth=depth, length=length, dropout=dropout, form=form, state_dim=state_dim)
+        if prompt_pooling:  # adapters without it are read by versions that do not know it
+            self.record(prompt_pooling=True)
+        self.prompt_pooling = prompt_pooling
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
         if cnn:
+            if len(backbone.mean) != backbone.channels:
+                raise BackboneError(
+                    f"{backbone.name} takes {backbone.channels} channels; its mean is {backbone.mean}"
+                )
             self.border = PixelBorder(length, sides(backbone.img_size), backbone.mean, backbone.std)
             return
         self.output_end: ReadOut | None = None
         if state_dim is not None:
+            check_whole("state_dim", state_dim, most=WIDEST)
             width = backbone.pooled_width(self.pool)
             self.output_end = ReadOut(width, GRID * GRID, backbone.width_out, state_dim)
             self.head = self.new_head(self.output_end.out_features, head_bias)
@@ -148,6 +172,11 @@ class VPT(PrefixCache, TunedModel):
             return features
         return self.output_end(features_and_cells(features, self.backbone.map_of(inside), GRID))
 
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As every method's; a border that was saved normalised becomes pixels."""
+        border = getattr(self, "border", None)
+        super().load_adapter_state_dict(state if border is None else border.renewed(state, "border."))
+
     def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows behind the last block, and behind the one that an output end reads."""
         inside, at = x, map_place(self.backbone)
@@ -161,6 +190,7 @@ class VPT(PrefixCache, TunedModel):
             self.backbone,
             x,
             lambda i, x: self._dropped(self.prompts[i], x) if i == 0 or self.depth == "deep" else None,
+            keep=self.prompt_pooling,
         )
 
     def _swin_exact(self, x: Tensor) -> Tensor:
@@ -180,11 +210,13 @@ class VPT(PrefixCache, TunedModel):
                 if i == 0 or self.depth == "deep":
                     prompts = self._dropped(self.prompts[s][i], x)
                 x, prompts = vpt_swin.carry_block(block, x, prompts)
+        if self.prompt_pooling:  # a map of one row, for the mean alone
+            x = torch.cat([prompts, x.flatten(1, 2)], 1).unsqueeze(1)
         return x
 
     def _dropped(self, prompts: Tensor, x: Tensor) -> Tensor:
         prompts = prompts.to(x.dtype).expand(x.shape[0], -1, -1)
-        return F.dropout(prompts, self.dropout, self.training)
+        return dropout(prompts, self.dropout, self.training)
 
     def _prefix(self) -> KV:
         if self.backbone.family == "swin":

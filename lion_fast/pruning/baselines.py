@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.errors import OptionError, check_choice, check_whole
+from lion_fast.errors import OptionError, check_choice, check_seed, check_whole
 from lion_fast.options import CRITERIA
 from lion_fast.pruning.masks import check_target, find_layers, find_matrices, select
 
@@ -28,7 +28,7 @@ def prune_once(
     The options are `RobustPruner`'s. What an earlier mask dropped stays dropped, so `keep` counts from the
     dense layer. The layers carry their masks: any optimiser made after this trains the kept entries only.
 
-    Raises OptionError for options that do not fit.
+    Raises OptionError for options that do not fit, and for weights or gradients that hold NaN or Inf.
 
     >>> from lion_fast import LionLayer
     >>> layer = LionLayer(8, 4)
@@ -39,6 +39,7 @@ def prune_once(
     check_choice("criterion", criterion, CRITERIA)
     matrices = find_matrices(find_layers(target))
     check_target(matrices, keep, granularity, block, scope, trained=False)
+    check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     scores: dict[str, Tensor] = {}
     for m in matrices:
@@ -50,7 +51,7 @@ def prune_once(
         elif p.grad is None:
             raise OptionError(f"criterion 'saliency' needs gradients: {m.full_name} has none, run backward")
         else:
-            score = (p * p.grad).abs().float()
+            score = (p.float() * p.grad.float()).abs()
         mask = m.module.masks().get(m.name)
         scores[m.full_name] = score if mask is None else score.masked_fill(~mask, -1.0)
     masks = select(matrices, scores, keep, granularity, block, scope)

@@ -2,14 +2,15 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lion_fast.equilibrium.functional import backward_record, check_input
 from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.masked import stamps
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
+from lion_fast.equilibrium.solvers import final
 from lion_fast.errors import OptionError
 from lion_kernels import launch_step, reference
-from lion_kernels.blocks import BLOCKS, BlockPattern, BlockSparse, find_pattern
+from lion_kernels.blocks import BLOCKS, BlockSparse, find_pattern
 from lion_kernels.sparse import has_kernels
 
 
@@ -33,9 +34,14 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
         return out, change, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, _change, _count):
         x, p, A, W, V = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _BlockSparseEquilibrium._gradients(ctx, grad_out, x, p, A, W, V)
+        return *final(grads, grad_out, x, A, W, V), *[None] * 7
+
+    @staticmethod
+    def _gradients(ctx, grad_out, x, p, A, W, V):
         weights, kernels = _weights((A, W, V), ctx.patterns), _on_kernels(x, p)
         if kernels:
             from lion_kernels.step import adjoint_wide as adjoint
@@ -49,7 +55,7 @@ class _BlockSparseEquilibrium(torch.autograd.Function):
             grad = grad if pattern is None or kernels else pattern.gather(grad)
             grads.append(grad.to(own.dtype))
         dA, dW, dV = grads
-        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1]), *[None] * 7
+        return dx, dA, dW, db.to(ctx.dtypes[0]), dV, dc.to(ctx.dtypes[1])
 
 
 def _weights(tensors, patterns) -> list[Tensor | BlockSparse]:
@@ -71,8 +77,8 @@ class BlockSparseLayer(nn.Module):
     """Runs a pruned LionLayer over the kept blocks of A, W and V alone; same parameters, same outputs.
 
     A block of `block` x `block` without a kept entry is neither loaded nor multiplied, and its weights'
-    gradient is not formed. Which blocks these are is looked up from the layer's masks here and by
-    `refresh()`, which is due after a mask has changed. A matrix without a mask stays dense. Where the
+    gradient is not formed. Which blocks these are is looked up from the layer's masks here, by `refresh()`,
+    and where a mask has changed since. A matrix without a mask stays dense. Where the
     kernels do not run, plain torch does, with dense products.
 
     Raises OptionError for a tied layer, whose Wh = A V is dense, for one without masks, and for another
@@ -97,16 +103,11 @@ class BlockSparseLayer(nn.Module):
 
     def refresh(self) -> None:
         """Look up the kept blocks again."""
-        if not self.layer.masks():
+        masks = self.layer.masks()
+        if not masks:
             raise OptionError("the layer has no masks: prune it with granularity='block' first")
-        self._patterns = {name: find_pattern(mask, self.block) for name, mask in self.layer.masks().items()}
-
-    def _pattern(self, name: str, device: torch.device) -> BlockPattern | None:
-        found = self._patterns.get(name)
-        if found is not None and found.starts.device != device:
-            self.refresh()
-            found = self._patterns.get(name)
-        return found
+        self._patterns = {name: find_pattern(mask, self.block) for name, mask in masks.items()}
+        self._masks, self._stamps = masks, stamps(masks.values())
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         """As `LionLayer.forward`."""
@@ -114,7 +115,9 @@ class BlockSparseLayer(nn.Module):
         check_input(x, layer.dim)
         tol = layer.solve.tolerance(x.dtype)
         matrices = {"A": layer.masked("A"), "W": layer.recurrence_matrix(), "V": layer.masked("V")}
-        patterns = tuple(self._pattern(name, t.device) for name, t in matrices.items())
+        if self._stamps != stamps(layer.masks().values()):
+            self.refresh()
+        patterns = tuple(self._patterns.get(name) for name in matrices)
         A, W, V = (
             t if pattern is None else pattern.gather(t)
             for t, pattern in zip(matrices.values(), patterns, strict=True)

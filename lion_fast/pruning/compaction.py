@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.contraction import contraction_scale
-from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.layer import LionLayer, broken_weights
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
-from lion_kernels.reference import ACTIVATIONS
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
 
 # Applications that the constant units get to come to rest, at their rate of at most gamma.
 SETTLE = 5000
@@ -56,7 +56,8 @@ def compact(layer: LionLayer) -> LionLayer:
     becomes a free one with W = Wh, R x R numbers more, where not. Element masks are cut to size. A layer
     without dead units comes back as a copy; one without live ones keeps a single unit of zeros.
 
-    Raises OptionError for something else than a LionLayer, a `StateLayer` among it: its states are outputs.
+    Raises OptionError for something else than a LionLayer, a `StateLayer` among it: its states are outputs;
+    and for weights that hold NaN or Inf.
 
     >>> from lion_fast import pruning
     >>> layer = LionLayer(8, 4)
@@ -71,6 +72,9 @@ def compact(layer: LionLayer) -> LionLayer:
         )
     if not isinstance(layer, LionLayer):
         raise OptionError(f"only a LionLayer can be compacted; got {type(layer).__name__}")
+    if broken := broken_weights(layer):
+        raise OptionError(broken)
+    masks = layer.masks()
     live, constant = find_units(layer)
     Wh, A, V = layer.recurrence_matrix(), layer.masked("A"), layer.masked("V")
     phi = ACTIVATIONS[layer.activation].phi
@@ -103,13 +107,13 @@ def compact(layer: LionLayer) -> LionLayer:
         new.recurrence = "free"
     masks = {
         name: {"A": mask[kept], "W": mask[kept][:, kept], "V": mask[:, kept]}[name]
-        for name, mask in layer.masks().items()
+        for name, mask in masks.items()
     }
     if not len(kept):
         tensors = {name: _single(name, t) for name, t in tensors.items()}
         masks = {}
-    for name in layer.matrices:
-        setattr(new, f"{name}_mask", None)
+    for name in new.masks():
+        new.set_mask(name, None)
     for name, tensor in tensors.items():
         trained = (layer.A if name == "W" else getattr(layer, name)).requires_grad
         setattr(new, name, nn.Parameter(tensor.clone(), requires_grad=trained))
@@ -132,7 +136,9 @@ def _same_scale(layer: LionLayer, A: Tensor, V: Tensor, kept: Tensor) -> bool:
     limit = layer.gamma / ACTIVATIONS[layer.activation].lipschitz
     if not len(kept):
         return True
-    whole, part = (contraction_scale(M, limit) for M in (A @ V, A[kept] @ V[:, kept]))
+    dtype, acc = A.dtype, accumulate_dtype(A.dtype)
+    A, V = A.to(acc), V.to(acc)
+    whole, part = (contraction_scale(M, limit, dtype) for M in (A @ V, A[kept] @ V[:, kept]))
     return bool((whole - part).abs() <= 4 * torch.finfo(whole.dtype).eps)
 
 

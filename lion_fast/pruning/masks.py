@@ -164,7 +164,12 @@ def select(
     growth, regrow: of the kept count, this share goes instead to the largest `growth` among the rest.
 
     2:4 keeps the best two of each four neighbours in a row, whatever the scope.
+
+    Raises OptionError where a score is NaN or Inf, which has no place in a ranking.
     """
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise OptionError(f"{name} or its gradient holds NaN or Inf: load it again or train anew")
     sizes = {m.full_name: m.parameter.detach().abs().float() for m in matrices}
     if granularity == "2:4":
         return {m.full_name: _two_of_four(scores[m.full_name], sizes[m.full_name]) for m in matrices}

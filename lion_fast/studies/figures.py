@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 
+from lion_fast.files import writing
+
 # Okabe and Ito: apart for every eye
 _OWN_COLOURS = {"lion": "#d55e00", "vpt": "#0072b2", "probe": "#009e73"}
 COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -31,7 +33,8 @@ def figure_at(path: str | os.PathLike, size: tuple[float, float]):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)  # no pyplot: no window system, no global state
         yield figure
-        figure.savefig(path, dpi=150)
+        with writing(path):
+            figure.savefig(path, dpi=150)
 
 
 def points(axes, x, y, *, colour: str, marker: str, **more) -> None:

@@ -7,14 +7,14 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lion_fast.errors import DataError, OptionError
-from lion_fast.files import lock
+from lion_fast.errors import DataError, LionError, OptionError
+from lion_fast.files import lock, writing
 
 NAME = "rows.jsonl"
 
@@ -35,7 +35,7 @@ class Store:
         with contextlib.ExitStack() as opened:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = opened.enter_context(open(self.path, "ab"))
+                open(self.path, "ab").close()
             except OSError as error:
                 raise OptionError(
                     f"{self.path} cannot be written: {error.strerror}; choose another --out"
@@ -44,7 +44,7 @@ class Store:
             lines, whole = _parse(self.path)
             self._rows = _put({}, [*_read_old(old), *lines])
             if whole < self.path.stat().st_size:
-                self._file.truncate(whole)
+                os.truncate(self.path, whole)
             self.close = opened.pop_all().close  # lets another writer have the file
 
     @property
@@ -60,10 +60,19 @@ class Store:
         return key in self._rows
 
     def add(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows; they are on the disk when this returns."""
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append rows; they are on the disk when this returns, or none is and it raises `WriteError`."""
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        with writing(self.path):
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "ab") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+                raise
         _put(self._rows, map(dict, rows))
 
     def __enter__(self) -> "Store":
@@ -81,6 +90,23 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     """
     old, new = _files(path)
     return list(_put({}, [*_read_old(old), *(_parse(new)[0] if new.exists() else ())]).values())
+
+
+@contextlib.contextmanager
+def of_rows(path: str | os.PathLike) -> Iterator[None]:
+    """Raise `DataError` where what is read of rows in files is not there, or is of another kind.
+
+    Rows are as deep as a study makes them: who wrote others, or edited some, is told where they lie.
+    """
+    try:
+        yield
+    except LionError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} holds rows that are not of this study, or that somebody edited ({type(error).__name__}: "
+            f"{error}); remove them, or choose another place (--debug shows where)"
+        ) from error
 
 
 def _files(path: str | os.PathLike) -> tuple[Path, Path]:
@@ -120,7 +146,7 @@ def _parse(path: Path) -> tuple[list[dict], int]:
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             row = None
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("key", ""), str):
             if number < len(lines):
                 raise DataError(f"line {number} of {path} is no row; repair or remove the line")
             print(
@@ -168,7 +194,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> Non
     """Rows as a table, flat, for a spreadsheet."""
     flat = [flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)

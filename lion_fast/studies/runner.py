@@ -203,7 +203,7 @@ def _do(item: Any) -> tuple[Any, str | None]:
 def _threads(workers: int) -> int:
     """Threads of each worker: its share of the cores, or what OMP_NUM_THREADS says."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked):
+    if asked.isdecimal() and int(asked):
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)

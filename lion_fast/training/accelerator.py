@@ -23,6 +23,8 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
     except ValueError as error:
         raise OptionError(f"mixed_precision={config.mixed_precision!r} cannot run here: {error}") from error
+    if config.device not in (None, accelerator.device.type):
+        raise OptionError(f"device={config.device!r} cannot run here; there is {accelerator.device.type}")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would go on without a loss scaler
         raise OptionError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lion_fast.errors import CheckpointError
@@ -162,8 +163,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if whole:
             hint = f"The one before it is whole: resume from {whole[-1]}"
         raise CheckpointError(f"the checkpoint {path} is damaged: {fault}. {hint}")
-    tensors = load((path / TENSORS).read_bytes())
-    return Checkpoint(tensors, json.loads((path / STATE).read_bytes()), path)
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        tensors = load((path / TENSORS).read_bytes())
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise unusable(path, error) from error
+    if not isinstance(state, dict) or not isinstance(state.get("fingerprint"), dict):
+        raise unusable(path, f"{STATE} has no fingerprint")
+    return Checkpoint(tensors, state, path)
+
+
+def unusable(path: Path, why: object) -> CheckpointError:
+    """The error for a checkpoint whose content is not what a run writes."""
+    return CheckpointError(
+        f"the checkpoint {path} cannot be used: {why}. Resume from another one, or start again without resume"
+    )
 
 
 def check_fingerprint(checkpoint: Checkpoint, wanted: dict) -> None:
@@ -210,6 +224,8 @@ def check_room(out_dir: Path, tensor_bytes: int) -> None:
     probe = out_dir / f".room-{os.getpid()}"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        for left in out_dir.glob(".room-*"):  # of a process that was killed
+            left.unlink(missing_ok=True)
         free = shutil.disk_usage(out_dir).free
         if free < needed:
             raise CheckpointError(

@@ -57,6 +57,7 @@ class TrainConfig(Options):
         "of order, augmentation and dropout; each is a pure function of it and of the epoch, step or image "
         "it is for, so nothing random has to be stored to resume",
         least=0,
+        most=2**64 - 1,
     )
     deterministic: bool = setting(False, "ask torch for deterministic algorithms only")
     early_stop: int = setting(
@@ -87,9 +88,9 @@ class TrainConfig(Options):
     cache_features: bool = setting(
         True,
         "run the backbone once over the images where nothing in front of its features is trained (the linear "
-        "probe, LION's default variant), augment is none and the images have no transform of their own; up "
-        "to 4 GiB of a data set's features stay in main memory, with more the backbone runs in every epoch. "
-        "No for a data set that gives other tensors each time",
+        "probe, LION's default variant), augment is none and the data is known to be the same each time: an "
+        "ImageSet without a transform of its own, a TensorDataset, or what has an attribute constant = True. "
+        "Up to 4 GiB of a data set's features stay in main memory, with more the backbone runs each epoch",
     )
     num_workers: int = setting(0, "processes that read images; 0: the training process does", least=0)
     eval_batch_size: int | None = setting(
@@ -99,12 +100,17 @@ class TrainConfig(Options):
     checkpoint_every: int = setting(0, "steps between further checkpoints; 0: after epochs only", least=0)
     log_every: int = setting(10, "steps between rows of steps.csv and checks of the loss", least=1)
     tensorboard: bool = setting(False, "also write TensorBoard events (needs the extra `tensorboard`)")
-    device: str | None = setting(None, "cpu keeps it off the accelerator", default_is="what Accelerate finds")
+    device: str | None = setting(
+        None, "cpu keeps it off the accelerator, cuda wants one", default_is="what Accelerate finds"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.device not in (None, "cpu"):
-            raise OptionError(f"device must be cpu or None (what Accelerate finds); got {self.device!r}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise OptionError(
+                f"device must be cpu, cuda or None (what Accelerate finds); got {self.device!r}. "
+                "$CUDA_VISIBLE_DEVICES chooses among several"
+            )
 
     def to_fingerprint(self) -> dict:
         """The options that must agree when a run is resumed."""

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lion_fast.errors import LionError
 from lion_fast.training.config import TrainConfig
+from lion_fast.training.items import collate, read
 from lion_fast.training.metrics import autocast, evaluating
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class FeatureStore:
 
     Give one to several calls of `fit`: models that read the backbone alike, such as a linear probe with other
     learning rates, then share one pass over the images. Entries belong to a data set, a backbone and what
-    the method reads (`TunedModel.encoding`), all told apart by identity and not by content, and to a
-    precision and a batch size, which move the last bits; the `limit` most recently used ones stay.
+    the method reads (`TunedModel.encoding`), told apart by identity and not by content, to the backbone's
+    weights as they are now, and to a precision and a batch size, which move the last bits; the `limit` most
+    recently used ones stay.
 
     >>> FeatureStore(limit=4)
     FeatureStore(0 of 4)
@@ -44,7 +46,8 @@ class FeatureStore:
         view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
         """
         precision = reading.get("mixed_precision", "no")
-        key = (id(dataset), id(model.backbone), precision, batch_size, *model.encoding())
+        backbone = model.backbone
+        key = (id(dataset), id(backbone), backbone.weights_sha256, precision, batch_size, *model.encoding())
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
         if key not in self._found:
             started = time.perf_counter()
@@ -94,10 +97,12 @@ def encode(
     `FeaturesTooLarge` at the first batch where they are.
     """
     device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn)
+    loader = DataLoader(
+        dataset, batch_size, num_workers=num_workers, worker_init_fn=worker_init_fn, collate_fn=collate
+    )
     features, labels = [], []
     with evaluating(model), autocast(device, mixed_precision), model.backbone.autocast(device):
-        for images, targets in tqdm(loader, desc="features", leave=False, disable=not progress):
+        for images, targets in read(tqdm(loader, desc="features", leave=False, disable=not progress)):
             features.append(model.encode(images.to(device)).float().cpu())
             width = features[0].shape[1]
             if 4 * width * len(dataset) > MEMORY_LIMIT:

@@ -1,5 +1,6 @@
 """Evaluation and prediction: what a model gets right, counted exactly."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +12,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lion_fast.errors import DataError, check_whole
+from lion_fast.errors import DataError, check_kind, check_whole
+from lion_fast.training.items import check_dataset, check_labels, collate, read, with_transform
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+NOT_FINITE = "the model's outputs are not finite: look at its weights, and for NaN in the images"
+
+
+class NotFinite(DataError):
+    """Outputs of a model that are NaN or infinite, of which no class can be told."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def evaluate(
         check: Called after each batch; may raise to leave.
 
     Raises:
-        DataError: No images, or a label outside [0, num_classes).
+        DataError: No images, a label outside [0, num_classes), or outputs that are not finite.
         OptionError: `batch_size` or `num_workers` out of range.
 
     Example:
@@ -129,6 +138,8 @@ def evaluate(
         5
     """
     _check_loading(batch_size, num_workers)
+    check_dataset("what is evaluated", dataset)
+    check_kind("model", model, nn.Module)
     dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
     n = len(dataset)
@@ -140,10 +151,12 @@ def evaluate(
     device = next(model.parameters()).device
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
-    loader = DataLoader(own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        own, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", collate_fn=collate
+    )
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or rank != 0)
     with evaluating(model), autocast(device, mixed_precision):
-        for images, labels in bar:
+        for images, labels in read(bar):
             check_labels(labels, classes)
             labels = labels.to(device, non_blocking=True)
             logits = model(images.to(device, non_blocking=True)).float()
@@ -156,31 +169,14 @@ def evaluate(
     if processes > 1:
         confusion, loss_sum = accelerator.reduce(confusion), accelerator.reduce(loss_sum)
     matrix, total = confusion.view(classes, classes).cpu(), loss_sum.item()
+    if not math.isfinite(total):
+        raise NotFinite(NOT_FINITE)
     return Metrics.from_confusion(matrix, total, time.perf_counter() - started)
 
 
 def _check_loading(batch_size: int, num_workers: int) -> None:
     check_whole("batch_size", batch_size)
     check_whole("num_workers", num_workers, 0)
-
-
-def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augment: str = "none") -> Dataset:
-    """`dataset`; an image set that would give PIL images gives what the model's backbone takes."""
-    if not hasattr(dataset, "with_transform") or getattr(dataset, "transform", None) is not None:
-        return dataset
-    from lion_fast.data import transforms
-
-    return dataset.with_transform(transforms(model.backbone, train, augment))
-
-
-def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raise `DataError` naming a label outside [0, num_classes)."""
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise DataError(
-            f"label {wrong[0].item()} is out of range: the model has {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
 
 
 def predict(
@@ -200,23 +196,31 @@ def predict(
             gets that of the model's backbone.
         batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
+    Raises:
+        DataError: Outputs that are not finite.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> predict(model, torch.rand(5, 3, 2, 2)).shape
         torch.Size([5, 2])
     """
     _check_loading(batch_size, num_workers)
+    check_dataset("what is predicted", dataset)
     loader = DataLoader(with_transform(model, dataset), batch_size, num_workers=num_workers)
     bar = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
-    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in bar)
+    images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in read(bar))
     return _probabilities(model, images, mixed_precision)
 
 
 def _probabilities(model: nn.Module, batches: Iterable[torch.Tensor], mixed_precision: str) -> torch.Tensor:
+    """float32 (n, classes) on the CPU; raises `NotFinite`."""
     device = next(model.parameters()).device
     with evaluating(model), autocast(device, mixed_precision):
         out = [model(images.to(device)).float().softmax(1).cpu() for images in batches]
-    return torch.cat(out) if out else torch.empty(0, 0)
+    found = torch.cat(out) if out else torch.empty(0, 0)
+    if not torch.isfinite(found).all():
+        raise NotFinite(NOT_FINITE)
+    return found
 
 
 class _Files(Dataset):
@@ -256,7 +260,7 @@ def predict_files(
         batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Raises:
-        DataError: An image cannot be read and `strict` is set.
+        DataError: An image cannot be read and `strict` is set, or outputs are not finite.
     """
     from lion_fast.data import transforms
 

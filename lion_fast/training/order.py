@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lion_fast.methods.noise import Part
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from the parts; equal on every platform, unrelated for different parts."""
@@ -113,9 +115,18 @@ class Plan:
 
     def shares(self, step: int, rank: int) -> list[tuple[int, ...]]:
         """A step's images on process `rank`, one part per accumulation step; parts may be empty."""
-        indices, parts = self.indices(step), self.processes * self.accumulation
-        bounds = (_cut(len(indices), parts, rank * self.accumulation + k) for k in range(self.accumulation))
-        return [indices[start:end] for start, end in bounds]
+        indices = self.indices(step)
+        return [indices[part.start : part.end] if part.counts else () for part in self.parts(step, rank)]
+
+    def parts(self, step: int, rank: int) -> list[Part]:
+        """Where a step's images on process `rank` lie among all of it, one part per accumulation step.
+
+        An empty part becomes one image that does not count: under data parallelism every process has to take
+        part in every step.
+        """
+        n, parts = len(self.indices(step)), self.processes * self.accumulation
+        bounds = (_cut(n, parts, rank * self.accumulation + k) for k in range(self.accumulation))
+        return [Part(start, end, n) if start < end else Part(0, 1, n, counts=False) for start, end in bounds]
 
 
 def _cut(n: int, parts: int, place: int) -> tuple[int, int]:
@@ -126,11 +137,7 @@ def _cut(n: int, parts: int, place: int) -> tuple[int, int]:
 
 
 class ShareSampler:
-    """Batch sampler: (epoch, index) pairs of one process, part by part, from step `start` to the end.
-
-    An empty part becomes one image, which the loop gives the weight zero: under data parallelism every
-    process has to take part in every step.
-    """
+    """Batch sampler: (epoch, index) pairs of one process, part by part, from step `start` to the end."""
 
     def __init__(self, plan: Plan, rank: int, start: int) -> None:
         self.plan, self.rank, self.start = plan, rank, start
@@ -140,9 +147,9 @@ class ShareSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.plan.steps):
-            epoch = self.plan.epoch_of(step)
-            for share in self.plan.shares(step, self.rank):
-                yield [(epoch, index) for index in share or self.plan.indices(step)[:1]]
+            epoch, indices = self.plan.epoch_of(step), self.plan.indices(step)
+            for part in self.plan.parts(step, self.rank):
+                yield [(epoch, index) for index in indices[part.start : part.end]]
 
 
 class SeededItems(Dataset):

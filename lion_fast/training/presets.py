@@ -132,8 +132,8 @@ _PAPER: dict[str, tuple[dict, dict, dict, str]] = {
         {"length": 10, "dropout": 0.1},
         {**_LONG, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "batch_size": 32},
         {},
-        f"{_DROP_PATH} (0.1 there), and so is its zero first value of the head; the published runs keep the "
-        "epoch that is best on the test images, this preset the last one; seeds are the published ones",
+        f"{_DROP_PATH} (0.1 there); the published runs keep the epoch that is best on the test images, this "
+        "preset the last one; seeds are the published ones",
     ),
     "dyt": (
         {"rank": 8, "rate": 0.5, "temperature": 5.0, "scale": 1.0, "dropout": 0.1},

@@ -5,22 +5,26 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lion_fast.files import lock
+from lion_fast.errors import CheckpointError, WriteError, check_kind, check_path
+from lion_fast.files import output_folder
 from lion_fast.training import checkpoints
 from lion_fast.training.accelerator import make_accelerator
-from lion_fast.training.checks import check_splits, name_classes
+from lion_fast.training.checks import check_run, name_classes
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.epoch import end_epoch, patience_is_over
 from lion_fast.training.features import FeatureStore
 from lion_fast.training.logs import Logs
 from lion_fast.training.memory import PeakMemory
+from lion_fast.training.metrics import NotFinite
 from lion_fast.training.order import derive_seed, deterministic, private_generators, seed_everything
 from lion_fast.training.result import FitResult, finish
 from lion_fast.training.setup import Setup, set_up
@@ -75,15 +79,19 @@ def fit(
         >>> model = lion_fast.create("vit_tiny_patch16_224", "lion", num_classes=10)  # doctest: +SKIP
         >>> fit(model, lion_fast.load_data("photos/"), TrainConfig(epochs=5), "runs/a")  # doctest: +SKIP
     """
+    check_kind("model", model, nn.Module)
+    check_kind("config", config, TrainConfig, NoneType)
+    check_kind("resume", resume, bool, str)
+    check_path("out_dir", out_dir)
     config, store, out_dir = config or TrainConfig(), store or FeatureStore(), Path(out_dir)
-    check_splits(splits, model.num_classes, config)
+    check_run(model, splits, config)
     name_classes(model, splits)
     checkpoints.prepare_output(out_dir, resume=resume, overwrite=overwrite)
     with private_generators(), Interruption() as interruption, deterministic(config.deterministic):
         accelerator = make_accelerator(config)
         main = accelerator.is_main_process
         bar = main and (sys.stderr.isatty() if progress is None else progress)
-        with lock(out_dir) if main else contextlib.nullcontext():
+        with output_folder(out_dir) if main else contextlib.nullcontext():
             identity = fingerprint(model, splits, config)
             checkpoint = _open_output(out_dir, resume, identity, model, accelerator)
             seed_everything(derive_seed(config.seed, "start"))
@@ -141,10 +149,12 @@ class _Run:
                 return False
             started = time.perf_counter()
             loss = take_step(setup, state.sums, state.step, batches)
-            self._look(loss)
+            row = self._look(loss)
             state.epoch_seconds += time.perf_counter() - started
             state.step += 1
             self.logs.bar.update()
+            if row is not None:
+                self._log(self.logs.add_step, row)
             if self.interruption.asked_of_any(setup.accelerator):
                 raise Interrupted(self._save())
             if state.step % plan.steps_per_epoch == 0:
@@ -153,32 +163,49 @@ class _Run:
                 self._save()
         return True
 
-    def _look(self, mean_loss: Tensor) -> None:
-        """Wait for the device where it is due, refuse a loss that is not finite, and log a row."""
+    def _look(self, mean_loss: Tensor) -> dict | None:
+        """Wait for the device where it is due, refuse a loss that is not finite; a row to log, or None."""
         setup, state, step = self.setup, self.state, self.state.step
         done = step + 1
         log = done % setup.config.log_every == 0 or done % setup.plan.steps_per_epoch == 0
         if not log and setup.accelerator.device.type != "cpu":
-            return
+            return None
         loss, total = setup.accelerator.reduce(mean_loss).item(), state.sums.loss.item()
         if not (math.isfinite(loss) and math.isfinite(total)):
             raise self._not_finite(step, f"the loss is {total if math.isfinite(loss) else loss}")
-        if log:
-            found = {name: float(value) for name, value in setup.model.diagnostics().items()}
-            for name, value in found.items():
-                state.diagnostics.setdefault(name, []).append(value)
-            epoch = setup.plan.epoch_of(step) + 1
-            self.logs.add_step({"step": done, "epoch": epoch, "lr": setup.lr(step), "loss": loss} | found)
+        if not log:
+            return None
+        found = {name: float(value) for name, value in setup.model.diagnostics().items()}
+        for name, value in found.items():
+            state.diagnostics.setdefault(name, []).append(value)
+        epoch = setup.plan.epoch_of(step) + 1
+        return {"step": done, "epoch": epoch, "lr": setup.lr(step), "loss": loss} | found
+
+    def _log(self, add: Callable, what: object) -> None:
+        """Log; where the log cannot be written, the run stops with a checkpoint that it can go on from."""
+        try:
+            add(what)
+        except WriteError as error:
+            if self.setup.accelerator.num_processes == 1:  # several would have to meet for it
+                with contextlib.suppress(CheckpointError):
+                    self._save()
+            found = checkpoints.list_checkpoints(self.folder)
+            hint = f"resume from {found[-1]}" if found else "start again"
+            raise CheckpointError(f"{error}, then {hint}") from error
 
     def _end_epoch(self) -> None:
         setup, state, config = self.setup, self.state, self.setup.config
         alone = setup.accelerator.num_processes == 1
+        self._check_finite()
         try:
             end_epoch(setup, state, self.interruption.leave_if_asked if alone else None)
         except Leave:
             raise Interrupted(self._save()) from None
-        self.logs.add_epoch(state.history)
-        self._check_finite()
+        except NotFinite as error:
+            raise self._not_finite(
+                state.step - 1, "an output for the validation images is not finite"
+            ) from error
+        self._log(self.logs.add_epoch, state.history)
         epochs, every = config.checkpoint_epochs, config.checkpoint_every
         if (epochs and len(state.history) % epochs == 0) or (every and state.step % every == 0):
             self._save()

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lion_fast.files import say_once
 from lion_fast.pruning import RobustPruner
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import FeaturesTooLarge, FeatureStore, features_are_constant
-from lion_fast.training.metrics import with_transform
+from lion_fast.training.items import collate, is_constant, read, with_transform
 from lion_fast.training.order import Plan, SeededItems, ShareSampler
 from lion_fast.training.stop import quiet_worker
 
@@ -94,8 +95,9 @@ class Setup:
             num_workers=self.num_workers,
             worker_init_fn=quiet_worker,
             pin_memory=self.accelerator.device.type == "cuda" and not cached,
+            collate_fn=collate,
         )
-        return iter(loader)
+        return read(loader)
 
 
 def set_up(
@@ -152,8 +154,13 @@ def _read_items(
     train = with_transform(model, splits.train, True, config.augment)
     val = with_transform(model, splits.val) if splits.val else None
     images = Items(train, val)
-    # a transform of the caller's may be random
-    if getattr(splits.train, "transform", None) is not None or not features_are_constant(model, config):
+    if not features_are_constant(model, config):
+        return images
+    if not all(is_constant(items) for items in (splits.train, splits.val) if items):
+        say_once(
+            "images are read anew in every epoch, as the data may give others each time: features are "
+            "computed once for an ImageSet without a transform, a TensorDataset, or data with constant = True"
+        )
         return images
     read = functools.partial(
         store.features,

@@ -2,13 +2,16 @@
 
 import collections
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lion_fast.training.checkpoints import Checkpoint
+from lion_fast.errors import CheckpointError, LionError, check_whole
+from lion_fast.pruning.packing import MASK
+from lion_fast.training.checkpoints import Checkpoint, unusable
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import exact_dtype
 from lion_fast.training.setup import Setup
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from lion_fast.methods import TunedModel
 
 _PRUNER_TENSORS = ("masks", "scores", "growth")
+_MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 _PROGRESS = ("step", "history", "seconds", "epoch_seconds", "diagnostics")
 
 
@@ -74,17 +78,43 @@ def pack(setup: Setup, state: State) -> tuple[dict[str, Tensor], dict]:
 
 
 def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
-    """The state in a checkpoint, after its tensors have gone to the model, the optimiser and the pruner."""
+    """The state in a checkpoint, after its tensors have gone to the model, the optimiser and the pruner.
+
+    Raises `CheckpointError` where it holds something else than this run writes.
+    """
+    try:
+        return _unpack(setup, checkpoint)
+    except (LionError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        told = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise unusable(checkpoint.path, told) from error
+
+
+def _unpack(setup: Setup, checkpoint: Checkpoint) -> State:
     parts: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
     for name, tensor in checkpoint.tensors.items():
         part, key = name.rsplit("/", 1)
         parts[part][key] = tensor.to(setup.accelerator.device, copy=True)
     setup.model.load_adapter_state_dict(parts["model"])
+    foreign = [p for p in parts if p.startswith("optimizer/") and p[len("optimizer/") :] not in setup.trained]
+    if foreign:
+        raise CheckpointError(
+            f"the checkpoint holds an optimiser's state of {', '.join(foreign[:3])}, which this model "
+            "does not train: an older lion-fast trained it in another form. Begin the run anew"
+        )
+    if parts["best"]:
+        own = setup.model.adapter_state_dict().items()  # the best may be from before it was pruned
+        own = {k: v for k, v in own if k in parts["best"] or not k.endswith(MASK)}
+        _check_shapes("the best epoch's state", parts["best"], own)
     for name, parameter in setup.trained.items():
-        for key, tensor in parts[f"optimizer/{name}"].items():
+        found = parts[f"optimizer/{name}"]
+        wanted = dict.fromkeys(_MOMENTS[setup.config.optimizer], parameter)
+        wanted |= {"step": torch.zeros(())} if "exp_avg" in wanted else {}
+        _check_shapes(f"the optimiser's state of {name}", found, wanted if found else {})
+        for key, tensor in found.items():
             # Adam counts its steps on the CPU
             setup.optimizer.optimizer.state[parameter][key] = tensor.cpu() if key == "step" else tensor
     told = checkpoint.state
+    _check_progress(setup, **told["progress"], **{f"sum_{k}": v for k, v in told["sums"].items()})
     if setup.pruner is not None:
         found = {part: parts[f"pruner/{part}"] for part in _PRUNER_TENSORS}
         setup.pruner.load_state_dict(told["pruner"] | found)
@@ -96,6 +126,38 @@ def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
         sums.correct += told["sums"]["correct"]
     sums.images = told["sums"]["images"]
     return State(sums, **told["progress"], best=parts["best"] or None)
+
+
+def _check_shapes(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in found.keys() | wanted.keys():
+        mine, its = wanted.get(name), found.get(name)
+        if mine is None or its is None or (mine.shape, mine.dtype) != (its.shape, its.dtype):
+            raise ValueError(f"{what} does not fit at {name}")
+        if not torch.isfinite(its).all():
+            raise ValueError(f"{what} is not finite at {name}")
+
+
+def _check_progress(
+    setup: Setup, *, step, history, seconds, epoch_seconds, diagnostics, sum_loss, sum_correct, sum_images
+) -> None:
+    """`OptionError` or `ValueError` for what would break the run later on."""
+    check_whole("step", step, 0, setup.plan.steps)
+    numbers = {"seconds": seconds, "epoch_seconds": epoch_seconds, "loss": sum_loss, "correct": sum_correct}
+    named = [*numbers.items(), *((key, x) for row in history for key, x in row.items())]
+    named += [(key, x) for key, values in diagnostics.items() for x in values]
+    for key, value in named:
+        if not isinstance(value, (int, float)):  # one that is not finite may have been logged
+            raise ValueError(f"{key} is no number: {value!r:.40}")
+    check_whole("images", sum_images, 0)
+    wanted = {"epoch", "step", "lr", "train_loss", "train_accuracy", "seconds"}
+    if setup.items.val is not None:
+        wanted |= {"val_accuracy", "val_balanced_accuracy", "val_loss"}
+    epochs = setup.plan.epoch_of(step)
+    between = step % setup.plan.steps_per_epoch == 0  # it may have been left while validating
+    if len(history) not in {epochs, epochs - between} or not all(wanted <= row.keys() for row in history):
+        raise ValueError(f"its history is not that of {epochs} epochs")
+    if not all(diagnostics.values()):
+        raise ValueError("its diagnostics are empty")
 
 
 def fingerprint(model: "TunedModel", splits: "Splits", config: TrainConfig) -> dict:

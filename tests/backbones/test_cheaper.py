@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from inspect import signature
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import VisionTransformer
 
 import lion_fast
 from lion_fast import create, load_backbone
@@ -17,10 +19,12 @@ from lion_fast.studies.memory import SavedTensors
 
 SIZE = 32
 VIT = "vit_tiny_patch16_224"
+# from timm 1.0.16 on
+ATTN_NORM = {"scale_attn_norm": True} if "scale_attn_norm" in signature(VisionTransformer).parameters else {}
 VITS = {
     "plain": {},
     "layerscale": {"init_values": 0.3},
-    "qknorm": {"qk_norm": True, "scale_attn_norm": True},
+    "qknorm": {"qk_norm": True} | ATTN_NORM,
     "registers": {"reg_tokens": 2, "qkv_bias": False},
     "respost": {"block_fn": timm.models.vision_transformer.ResPostBlock},
     "swiglu": {"mlp_layer": timm.layers.SwiGLU},

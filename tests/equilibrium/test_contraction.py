@@ -6,6 +6,7 @@ from equilibrium_helpers import KINDS, every_kind
 from torch.nn.utils import prune
 
 from lion_fast.equilibrium import LionLayer, bounded, spectral_norm_bound
+from lion_fast.equilibrium.contraction import bounded_product
 from lion_kernels.reference import ACTIVATIONS
 
 LIPSCHITZ = {"relu": 1.0, "tanh": 1.0, "gelu": 1.1290, "gelu_tanh": 1.1290, "silu": 1.0998}
@@ -66,6 +67,54 @@ def test_gradient(scale):
     zero = torch.zeros(6, 6, requires_grad=True)
     bounded(zero, 0.8).sum().backward()
     assert torch.equal(zero.grad, torch.ones(6, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [1e-3, 0.8, 0.999])
+@pytest.mark.parametrize("size", ["least", "tiny", "one", "huge", "largest"])
+def test_bounds_hold_at_the_edges_of_a_dtype(size, limit, dtype):
+    """Of W, and of A V, whose product leaves the range where its factors do not."""
+    about = torch.finfo(dtype)
+    size = {
+        "least": 4 * about.tiny * about.eps, "tiny": about.tiny, "one": 1.0,
+        "huge": about.max / 2e3, "largest": about.max,
+    }[size]  # fmt: skip
+    for state in (1, 8, 64):
+        W, A, V = (
+            (torch.randn(shape, dtype=torch.float64).clamp(-1, 1) * size).to(dtype)
+            for shape in ((state, state), (state, 20), (20, state))
+        )
+        whole = A.double() @ V.double() if size < 1e150 else None
+        for found, exact in ((bounded(W, limit), W.double()), (bounded_product(A, V, limit), whole)):
+            assert found.dtype == dtype
+            if size == about.max and not torch.isfinite(found).all():
+                assert (
+                    exact is not whole and found.isnan().all()
+                )  # flagged: the norm itself is beyond the range
+                continue
+            norm = torch.linalg.matrix_norm(found.double(), 2)
+            assert norm <= limit
+            if exact is None or torch.linalg.matrix_norm(exact, 2) > limit:
+                assert norm > 0.9 * limit  # scaled, and not away
+            elif exact is not whole:
+                assert torch.equal(found, W)
+
+
+def test_a_tied_layer_in_float16_with_large_weights():
+    layer = LionLayer(64, 8, recurrence="tied").half()
+    with torch.no_grad():
+        layer.A.fill_(500), layer.V.fill_(500)
+    torch.testing.assert_close(layer.recurrence_matrix().float(), torch.full((8, 8), 0.1), rtol=3e-3, atol=0)
+    assert layer(1e-6 * torch.ones(2, 64, dtype=torch.float16), return_info=True)[1].converged.all()
+
+
+def test_the_bound_of_what_is_not_finite_is_nan_and_that_of_subnormals_is_a_bound():
+    for bad in (float("nan"), float("inf")):
+        W = torch.eye(3)
+        W[0, 1] = bad
+        assert spectral_norm_bound(W).isnan() and bounded(W, 0.8).isnan().any()
+    W = torch.full((3, 3), 1e-40)
+    assert 3e-40 <= spectral_norm_bound(W).double() <= 3.02e-40
 
 
 def test_rectangular():

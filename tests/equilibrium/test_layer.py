@@ -367,6 +367,9 @@ def test_bad_options_of_the_layer_alone():
 def test_options_of_a_solve_are_attributes(make):
     layer = make(4, 3, max_iter=7, backward="jfb", on_failure="warn")
     assert (layer.max_iter, layer.tol, layer.backward, layer.backend) == (7, None, "jfb", "auto")
+    options = {f.name: f.default for f in dataclasses.fields(SolveOptions)}
+    if make is PixelEnd:  # it runs in torch
+        del options["backend"]
     layer.tol, layer.neumann_terms = 1e-3, 2
     assert layer.solve == SolveOptions(
         max_iter=7, backward="jfb", on_failure="warn", tol=1e-3, neumann_terms=2
@@ -375,9 +378,7 @@ def test_options_of_a_solve_are_attributes(make):
         layer.max_iter = 0
     assert pickle.loads(pickle.dumps(layer)).solve == copy.deepcopy(layer).solve == layer.solve
     listed = inspect.signature(make).parameters
-    assert {f.name: f.default for f in dataclasses.fields(SolveOptions)}.items() <= {
-        name: p.default for name, p in listed.items()
-    }.items()
+    assert options.items() <= {name: p.default for name, p in listed.items()}.items()
 
 
 def test_unknown_options_raise():

@@ -49,6 +49,18 @@ def assert_gradients(how, args, activation, terms, damping, residual):
     assert_gradients_as_good_as_torch(got, args, activation, terms, damping, residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", HOWS)
+def test_a_gradient_that_is_not_finite_is_flagged_and_alone(how, dtype):
+    grad_out, *given = adjoint_problem(70, 40, 24, dtype)
+    clean = HOWS[how](grad_out, *given, "tanh", 3, 0.0, 1.0, True)
+    grad_out[3, 7], grad_out[5] = float("nan"), torch.finfo(dtype).max
+    dx, *_, change, _ = HOWS[how](grad_out, *given, "tanh", 3, 0.0, 1.0, True)
+    others = [i for i in range(70) if i not in (3, 5)]
+    assert torch.equal(dx[others], clean[0][others]) and torch.equal(change[others], clean[6][others])
+    assert change[3].isinf() and (change[5].isinf() or torch.isfinite(dx[5]).all())
+
+
 @pytest.mark.parametrize(
     "how, shape, activation, damping",
     [*((how, s, a, d) for how in ("products", "splits") for s in [(150, 50, 24), *BIG]
@@ -186,6 +198,16 @@ def test_half_precision_keeps_small_gradients():
     naive = torch_adjoint(*args, "tanh", 8, 1.0, False)[0]
     size = exact.abs().max()
     assert error(got[0], exact) < 2e-3 * size < error(naive, exact)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_the_size_of_a_gradient_changes_nothing(how):
+    """Powers of two at which the square of an entry under- or overflows float32."""
+    grad_out, *given = adjoint_problem(37, 40, 24)
+    dx, *_, change, count = HOWS[how](grad_out, *given, "tanh", 8, 1e-3, 1.0, False)
+    for size in (2.0**-90, 2.0**80):
+        got = HOWS[how](size * grad_out, *given, "tanh", 8, 1e-3, 1.0, False)
+        assert torch.equal(got[0], size * dx) and torch.equal(got[6], change) and torch.equal(got[7], count)
 
 
 def test_fused_sums_write_every_element_and_nothing_else():

@@ -187,6 +187,46 @@ def test_a_row_that_is_not_finite_is_flagged_and_alone(bad, how, activation, dty
         assert torch.equal(ours[~hit], expected[~hit])
 
 
+@hows
+@pytest.mark.parametrize("name", ["A", "W", "b", "V", "c"])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_weights_that_are_not_finite_flag_every_row(bad, name, how):
+    run, *shape = HOWS[how]
+    args = problem(*shape)
+    args["xAWbVc".index(name)].view(-1)[0] = bad
+    for activation in ("relu", "tanh"):
+        assert run(*args, activation, 5, 1e-4, 1.0, True)[2].isinf().all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+@hows
+def test_rows_beyond_the_range_of_float16_are_flagged(how, steps):
+    """The pre-activation that is saved is within it, so that no row spoils the gradients of the weights."""
+    run, rows, width, state = HOWS[how]
+    x, A, W, b, V, c = problem(rows, width, state, torch.float16)
+    A[:], W[:] = 0.5, 0.5 * torch.eye(state)
+    x[3], x[7] = (sign * 65504 / width for sign in (4, -4))
+    out, p, change, _ = run(x, A, W, b, V, c, "relu", steps, 1e-2, 1.0, True)
+    hit = torch.arange(rows, device=DEVICE) == 3
+    assert torch.equal(change.isinf(), hit) and torch.isfinite(p).all()
+    assert torch.isfinite(out[~hit]).all() and p[7].max() < -30_000
+    # The read-out alone.
+    x[3], x[5], x[7], c[:] = 1, 65504, 1, 65504
+    _, p, change, _ = run(x, 0 * A, W, b, V, c, "tanh", steps, 1e-2, 1.0, True)
+    assert change[5].isinf() and torch.isfinite(p).all()
+
+
+@hows
+def test_a_norm_that_overflows_is_no_residual_of_zero(how):
+    run, rows, width, state = HOWS[how]
+    x, A, W, b, V, c = problem(rows, width, state)
+    A[:], W[:], b[:] = 1e19 / state**0.5, 0.8 * torch.eye(state), 0
+    x[:] = 0
+    x[1, 0] = 1.5
+    change = run(x, A, W, b, V, c, "relu", 12, 1e-4, 1.0, True)[2]
+    assert change[1].isinf() and (torch.cat([change[:1], change[2:]]) == 0).all()
+
+
 @pytest.mark.parametrize(
     "how, check_every, carry",
     [*(("whole", n, carry) for n in (1, 3, 7) for carry in (False, True)), ("steps", 1, False)],

@@ -126,3 +126,15 @@ def test_dyt_noise_is_gumbels():
         with torch.no_grad():
             share = model.mask(gate, torch.zeros(200, 501, 48))[:, 1:].mean().item()
         assert share == pytest.approx(torch.tensor(logit).sigmoid().item(), abs=0.006)
+
+
+def test_loss_terms_are_of_the_images_that_are_there():
+    """A buffer of images that is written into between forward and loss."""
+    model = create(backbone("vit"), "dyt", num_classes=4, threshold=-1.0).train()
+    x, labels = images(model), torch.tensor([0, 1, 2])
+    model(x)
+    x.copy_(images(model))
+    written = model.loss_terms(x, labels)
+    model(x)
+    for name, term in model.loss_terms(x, labels).items():
+        torch.testing.assert_close(written[name], term)

@@ -146,3 +146,13 @@ def test_e2vpt_refuses():
             model.load_adapter_state_dict(state | {name: broken})
     with pytest.raises(BackboneError, match="16 segments; the width 40"):
         E2VPT(backbone("vit", embed_dim=40, num_heads=2), 4)
+
+
+def test_scores_and_labels_as_they_come():
+    model = E2VPT(backbone("vit"), 4, length=4)
+    x, labels = images(model), torch.tensor([0, 1, 2])
+    whole = model.importance([(x, labels)])
+    for dtype in (torch.int32, torch.uint8):
+        assert all(map(torch.equal, model.importance([(x, labels.to(dtype))]), whole))
+    with pytest.raises(OptionError, match="NaN"):
+        model.prune(0.5, 0.5, (whole[0] * math.nan, whole[1]))

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from accelerate import init_empty_weights
 
 from lion_fast.backbones import Backbone
 from lion_fast.methods import available, create
@@ -13,7 +14,7 @@ WIDTHS = {"base": 768, "small": 384, "tiny": 192}
 @pytest.fixture(scope="module", params=WIDTHS)
 def vit(request):
     """A whole ViT without its memory: on the meta device."""
-    with torch.device("meta"):
+    with init_empty_weights():
         model = Backbone(timm.create_model(f"vit_{request.param}_patch16_224", num_classes=0))
     model._sha256 = "0" * 64  # there are no bytes to hash
     model.size = request.param

@@ -20,8 +20,8 @@ OWNERS = ["bitfit", "full", "lntune", "partial"]
 # with class-token pooling the last dispatcher moves by the rate alone: 0.3 is never met on 48 tokens
 SMALL = {
     "dyt": {"rate": 0.3},
-    "adaptformer": {"rank": 4},
-    "houlsby": {"rank": 4},
+    "adaptformer": {"rank": 8},
+    "houlsby": {"rank": 8},
     "lora": {"rank": 4},
     "apt": {"length": 9},
 }
@@ -327,9 +327,9 @@ def test_against_the_formula(method, options):
     x = images(model, dtype=torch.float64)
     found = getattr(peer_reference, method)(model, x)
     torch.testing.assert_close(model(x), found, rtol=0, atol=1e-12)
-    plain = create(model.backbone, "probe", num_classes=4).double()
-    plain.head.load_state_dict(model.head.state_dict())
     if method != "ssf":  # ssf's own backbone carries the method
+        plain = create(model.backbone, "probe", num_classes=4).double()
+        plain.head.load_state_dict(model.head.state_dict())
         assert (plain(x) - found).abs().max() > 1e-3
 
 

@@ -79,10 +79,6 @@ def test_ssf_places():
     assert not any("cpb_mlp" in name for name in create(backbone("swinv2"), "ssf", num_classes=4).changes)
     resnet = create(backbone("resnet"), "ssf", num_classes=4).changes
     assert {"conv1", "bn1", "layer2-0-downsample-0"} <= set(resnet)
-    again = create(model.backbone, "ssf", num_classes=4)  # a copy takes no hook along
-    assert [len(m._forward_hooks) for m in again.backbone.modules()] == [
-        len(m._forward_hooks) for m in model.backbone.modules()
-    ]
 
 
 @pytest.mark.parametrize(

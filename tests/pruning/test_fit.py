@@ -137,8 +137,8 @@ def test_the_command_line(tmp_path, capsys):
     assert info["forms"].keys() == {"input_end", "output_end"}
 
     pruned = tmp_path / "pruned"
-    arguments = ["prune", str(out), *"--keep 0.25 --granularity unit --compact --json --out".split()]
-    assert main([*arguments, str(pruned)]) == 0
+    how = "--keep 0.25 --scope layer --granularity unit --compact --json".split()
+    assert main(["prune", str(out), *how, "--out", str(pruned)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert sum(end["now"] for end in told["units"].values()) <= 4 and told["bytes"] < told["bytes_before"]
     assert main(["evaluate", str(pruned), "--json"]) == 0

@@ -8,11 +8,13 @@ import pytest
 import torch
 from pruning_helpers import D, R, TwoEnds, backward, loud, matrices_of, robust
 from torch import nn
+from torch.nn.utils import prune
 
 from lion_fast import LionLayer, reference
 from lion_fast.equilibrium.pixel import PixelEnd, conv_norm_bound
+from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError
-from lion_fast.pruning import prune_once
+from lion_fast.pruning import RobustPruner, compact, kept_shares, prune_once
 from lion_fast.pruning.masks import count_kept, find_matrices, select
 
 
@@ -208,3 +210,60 @@ def test_masks_that_do_not_fit_are_refused():
         layer.set_mask("A", torch.ones(3, 3))
     with pytest.raises(OptionError, match="'b' has no mask"):
         layer.set_mask("b", None)
+
+
+@pytest.mark.parametrize("make", [LionLayer, StateLayer, PixelEnd])
+def test_torch_prune_works_on_a_layer_and_ours_says_what_to_do(make):
+    layer = loud(make(3, 4))
+    x = torch.randn(2, 3, 5, 5) if make is PixelEnd else torch.randn(2, 3)
+    held = [(layer, name) for name in layer.matrices]
+    prune.global_unstructured(held, pruning_method=prune.L1Unstructured, amount=0.5)
+    out, sizes = layer(x), [getattr(layer, name).numel() for name in layer.matrices]
+    out.sum().backward()
+    kept = sum(int((getattr(layer, name) != 0).sum()) for name in layer.matrices)
+    assert kept == sum(sizes) - round(0.5 * sum(sizes))
+    for call in (prune_once, kept_shares, compact if make is LionLayer else prune_once):
+        with pytest.raises(OptionError, match="torch.nn.utils.prune"):
+            call(layer, *([0.5] if call is prune_once else []))
+    with pytest.raises(OptionError, match="torch.nn.utils.prune"):
+        RobustPruner(layer, torch.optim.SGD(layer.parameters(), 0.1), keep=0.5, total_steps=10)
+    for _, name in held:
+        prune.remove(layer, name)
+    assert torch.equal(layer(x), out)
+    prune_once(layer, 0.25)
+    assert set(layer.masks()) == set(layer.matrices)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("granularity", ["element", "unit", "2:4"])
+def test_what_is_not_finite_has_no_place_in_a_ranking(granularity, bad):
+    layer = loud(LionLayer(8, 4))
+    pruner = RobustPruner(
+        layer, torch.optim.SGD(layer.parameters(), 0.1), keep=0.5, total_steps=4, granularity=granularity
+    )
+    layer(torch.randn(3, 8)).sum().backward()
+    layer.A.grad[0, 0] = bad
+    with pytest.raises(OptionError, match="A or its gradient"):
+        prune_once(layer, 0.5, criterion="saliency", granularity=granularity)
+    with torch.no_grad():
+        layer.A[0, 0] = bad
+    with pytest.raises(OptionError, match="A or its gradient"):
+        prune_once(layer, 0.5, granularity=granularity)
+    layer.A.grad.zero_()
+    with pytest.raises(OptionError, match="A or its gradient"):
+        pruner.step()
+    with pytest.raises(OptionError, match="weights A hold"):
+        compact(layer)
+    assert not layer.masks()
+
+
+@pytest.mark.parametrize("mask", [[True], torch.ones(4, 8), torch.ones(8, 4, dtype=torch.bool), "all"])
+def test_a_mask_that_does_not_fit_is_refused(mask):
+    with pytest.raises(OptionError, match="boolean of shape"):
+        LionLayer(8, 4).set_mask("A", mask)
+
+
+def test_seeds_that_torch_does_not_take_are_refused():
+    for seed in (2**64, "a", 1.5, None):
+        with pytest.raises(OptionError, match="seed"):
+            prune_once(LionLayer(8, 4), 0.5, criterion="random", seed=seed)

@@ -5,7 +5,7 @@ import torch
 from pruning_helpers import TwoEnds, loud
 
 from lion_fast import LionLayer, pruning
-from lion_fast.errors import OptionError
+from lion_fast.errors import ConvergenceError, OptionError
 from lion_fast.pruning import prune_once
 
 
@@ -68,7 +68,6 @@ def test_block_sparse_storage_without_kernels(dtype):
         pruning.BlockSparseLayer(LionLayer(8, 8, recurrence="tied"))
     form = pruning.BlockSparseLayer(layer, 16)
     prune_once(layer, 0.3, granularity="block", block=16)
-    form.refresh()
     x = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True)
     upstream = torch.randn(3, 5, 40, dtype=dtype)
     inputs = [x, *layer.parameters()]
@@ -80,3 +79,36 @@ def test_block_sparse_storage_without_kernels(dtype):
     assert "_patterns" not in form.state_dict() and len(list(form.parameters())) == 5
     with pytest.raises(ValueError, match="width 40"):
         form(torch.randn(2, 39, dtype=dtype))
+
+
+def test_block_sparse_storage_follows_every_change_of_a_mask():
+    layer = loud(LionLayer(32, 32))
+    prune_once(layer, 0.5, granularity="block", block=16)
+    form, x = pruning.BlockSparseLayer(layer, 16), torch.randn(4, 32)
+    for mask in (torch.rand(32, 32) < 0.5, None):
+        layer.set_mask("W", mask)
+        with torch.no_grad():
+            layer.W.normal_()
+        torch.testing.assert_close(form(x), layer(x))
+    layer.A_mask.fill_(True)
+    with torch.no_grad():
+        layer.A.normal_()
+    torch.testing.assert_close(form(x), layer(x))
+
+
+def test_block_sparse_storage_tells_of_failures():
+    layer = loud(LionLayer(32, 32, on_failure="raise", backward="exact"))
+    prune_once(layer, 0.5, granularity="block", block=16)
+    form, x = pruning.BlockSparseLayer(layer, 16), torch.randn(4, 32)
+    out, info = form(x, return_info=True)
+    out.sum().backward()
+    assert info.converged.all() and info.backward.converged.all()
+    with torch.no_grad():
+        layer.V[0, 0] = float("nan")
+    with pytest.raises(ConvergenceError, match="V hold"):
+        form(x)
+    with pytest.raises(RuntimeError, match="twice"):
+        layer.V.data[0, 0] = 0
+        out = form(x.requires_grad_())
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        grad.sum().backward()

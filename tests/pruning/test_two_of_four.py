@@ -9,7 +9,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from lion_fast import LionLayer, pruning
 from lion_fast.equilibrium.solve import default_tol
-from lion_fast.errors import OptionError
+from lion_fast.errors import ConvergenceError, OptionError
 from lion_fast.pruning import two_of_four
 
 
@@ -97,10 +97,9 @@ def test_it_equals_the_masked_dense_layer(monkeypatch, dtype, activation, dampin
     bound = 4 * torch.finfo(dtype).eps + tol / (damping * (1 - 0.8))
     assert (out.double() - exact).norm() / (exact - x.double()).norm() < bound
     with torch.no_grad():
-        sparse(x)
-        assert len(packed) == 3
-        sparse.refresh()
-        sparse(x)
+        assert torch.equal(sparse(x), out) and len(packed) == 3
+        sparse.layer.V.mul_(-1)
+        torch.testing.assert_close(sparse(x) - sparse.layer.c - x, x + sparse.layer.c - out, rtol=0, atol=0.1)
     assert len(packed) == 6
 
 
@@ -113,5 +112,11 @@ def test_rows_that_are_not_finite_leave_the_others_alone(monkeypatch):
         alone = sparse(x[1:])
         x[0, 3] = float("nan")
         out, info = sparse(x, return_info=True)
+        sparse.layer.on_failure = "raise"
+        with pytest.raises(ConvergenceError, match="1 of 4"):
+            sparse(x)
+        sparse.layer.on_failure = "ignore"
+        sparse.layer.c.fill_(float("nan"))
+        assert sparse(x, return_info=True)[1].residual.isinf().all()
     torch.testing.assert_close(out[1:], alone)
     assert info.residual[0] == float("inf") and torch.isfinite(info.residual[1:]).all()

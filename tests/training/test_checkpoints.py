@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_helpers import needs_timm
 from safetensors.torch import load_file
 from training_helpers import (
     QUICK,
@@ -100,9 +101,12 @@ def test_interrupted_in_any_batch_even_while_validating(tmp_path, method, config
             assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 
 
-@pytest.mark.parametrize("step", [9, 12])
+@pytest.mark.parametrize("step", [pytest.param(9, marks=needs_timm("1.0.23")), 12])
 def test_checkpoints_of_format_1_still_resume(tmp_path, monkeypatch, step):
-    """Files of a finished pruned run from before; from step 9 the last epoch is trained again."""
+    """Files of a finished pruned run from before; from step 9 the last epoch is trained again.
+
+    Of another timm the same seed draws other frozen weights.
+    """
     shutil.copytree(Path(__file__).with_name("format_1"), tmp_path / "checkpoints")
     before = checkpoints.read_checkpoint(tmp_path / "checkpoints" / "step-00000012")
     model = tiny_model(state_dim=2)
@@ -119,6 +123,22 @@ def test_checkpoints_of_format_1_still_resume(tmp_path, monkeypatch, step):
     history = before.state["progress"]["history"]
     assert result.history[:3] == history[:3]
     assert result.history[3]["val_loss"] == pytest.approx(history[3]["val_loss"], rel=tolerance)
+
+
+def test_a_run_of_a_border_that_was_held_normalised_is_not_gone_on_with(tmp_path):
+    """Its moments are of other numbers; its adapter is still read."""
+    shape = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "img_size": 32}
+    frozen = lion_fast.load_backbone("resnet18", pretrained=False, **shape)
+    model = lion_fast.create(frozen, "vpt", num_classes=3, length=1)
+    fit(model, random_splits(), TrainConfig(**QUICK), tmp_path)
+    folder = tmp_path / "checkpoints"
+    found = checkpoints.read_checkpoint(checkpoints.list_checkpoints(folder)[-2])
+    tensors = {k.replace("row_pixels", "rows").replace("column_pixels", "columns"): v
+               for k, v in found.tensors.items()}  # fmt: skip
+    shutil.rmtree(folder)
+    written = checkpoints.write_checkpoint(folder, 3, tensors, found.state)
+    with pytest.raises(CheckpointError, match="border.*older lion-fast"):
+        fit(model, random_splits(), TrainConfig(**QUICK), tmp_path, resume=written.name)
 
 
 # -- files

@@ -23,6 +23,7 @@ class Counting(torch.utils.data.Dataset):
 
     def __init__(self, items, first_takes=0.0, at=None):
         self.items, self.reads, self.first_takes, self.at = items, 0, first_takes, at
+        self.constant = True
 
     def __len__(self):
         return len(self.items)
@@ -137,6 +138,19 @@ def test_a_store_forgets_the_oldest_and_never_mixes_backbones():
     for turn, precision, reads in [*calls, (other, "no", 4)]:
         store.features(turn, items, items, 8, mixed_precision=precision)
         assert items.reads == reads
+
+
+@pytest.mark.parametrize("write", ["load_state_dict", "data"])
+def test_a_store_follows_the_weights_of_a_backbone(write):
+    store, items, model = FeatureStore(), random_splits(n=1).train, tiny_model("probe")
+    before = store.features(model, items, items, 8)[0].tensors[0].clone()
+    if write == "data":
+        model.backbone.model.norm.bias.data.add_(1)
+    else:
+        inside = model.backbone.model
+        inside.load_state_dict({k: v * 1.5 for k, v in inside.state_dict().items()})
+    found = store.features(model, items, items, 8)[0].tensors[0]
+    assert torch.equal(found, features.encode(model, items, 8).tensors[0]) and not torch.equal(found, before)
 
 
 def test_a_store_forgets_what_is_too_much(monkeypatch):

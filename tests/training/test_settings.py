@@ -143,7 +143,7 @@ def test_a_published_seed_is_not_taken_and_early_stopping_keeps_the_best_epoch()
         ({"options": 5}, "options"), ({"lr": "fast"}, "lr"), ({"val": 1.0}, "val"), ({"check": 1}, "check"),
         ({"preset": "huge"}, "few, small, large"), ({"preset": "auto", "method": "vpt"}, "auto is for lion"),
         ({"method": "lionn"}, "lionn"), ({"data": None}, "no data"),
-        ({"device": "cuda"}, "device must be cpu"),
+        ({"device": "cuda:1"}, "device must be cpu"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_an_image_is_read(given, told):

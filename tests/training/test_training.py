@@ -91,6 +91,32 @@ def test_accumulation_gives_the_same_adapter(tmp_path, method):
     assert not same_bits(tiny_model(method).adapter_state_dict(), states[0])
 
 
+DROPPED = {"dropout": 0.3}
+PROMPTS = [DROPPED | {"form": form} for form in ("naive", "exact")]
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("dyt", DROPPED), ("lora", DROPPED), ("adaptformer", DROPPED), ("houlsby", DROPPED),
+        *((method, options) for method in ("vpt", "e2vpt", "vfpt", "cvpt") for options in PROMPTS),
+    ],
+)  # fmt: skip
+def test_one_step_is_one_step_whatever_is_random_in_it(tmp_path, method, options):
+    """The same masks and gates for an image in one part or in three, and one loss of the whole step."""
+    states = []
+    for parts in (1, 3):
+        model = tiny_model(method, **options)
+        config = TrainConfig(**QUICK, optimizer="sgd", grad_accumulation=parts)
+        fit(model, random_splits(), config, tmp_path / str(parts))
+        states.append(model.adapter_state_dict())
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-5, atol=1e-6)
+    other = tiny_model(method, **options)
+    fit(other, random_splits(), TrainConfig(**QUICK, optimizer="sgd", seed=1), tmp_path / "other")
+    assert not same_bits(other.adapter_state_dict(), states[0])
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_it_learns_and_the_frozen_backbone_keeps_every_bit(tmp_path, precision):
     model = tiny_model()
@@ -237,7 +263,7 @@ def test_wrong_options_say_what_is_valid(options, told):
 # -- several processes
 
 
-@pytest.mark.parametrize("method,precision", [("lion", "no"), ("probe", "bf16"), ("states", "bf16")])
+@pytest.mark.parametrize("method,precision", [("lion", "no"), ("dyt", "no"), ("states", "bf16")])
 def test_two_processes_give_the_adapter_of_one(images, tmp_path, method, precision):
     """Gradients are summed in another order, so float32 rounding; Adam divides by their size, hence the
     tolerance of 1e-3 where an update can be as large as the rate, 1e-2, at each of 20 steps. Features

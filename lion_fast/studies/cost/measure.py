@@ -74,7 +74,7 @@ def _room_to_compile() -> Iterator[None]:
     """Every model is another specialisation of one forward: past its limit dynamo would go eager silently."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(
-        recompile_limit=1000, accumulated_recompile_limit=10_000, fail_on_recompile_limit_hit=True
+        cache_size_limit=1000, accumulated_cache_size_limit=10_000, fail_on_cache_limit_hit=True
     ):
         yield
     torch._dynamo.reset()

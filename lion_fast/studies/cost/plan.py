@@ -28,7 +28,9 @@ def family(backbone: str) -> str:
     """Family of a backbone by name; built without memory for its weights."""
     if not timm.is_model(OWN_WEIGHTS.get(backbone, backbone)):
         return load_backbone(backbone, pretrained=False).family  # an error in our own words
-    with torch.device("meta"):
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
         return family_of(timm.create_model(OWN_WEIGHTS.get(backbone, backbone), num_classes=0))
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lion_fast.data.sources import VTAB_LISTS, vtab_list
+from lion_fast.data.published import VTAB_LISTS, vtab_list
 from lion_fast.errors import DataError, OptionError
 from lion_fast.training.presets import NATURAL, SPECIALIZED, STRUCTURED, VTAB
 
