@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lion_fast.errors import DataError, check_whole
-from lion_fast.training.items import check_labels, collate, read, with_transform
+from lion_fast.training.items import check_labels, check_same_classes, collate, leaves, read, with_transform
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,7 +120,8 @@ def evaluate(
         check: Called after each batch; may raise to leave.
 
     Raises:
-        DataError: No images, or a label outside [0, num_classes).
+        DataError: No images, a label outside [0, num_classes), or an `ImageSet` of other classes than the
+            model's.
         OptionError: `batch_size` or `num_workers` out of range.
 
     Example:
@@ -132,6 +133,9 @@ def evaluate(
     _check_loading(batch_size, num_workers)
     dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
+    for leaf in leaves(dataset):
+        if hasattr(leaf, "with_transform") and hasattr(leaf, "classes"):  # an ImageSet
+            check_same_classes(leaf.classes, getattr(model, "classes", None), classes)
     n = len(dataset)
     if n == 0:
         raise DataError("there are no images to evaluate")
