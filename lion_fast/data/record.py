@@ -257,7 +257,7 @@ def _real_paths() -> Callable[[str], str]:
 
 
 def record_of(folder: Path) -> tuple[Record | None, dict[str, Any] | None]:
-    """The record in a run's output folder, and what its splits.json tells of the split; None where missing."""
+    """The record in a run's output folder, and what its splits.json tells; None where there is none."""
     record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
     file = folder / "splits.json"
     if not file.is_file():
