@@ -63,29 +63,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
-    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
-
     layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
     layers["the command line"] = given_settings(args, *PARTS.values()) | {"out": args.out}
     settings = Settings.from_layers(layers)
+    try:
+        return _locked(args, settings, Path(settings.out))
+    except KeyboardInterrupt as error:
+        out = Path(settings.out)
+        error.hint = "nothing is trained yet: the same command begins anew"
+        if any((out / "checkpoints").glob("step-*")):
+            config = shlex.quote(str(out / "config.yaml"))
+            error.hint = f"resume with: lion-fast finetune --config {config} --resume"
+        raise
+
+
+def _locked(args: argparse.Namespace, settings: Settings, out: Path) -> dict:
+    """Train with the output folder locked."""
+    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
+
     settings.check()
     if settings.train.device:
         find_device(settings.train.device)
-    out = Path(settings.out)
     if not args.resume:  # which writes no settings, and goes on where it was
         config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
         refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
     main_process = os.environ.get("RANK", "0") == "0"
-    try:
-        with output_folder(out) if main_process else contextlib.nullcontext():
-            prepare_output(out, resume=args.resume, overwrite=args.overwrite)
-            return _train(args, settings, out, main_process)
-    except KeyboardInterrupt as error:
-        error.hint = "nothing is trained yet: the same command begins anew"
-        if list_checkpoints(out / FOLDER):
-            config = shlex.quote(str(out / "config.yaml"))
-            error.hint = f"resume with: lion-fast finetune --config {config} --resume"
-        raise
+    with output_folder(out) if main_process else contextlib.nullcontext():
+        prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+        return _train(args, settings, out, main_process)
 
 
 def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process: bool) -> dict:
