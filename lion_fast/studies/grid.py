@@ -281,7 +281,7 @@ def _backbone(label: str, given: object) -> dict:
 def _set(label: str, given: object) -> SetSpec:
     given = _entry(f"sets.{label}", given)
     refuse_unknown(given, [*_DATA, "monitor", *_TRAIN], f"setting in sets.{label}")
-    if "source" not in given:
+    if not isinstance(given.get("source"), (str, os.PathLike)):
         raise OptionError(f"sets.{label} needs a source: a folder, a CSV file or a built-in set")
     monitor = given.get("monitor", "accuracy")
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)

@@ -145,12 +145,16 @@ def test_the_split_of_a_run(data):
         row = data.draw(st.sampled_from(table))
         row[data.draw(st.integers(0, 5))] = data.draw(TEXTS).encode("utf-8", "surrogatepass")
         raw = b"\n".join(map(b",".join, table))
+    elif name == "splits.json" and data.draw(st.booleans()):
+        raw = json.dumps(changed(json.loads(raw), data.draw)).encode()
     else:
         raw = edited(raw, data.draw)
     with scratch() as folder:
         run = shutil.copytree(world() / "run", folder / "run")
         if name == "split.csv" and data.draw(st.booleans()):
             (run / "splits.json").unlink()
+        if name == "splits.json" and data.draw(st.booleans()):
+            (run / "split.csv").unlink()
         (run / name).write_bytes(raw)
         keeps_its_promise("evaluate", run, "--device=cpu", "--json", codes={0, 1})
         keeps_its_promise("evaluate", run, world() / "images", "--device=cpu", "--json", codes={0, 1})
