@@ -21,10 +21,10 @@ BACKENDS = ("auto", "torch", "triton")
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, state_dim: int) -> str | None:
     """The reason why the Triton kernels cannot serve this call, or None."""
-    if reason := present.triton_missing():
-        return reason
     if device.type != "cuda" and not present.interpreted():
         return f"the tokens are on {device.type}, and the kernels need a CUDA device"
+    if reason := present.triton_missing():
+        return reason
     # What does not stay on chip takes one launch per step.
     return launch.why_not(dtype, state_dim) and launch_step.why_not(dtype, state_dim)
 
@@ -51,6 +51,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, stat
         raise RuntimeError(f"backend='triton' cannot run: {reason}. Use backend='auto' or 'torch'.")
     _say_once(f"lion_fast falls back to plain torch on this GPU: {reason}")
     return "torch"
+
+
+# A constant of a graph: what torch.compiler.assume_constant_result sets, whose import costs a second.
+resolve_backend._dynamo_marked_constant = True
 
 
 def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save, backend):

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(
         parser.add_argument_group("model"), ModelSettings, names, resize="direct, as the protocol says"
     )
-    add_settings(parser.add_argument_group("data"), DataSettings, ("check", "strict"))
+    add_settings(parser.add_argument_group("data"), DataSettings, ("check", "strict", "duplicates"))
     names = set(TrainConfig.names()) - DECIDED.keys()
     add_settings(
         parser.add_argument_group("training, for every configuration"),

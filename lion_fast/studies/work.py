@@ -19,6 +19,7 @@ from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.data import ImageSet, Splits, load_data, transforms
 from lion_fast.errors import CheckpointError
 from lion_fast.methods import TunedModel, create
+from lion_fast.options import RECORD
 from lion_fast.pruning import count_parameters
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
@@ -120,7 +121,8 @@ class Workshop:
         splits = self.splits(item.stage, item.set, item.seed)
         parts = (splits.train, splits.val) if item.stage == "tune" else (splits.test,)
         names = [name for part in parts if part is not None for name in part.names]
-        numbers = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:4], "big") for n in names]
+        digests = [hashlib.sha256(n.encode(errors="surrogateescape")).digest() for n in names]
+        numbers = [int.from_bytes(digest[:4], "big") for digest in digests]
         return {
             "stage": "draw",
             "key": draw_key(item.stage, splits.description["fingerprint"]),
@@ -229,6 +231,7 @@ class Workshop:
             row |= {"correct": pack_bits(correct), "labels": pack_integers(test.labels.numpy())}
             if self.adapter is not None:
                 model.save_adapter(self.adapter(item))
+                splits.save(folder / RECORD)
         return model, row | {
             "training_seconds": fitted.seconds,
             **{name: getattr(fitted, name) for name in FITTED},

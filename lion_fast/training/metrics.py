@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from lion_fast.errors import DataError, check_whole
+from lion_fast.errors import DataError, check_kind, check_whole
 from lion_fast.training.items import check_dataset, check_labels, collate, read, with_transform
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,6 +139,7 @@ def evaluate(
     """
     _check_loading(batch_size, num_workers)
     check_dataset("what is evaluated", dataset)
+    check_kind("model", model, nn.Module)
     dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
     n = len(dataset)

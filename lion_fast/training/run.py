@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lion_fast.errors import CheckpointError, WriteError
+from lion_fast.errors import CheckpointError, WriteError, check_kind, check_path
 from lion_fast.files import output_folder
 from lion_fast.training import checkpoints
 from lion_fast.training.accelerator import make_accelerator
@@ -78,6 +79,10 @@ def fit(
         >>> model = lion_fast.create("vit_tiny_patch16_224", "lion", num_classes=10)  # doctest: +SKIP
         >>> fit(model, lion_fast.load_data("photos/"), TrainConfig(epochs=5), "runs/a")  # doctest: +SKIP
     """
+    check_kind("model", model, nn.Module)
+    check_kind("config", config, TrainConfig, NoneType)
+    check_kind("resume", resume, bool, str)
+    check_path("out_dir", out_dir)
     config, store, out_dir = config or TrainConfig(), store or FeatureStore(), Path(out_dir)
     check_run(model, splits, config)
     name_classes(model, splits)
