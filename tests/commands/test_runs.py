@@ -103,7 +103,7 @@ def interrupt(*args, **kwargs):
 
 
 def test_an_interruption_says_what_goes_on_and_what_does_not(here, monkeypatch, capsys):
-    monkeypatch.setattr(Settings, "load_data", interrupt)
+    monkeypatch.setattr(Settings, "create", interrupt)
     monkeypatch.setattr(experiment, "check", interrupt)
     assert main(["finetune", "photos", "--out", "new", *TINY_FLAGS]) == 130
     told = capsys.readouterr().err
