@@ -35,6 +35,12 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise WriteError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder where it is missing; `WriteError` where that is refused."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """Replace a file's content in one step, text as UTF-8; it is on the disk when this returns.
 
@@ -121,8 +127,7 @@ def _holder(inode: int) -> str:
 @contextlib.contextmanager
 def output_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Make a folder to write to, and lock it while this lasts; `WriteError` where it cannot be made."""
-    with writing(path):
-        Path(path).mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     with lock(path, again=True):
         yield Path(path)
 
@@ -177,8 +182,7 @@ def cache_dir() -> Path:
         path = Path(os.environ.get("LION_FAST_CACHE") or "~/.cache/lion_fast").expanduser()
     except RuntimeError as error:
         raise OptionError("there is no home folder: name one for downloads in $LION_FAST_CACHE") from error
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     return path
 
 

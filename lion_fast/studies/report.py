@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from lion_fast.files import write_atomically
+from lion_fast.files import make_folder, write_atomically
 from lion_fast.studies import plots
 from lion_fast.studies.grid import Grid
 from lion_fast.studies.markdown import sources, table
@@ -22,7 +22,7 @@ _METRICS = {"accuracy": "Test accuracy", "balanced_accuracy": "Balanced test acc
 def write(grid: Grid, out: str | os.PathLike) -> Path:
     """Write report.md and the plots of the rows in `out`; the path of the report."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path = out / NAME
     with of_rows(out):
         results = Results(grid, read_rows(out))

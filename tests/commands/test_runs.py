@@ -103,7 +103,7 @@ def interrupt(*args, **kwargs):
 
 
 def test_an_interruption_says_what_goes_on_and_what_does_not(here, monkeypatch, capsys):
-    monkeypatch.setattr(Settings, "load_data", interrupt)
+    monkeypatch.setattr(Settings, "create", interrupt)
     monkeypatch.setattr(experiment, "check", interrupt)
     assert main(["finetune", "photos", "--out", "new", *TINY_FLAGS]) == 130
     told = capsys.readouterr().err
@@ -120,3 +120,18 @@ def test_what_cannot_be_pruned_is_told_before_training(here):
         main(["finetune", "photos", "--out", "new", "--method", "probe", "--prune", "0.5", *TINY_FLAGS]) == 2
     )
     assert not checkpoints.list_checkpoints(Path("new/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    "command", ["finetune photos", "prune base --keep 0.5", "demo", "profile base", "bench"]
+)
+@pytest.mark.parametrize("out", ["file", "file/in", "dangling"])
+def test_an_output_that_cannot_be_is_one_line(here, command, out, capsys):
+    Path("file").write_text("x")
+    Path("dangling").symlink_to("nowhere/at/all")
+    more = TINY_FLAGS if "finetune" in command else []
+    assert main([*command.split(), "--out", out, *more]) in (1, 2)
+    assert Path("dangling").is_symlink() and not Path("nowhere").exists()
+    assert Path("file").read_text() == "x"
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "error:" in line] == told[-1:] and out in told[-1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lion_fast.errors import DataError, LionError, OptionError
+from lion_fast.errors import DataError, LionError, OptionError, WriteError
 from lion_fast.studies import environment, markdown, runner
 from lion_fast.studies.rows import (
     Store,
@@ -84,6 +84,23 @@ def test_one_writer_at_a_time_and_a_place_that_can_be_written(tmp_path):
     (tmp_path / "file").write_text("here")
     with pytest.raises(OptionError, match="cannot be written"):
         Store(tmp_path / "file")
+
+
+def test_a_row_that_does_not_fit_is_not_there_at_all(tmp_path):
+    """A limit on file size stands for a full disk: a part of the line is written before it is refused."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Store(tmp_path) as store:
+        store.add({"key": "a"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(WriteError, match="rows.jsonl"):
+                store.add({"key": "b", "long": "x" * 20000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "b" not in store and (tmp_path / "rows.jsonl").read_text() == '{"key": "a"}\n'
+        store.add({"key": "c"})
+    assert [row["key"] for row in read_rows(tmp_path)] == ["a", "c"]
 
 
 def test_bits_and_integers_come_back():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_fast.errors import OptionError, check_choice, check_whole
+from lion_fast.files import make_folder, writing
 from lion_fast.inspection import measure_ends, parameter_counts
 from lion_fast.methods import TunedModel
 from lion_fast.studies.environment import context
@@ -236,9 +237,10 @@ def _trace(step: Step, folder: Path | None) -> dict[str, Any]:
         wait(step.device)
     told: dict[str, Any] = {"operators": _operators(profiler, ranges.names, cuda)}
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         told["trace"] = f"trace-{step.kind}.json"
-        profiler.export_chrome_trace(str(folder / told["trace"]))
+        with writing(folder / told["trace"]):
+            profiler.export_chrome_trace(str(folder / told["trace"]))
     return told
 
 

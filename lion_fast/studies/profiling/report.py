@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lion_fast.files import write_atomically
+from lion_fast.files import make_folder, write_atomically
 from lion_fast.studies.markdown import table, where_taken
 from lion_fast.studies.profiling import plots
 from lion_fast.studies.profiling.parts import PARTS
@@ -25,7 +25,7 @@ _HOW_TIMED = (
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
     """profile.json, the plots and report.md of what is known so far."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / JSON_NAME, (json.dumps(found, indent=1) + "\n").encode())
     drawn = plots.draw_all(found, folder)
     write_atomically(folder / REPORT_NAME, markdown(found, drawn).encode())

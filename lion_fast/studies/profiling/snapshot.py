@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lion_fast.files import write_atomically
+from lion_fast.files import make_folder, write_atomically
 from lion_fast.studies.measuring import wait
 from lion_fast.studies.profiling import plots
 
@@ -23,7 +23,7 @@ def take(step, folder: Path) -> dict[str, str]:
     """
     from torch.cuda._memory_viz import trace_plot
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     wait(step.device)
     start = torch.cuda.memory_allocated(step.device)
     torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
