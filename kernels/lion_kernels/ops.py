@@ -34,7 +34,6 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-@torch.compiler.assume_constant_result
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, state_dim: int) -> str:
     """'triton' or 'torch' for a requested backend.
 
@@ -52,6 +51,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, stat
         raise RuntimeError(f"backend='triton' cannot run: {reason}. Use backend='auto' or 'torch'.")
     _say_once(f"lion_fast falls back to plain torch on this GPU: {reason}")
     return "torch"
+
+
+# A constant of a compiled graph: what torch.compiler.assume_constant_result says, which loads the compiler
+resolve_backend._dynamo_marked_constant = True
 
 
 def _solve(x, A, W, b, V, c, activation, max_iter, tol, damping, residual, save, backend):
