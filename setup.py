@@ -37,6 +37,7 @@ DEV = [
     "pytest-benchmark>=5",
     "pytest-xdist>=3.5",
     "mypy>=1.11",
+    "hypothesis>=6",
     "ruff==0.14.5",
     "setuptools>=70",
     "wheel",

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 
 from lion_fast.backbones import OWN_WEIGHTS, Backbone, load_backbone
-from lion_fast.errors import AdapterError, LionError
-from lion_fast.methods import TunedModel, available, create
+from lion_fast.errors import (
+    AdapterError,
+    LionError,
+    OptionError,
+    WeightsError,
+    check_path,
+    check_whole,
+    one_line,
+    shown,
+)
+from lion_fast.methods import TunedModel, available, check_kinds, create
 from lion_fast.methods.files import DESCRIPTION, TENSORS, describe_images, read_adapter
 from lion_fast.pruning.compaction import restore_compacted
 
@@ -42,11 +51,18 @@ def load_adapter(
     Raises `AdapterError` for files or a backbone that do not fit; `WeightsError` where the backbone's weights
     cannot be had, offline for one.
     """
+    check_path("directory", directory)
+    if num_classes is not None:
+        check_whole("num_classes", num_classes)
+    if weights is not None:
+        check_path("weights", weights)
+    if backbone is not None and not isinstance(backbone, Backbone):
+        raise OptionError(f"backbone must be a Backbone, see load_backbone; got {shown(backbone)}")
     directory = Path(directory)
     description, state = read_adapter(directory)
     if description["method"] not in available():  # before a backbone is fetched for nothing
         raise AdapterError(
-            f"{directory / DESCRIPTION}: method {description['method']!r} is unknown here; known are "
+            f"{directory / DESCRIPTION}: method {shown(description['method'])} is unknown here; known are "
             f"{', '.join(available())}. Install the lion-fast that wrote it"
         )
     if num_classes is not None and num_classes != description["num_classes"]:
@@ -63,7 +79,7 @@ def load_adapter(
     if differs and not allow_other_backbone:
         raise AdapterError(
             f"{directory} was trained on {saved['name']} with weights {saved['sha256'][:12]}... "
-            f"({saved.get('weights_source')}); this backbone is {backbone.name} with weights "
+            f"({one_line(saved.get('weights_source'), 200)}); this backbone is {backbone.name} with weights "
             f"{backbone.weights_sha256[:12]}... ({backbone.weights_source}). "
             "Give the backbone it was trained on, or allow_other_backbone=True to try it on this one"
         )
@@ -72,12 +88,15 @@ def load_adapter(
     options = description["options"]
     if description["method"] == "lion":
         options = {"form": "residual"} | options  # before there was a choice
+    # a description makes no model that is larger than its tensors: nothing is allocated by its word
+    most = max(4096, *(side for tensor in state.values() for side in tensor.shape))
     try:
+        check_kinds(available()[description["method"]], options, most)
         model = create(backbone, description["method"], description["num_classes"], seed=0, **options)
         restore_compacted(model, description.get("compacted") or {})
-    except (LionError, TypeError, ValueError) as error:
+    except Exception as error:  # options that no version wrote
         raise AdapterError(
-            f"{directory / DESCRIPTION} describes a model that cannot be built: {error}"
+            f"{directory / DESCRIPTION} describes a model that cannot be built: {error}; save it again"
         ) from error
     try:
         model.load_adapter_state_dict(state)
@@ -85,7 +104,10 @@ def load_adapter(
         raise AdapterError(f"{directory / TENSORS}: {error}") from error
     model.classes = description.get("classes")
     model.backbone_differs = differs
-    return model.to(device).eval() if device is not None else model.eval()
+    try:
+        return model.to(device).eval() if device is not None else model.eval()
+    except Exception as error:  # every kind of device has kinds of its own
+        raise OptionError(f"device {shown(device)} cannot be used here: {one_line(error, 200)}") from error
 
 
 def _check_images(directory: Path, description: dict, backbone: Backbone) -> None:
@@ -95,12 +117,12 @@ def _check_images(directory: Path, description: dict, backbone: Backbone) -> Non
     saved |= {"img_size": description["backbone"].get("img_size")}
     for key, value in here.items():
         same = saved.get(key) == value
-        if isinstance(value, list) and isinstance(saved.get(key), list) and len(value) == len(saved[key]):
+        if key in ("mean", "std") and len(value) == len(saved[key]):
             same = all(abs(a - b) < 1e-6 for a, b in zip(value, saved[key], strict=True))
         if not same:
             raise AdapterError(
-                f"{directory} was trained on images with {key} {saved.get(key)}; this backbone takes "
-                f"{value}. Build it as it was, or give allow_other_backbone=True to keep the difference"
+                f"{directory} was trained on images with {key} {one_line(saved.get(key), 200)}; "
+                f"this backbone takes {value}. Build it as it was, or allow_other_backbone=True keeps it"
             )
 
 
@@ -113,7 +135,7 @@ def _rebuild(directory: Path, saved: dict, file: str | os.PathLike | None) -> Ba
     if not isinstance(request, dict):
         raise AdapterError(
             f"{directory} was trained on a backbone that was not built by load_backbone "
-            f"({saved['name']}, {saved.get('weights_source')}); {instead}"
+            f"({saved['name']}, {one_line(saved.get('weights_source'), 200)}); {instead}"
         )
     if file is None and not request.get("pretrained") and request.get("weights") is None:
         raise AdapterError(f"{directory} was trained on a backbone with random weights; {instead}")
@@ -122,21 +144,22 @@ def _rebuild(directory: Path, saved: dict, file: str | os.PathLike | None) -> Ba
     # a description that came from elsewhere names a model and a local file at most, no address
     if not isinstance(request.get("name"), str) or ":" in request["name"] or not isinstance(kwargs, dict):
         raise AdapterError(
-            f"{directory}: backbone {request.get('name')!r} is not a plain timm model; {instead}"
+            f"{directory}: backbone {shown(request.get('name'))} is not a plain timm model; {instead}"
         )
     if weights is not None and weights not in OWN_WEIGHTS and not Path(str(weights)).is_file():
         raise AdapterError(f"{directory}: its weights file {weights!r} is not here; {instead}")
-    return load_backbone(
-        request["name"],
-        pretrained=bool(request.get("pretrained")),
-        weights=weights,
-        img_size=_tuples(request.get("img_size")),
-        pool=request.get("pool"),
-        resize=request.get("resize", "crop"),
-        **{key: _tuples(value) for key, value in kwargs.items()},
-    )
+    given = {key: request.get(key) for key in ("img_size", "pool")}
+    given |= {"resize": request.get("resize", "crop"), "pretrained": bool(request.get("pretrained"))}
+    try:
+        return load_backbone(weights=weights, **_tuples(given), name=request["name"], **_tuples(kwargs))
+    except WeightsError:
+        raise
+    except (LionError, TypeError) as error:  # a TypeError: an argument given twice
+        raise AdapterError(f"{directory}: its backbone cannot be built ({error}); {instead}") from error
 
 
 def _tuples(value: Any) -> Any:
     """JSON's lists back to the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,6 +1,11 @@
 """Settings: dataclass fields with help and ranges, YAML values, KEY=VALUE, names that are not known."""
 
+import errno
+import json
+import math
+import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -10,17 +15,34 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lion_fast.errors import OptionError, check_bool, check_choice, check_number, check_whole, refuse_unknown
+from lion_fast.errors import (
+    OptionError,
+    check_bool,
+    check_choice,
+    check_number,
+    check_text,
+    check_whole,
+    one_line,
+    refuse_unknown,
+    shown,
+)
 
 # Choices that several rooms take.
 # How images are brought to the backbone's size: short side and centre, or both sides.
 RESIZE = ("crop", "direct")
 CHECK = ("header", "decode", "none")
+# The split of a run, image by image, in its output folder.
+RECORD = "split.csv"
+# Which images count as one that is there twice.
+DUPLICATES = ("content", "near", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")
 SCOPES = ("global", "layer", "matrix")
 BLOCKS = (16, 32, 64)
+# Of a file of settings, and of what is written in it: far above what anybody means, far below what hurts.
+MOST_PIXELS = 2**14
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 2**18, 100_000, 30
 
 _Class = TypeVar("_Class", bound=type)
 _Options = TypeVar("_Options", bound="Options")
@@ -33,9 +55,10 @@ def sides(img_size: object) -> tuple[int, int]:
     ((224, 224), (32, 64))
     """
     found = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,) * 2
-    if len(found) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
+    if len(found) != 2 or any(type(n) is not int or not 1 <= n <= MOST_PIXELS for n in found):
         raise OptionError(
-            f"img_size must be a side in pixels or (height, width), at least 1 each; got {img_size!r}"
+            f"img_size must be a side in pixels or (height, width), from 1 to {MOST_PIXELS} each; "
+            f"got {shown(img_size)}"
         )
     return found
 
@@ -124,20 +147,97 @@ def _check(option: Field, value: object) -> None:
         check_number(name, value, **about["range"])
     elif set(wanted) <= {int, types.NoneType}:
         check_whole(name, value, **about["range"])
-    elif str in wanted and not isinstance(value, str):
-        raise OptionError(f"{name} must be a text; got {value!r}")
-    elif kind(option) is dict and not isinstance(value, Mapping):
-        raise OptionError(f"{name} must be a mapping of names to values; got {value!r}")
+    elif str in wanted:
+        check_text(name, value)
+    elif kind(option) is dict and not (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)):
+        raise OptionError(f"{name} must be a mapping of names to values; got {shown(value)}")
+    elif tuple in map(typing.get_origin, wanted):
+        sides(value)
 
 
-# -- names
+# -- what people write in files
 
 
-# -- YAML
+def read_file(path: str | os.PathLike, most: int | None = None) -> bytes:
+    """The bytes of a file, at most so many; `OSError` for what cannot be read to its end.
+
+    A pipe or a device is none: reading could wait for ever.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        with open(path, "rb") as file:
+            data = file.read(-1 if most is None else most + 1)
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, "no file can have this name", os.fspath(path)) from error
+    if most is not None and len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
+    return data
+
+
+def _bounded(value: Any, left: list[int], depth: int = 0) -> Any:
+    """The value; `ValueError` where it is deeper, larger or in a number longer than anybody means.
+
+    left: how many values it may still have; YAML's aliases make many of few.
+    """
+    left[0] -= 1
+    if depth > MOST_DEPTH or left[0] < 0:
+        raise ValueError(f"more than {MOST_DEPTH} levels or {MOST_VALUES:,} values")
+    if isinstance(value, int) and value.bit_length() > 1024:
+        raise ValueError("a number of more than 308 digits")
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(inner, (list, tuple, set)):
+        for part in inner:
+            _bounded(part, left, depth + 1)
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; `ValueError` where it is none, NaN, Infinity and a name twice included.
+
+    >>> parse_json('{"a": [1, null]}')
+    {'a': [1, None]}
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_number, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"more than {MOST_DEPTH} levels") from None
+    return _bounded(value, [max(MOST_VALUES, len(text))])
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _no_number(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _refuse_twice(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{name!r} stands there twice")
+        seen.add(name)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else, and a name stands once."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:  # merged from merged ones, they grow by powers
+            raise ValueError(f"more than {MOST_VALUES:,} values")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -151,12 +251,17 @@ for _class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; `yaml.YAMLError` where it is none.
+    """The value of a YAML text; `yaml.YAMLError` where it is none, a name twice in a mapping included.
 
     >>> parse_yaml("{lr: 1e-3, length: [5, 1E1], pool: cls}")
     {'lr': 0.001, 'length': [5, 10.0], 'pool': 'cls'}
     """
-    return yaml.load(text, _Loader)
+    try:
+        return _bounded(yaml.load(text, _Loader), [MOST_VALUES])
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML raises many kinds on values that are not what their tags say
+        raise yaml.YAMLError(str(error) or type(error).__name__) from error
 
 
 def dump_yaml(value: Mapping[str, Any]) -> str:
@@ -167,13 +272,13 @@ def dump_yaml(value: Mapping[str, Any]) -> str:
 def read_settings(path: Path, what: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; `OptionError` where it holds none, calling it `what`."""
     try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(read_file(path, MOST_BYTES).decode())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"the {what} {path} cannot be read: {reason}") from error
     except yaml.YAMLError as error:
-        raise OptionError(f"the {what} {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
+        raise OptionError(f"the {what} {path} is not YAML: {one_line(error, 300)}") from error
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise OptionError(f"the {what} {path} must hold `name: value` lines")
     return settings
 
@@ -200,7 +305,7 @@ def key_lists(given: Iterable[str], flag: str) -> dict[str, tuple]:
     for text in given:
         key, values = _pair(text, "[{}]", f"{flag} takes KEY=V1,V2")
         if not values:
-            raise OptionError(f"{flag} takes KEY=V1,V2; got {text!r}")
+            raise OptionError(f"{flag} takes KEY=V1,V2; got {shown(text)}")
         if key in found:
             raise OptionError(f"{flag} names {key} twice; give all its values once, as {key}=V1,V2")
         found[key] = tuple(values)
@@ -214,4 +319,4 @@ def _pair(text: str, form: str, rule: str) -> tuple[str, Any]:
             return key.strip().replace("-", "_"), parse_yaml(form.format(value))
     except yaml.YAMLError:
         pass
-    raise OptionError(f"{rule}; got {text!r}")
+    raise OptionError(f"{rule}; got {shown(text)}")

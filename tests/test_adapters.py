@@ -12,7 +12,7 @@ from training_helpers import same_bits
 import lion_fast
 from lion_fast.adapters import load_adapter, save_adapter
 from lion_fast.backbones import load_backbone
-from lion_fast.errors import AdapterError, BackboneError, OptionError, WeightsError
+from lion_fast.errors import AdapterError, WeightsError
 from lion_fast.methods import available, create
 from lion_fast.methods.files import DESCRIPTION, FORMAT_VERSION, TENSORS, read_adapter
 
@@ -240,11 +240,11 @@ def test_a_backbone_that_cannot_be_had(tmp_path, probe, monkeypatch):
         ({"name": "hf-hub:somebody/something"}, AdapterError, "is not a plain timm model"),
         (
             {"timm_kwargs": {"pretrained_cfg_overlay": {"url": "https://example.org/x.pth"}}},
-            OptionError,
+            AdapterError,
             "no option 'pretrained_cfg_overlay'",
         ),
-        ({"timm_kwargs": {"checkpoint_path": "x.pth"}}, OptionError, "no option 'checkpoint_path'"),
-        ({"name": "nothing"}, BackboneError, "no backbone named"),
+        ({"timm_kwargs": {"checkpoint_path": "x.pth"}}, AdapterError, "no option 'checkpoint_path'"),
+        ({"name": "nothing"}, AdapterError, "no backbone named"),
     ],
 )
 def test_a_foreign_description_reaches_no_address_and_no_loader_option(

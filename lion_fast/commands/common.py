@@ -1,14 +1,18 @@
 """What commands share: flags made from settings, the device, trained models, images, what is said."""
 
 import argparse
+import codecs
+import math
+import os
+import select
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, check_device
 from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
@@ -16,9 +20,67 @@ if TYPE_CHECKING:
     import torch
 
     from lion_fast.backbones import Backbone
+    from lion_fast.data.duplicates import Stored
+    from lion_fast.data.record import Record
     from lion_fast.methods import TunedModel
 
 _FLAGS = {"options": "--set", "backbone_options": "--backbone-set"}
+NAMES = "lion_fast_names"  # how texts with names in them are encoded
+
+
+def _encode_name(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The bytes of a file name that is no UTF-8, as they are; else an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(NAMES, _encode_name)
+
+
+def prepare_streams() -> None:
+    """Have stdout take every name, and stdout and stderr be there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=NAMES)
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Stdout is written to its end, or the reason why it cannot be is raised."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
+def is_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def silence(stream: TextIO) -> None:
+    """Drop what is left to write to a stream that cannot be written: Python would try again at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def plain(value: Any) -> Any:
+    """A result as strict JSON has it: a number that is not finite is null."""
+    if isinstance(value, dict):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flag(name: str) -> str:
@@ -87,13 +149,7 @@ def find_device(name: str | None) -> "torch.device":
     """The device of that name, or the one that is there."""
     import torch
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    return check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +210,30 @@ def load_run(
     return load_adapter(folder, backbone, device=on, weights=weights), settings, folder
 
 
+def tell_trained(
+    record: "Record | None", settings: Settings, given: Sequence[str], images: Sequence["Stored"]
+) -> int | None:
+    """How many of these images the adapter was trained on, said where there are some; None where unknown.
+
+    given: what the command was told to read. images: paths, or pixels.
+    """
+    from lion_fast.data.record import count_trained
+
+    own = settings.data.data
+    if record is not None:
+        count = count_trained(record, images, own)
+        if count:
+            say(f"{count:,} of these {len(images):,} images are training images of this adapter")
+        return count
+    if own:
+        home = Path(os.path.realpath(own))
+        for place in map(Path, map(os.path.realpath, given)):
+            if place == home or place in home.parents or home in place.parents:
+                say(f"{own} is what this adapter was trained on; which of the images is not written down")
+                break
+    return None
+
+
 def find_images(given: Sequence[str]) -> list[Path]:
     """Image files of files and folders, which are searched in depth."""
     from lion_fast.data.images import EXTENSIONS
@@ -166,7 +246,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
             if not inside:
                 raise DataError(f"{path} holds no image (image files end in {', '.join(EXTENSIONS)})")
             found += inside
-        elif path.exists():
+        elif path.is_file():
             found.append(path)
         else:
             raise DataError(f"there is no file or folder {path}")

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from lion_fast.backbones import Backbone, load_backbone
-from lion_fast.errors import OptionError, check_whole, refuse_unknown
+from lion_fast.errors import OptionError, check_seed, refuse_unknown, shown
 from lion_fast.methods.adapter import AdaptFormer, Houlsby
 from lion_fast.methods.apt import APT
 from lion_fast.methods.base import TunedModel, available, check_kinds, method_options, register
@@ -55,7 +55,7 @@ def create(
     torch.Size([1, 3])
     """
     if not isinstance(method, str) or method not in available():
-        raise OptionError(f"no method named {method!r}; the methods are {', '.join(available())}")
+        raise OptionError(f"no method named {shown(method)}; the methods are {', '.join(available())}")
     cls = available()[method]
     # before a backbone is downloaded for nothing
     refuse_unknown(options, method_options(cls), f"option of {method}")
@@ -63,7 +63,7 @@ def create(
     if num_classes is None:
         raise OptionError("create needs num_classes, the number of outputs of the head")
     if seed is not None:
-        check_whole("seed", seed, -(2**63), 2**64 - 1)
+        check_seed("seed", seed)
     with torch.random.fork_rng() if seed is not None else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)

@@ -16,13 +16,16 @@ from lion_fast import __version__
 from lion_fast.backbones import Backbone, cheaper, load_backbone
 from lion_fast.equilibrium.masked import match_masks
 from lion_fast.errors import (
+    LARGEST,
     AdapterError,
     BackboneError,
     OptionError,
     check_bool,
     check_number,
+    check_text,
     check_whole,
     refuse_unknown,
+    shown,
 )
 from lion_fast.methods.files import FORMAT_VERSION, describe_images, not_finite, write_adapter
 from lion_fast.pruning.compaction import describe_compacted
@@ -72,17 +75,29 @@ def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
     return {name: p.default for name, p in _parameters(cls).items()}
 
 
-def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any]) -> None:
-    """Raise `OptionError` on a value that is no number or no bool where the annotation asks for one."""
+def check_kinds(cls: type["TunedModel"], options: Mapping[str, Any], most: int = LARGEST) -> None:
+    """Raise `OptionError` on a value that is no number, bool or text where the annotation asks for one.
+
+    most: bound of whole numbers, either way. A value that JSON has no word for is refused everywhere.
+    """
     for name, p in _parameters(cls).items():
         if name not in options:
             continue
         value, union = options[name], isinstance(p.annotation, UnionType)
         kinds = typing.get_args(p.annotation) if union else (p.annotation,)
+        if not _is_plain(value):
+            raise OptionError(f"{name} must be numbers, texts or lists of them; got {shown(value)}")
+        if value is None and NoneType in kinds:
+            continue
         if kinds == (bool,):
             check_bool(name, value)
-        if set(kinds) <= {float, int, NoneType} and not (value is None and NoneType in kinds):
+        elif set(kinds) <= {float, int, NoneType}:
             check_number(name, value)
+            if isinstance(value, int):
+                bound = LARGEST if float in kinds else most
+                check_whole(name, value, -bound, bound)
+        elif set(kinds) <= {str, NoneType}:
+            check_text(name, value)
 
 
 class TunedModel(nn.Module):
@@ -247,8 +262,10 @@ class TunedModel(nn.Module):
                 "the adapter's classes and pool, or load the adapter by load_adapter(dir)"
             )
         for name, tensor in own.items():
-            if state[name].is_complex():
-                raise AdapterError(f"{name} of the adapter is complex; train or fetch the adapter again")
+            if state[name].is_complex() or state[name].is_floating_point() != tensor.is_floating_point():
+                raise AdapterError(
+                    f"{name} of the adapter is {state[name].dtype}; train or fetch the adapter again"
+                )
             if state[name].shape != tensor.shape:
                 raise AdapterError(
                     f"{name} of the adapter is {tuple(state[name].shape)}; this model needs "

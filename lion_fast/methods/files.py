@@ -8,7 +8,6 @@ A pruned matrix X is three tensors: X#bits (its mask, a bit per entry), X#kept (
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from lion_fast import __version__
 from lion_fast.backbones import Backbone
-from lion_fast.errors import AdapterError
-from lion_fast.files import write_atomically
+from lion_fast.errors import AdapterError, shown
+from lion_fast.files import write_together
+from lion_fast.options import parse_json, read_file
 from lion_fast.pruning.packing import is_packed, pack_state, unpack_state
 
 FORMAT = "lion_fast.adapter"
@@ -36,8 +36,9 @@ def write_adapter(
 ) -> None:
     """Write a model's description and tensors into `directory`, made where missing.
 
-    Each file is written beside its place and moved over it, so a reader never meets half a file, and the
-    description names the tensors' hash, so files of two saves are never taken for one adapter.
+    Both files are written beside their places and then moved over them, so a reader never meets half a file
+    and a save that fails leaves the adapter that was there. The description names the tensors' hash, so files
+    of two saves are never taken for one adapter.
     Raises `AdapterError` where the directory cannot be written, a tensor is NaN or Inf (nothing is written
     then) or the description is not plain data.
     """
@@ -47,7 +48,7 @@ def write_adapter(
         raise AdapterError(
             f"not saved: {', '.join(bad)} hold NaN or Inf; lower the learning rate and train again"
         )
-    about = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    about = {"format": f"{FORMAT} {FORMAT_VERSION}"}  # one name: several come in any order
     tensors = safetensors.torch.save(pack_state(state), about)
     try:
         text = json.dumps(
@@ -59,8 +60,7 @@ def write_adapter(
         raise AdapterError(f"not saved: the description of the model is not plain JSON ({error})") from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / TENSORS, tensors)
-        write_atomically(directory / DESCRIPTION, f"{text}\n")
+        write_together({directory / TENSORS: tensors, directory / DESCRIPTION: f"{text}\n"})
     except OSError as error:
         raise AdapterError(
             f"the adapter cannot be written to {directory}: {error.strerror or error}; "
@@ -100,7 +100,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     raw = {}
     for name in (DESCRIPTION, TENSORS):
         try:
-            raw[name] = (directory / name).read_bytes()
+            raw[name] = read_file(directory / name)
         except FileNotFoundError as error:
             raise AdapterError(
                 f"no {name} in {directory}; give a directory that save_adapter wrote: "
@@ -111,14 +111,14 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
 
     path = directory / DESCRIPTION
     try:
-        description = json.loads(raw[DESCRIPTION])
+        description = parse_json(raw[DESCRIPTION])
     except ValueError as error:
         raise AdapterError(f"{path} is not JSON (truncated, or not an adapter): {error}; {again}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise AdapterError(f"{path} does not describe a lion-fast adapter; {again}")
     version = description.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise AdapterError(f"{path} has no valid format_version (got {version!r}); {again}")
+        raise AdapterError(f"{path} has no valid format_version (got {shown(version)}); {again}")
     if version > FORMAT_VERSION:
         raise AdapterError(
             f"{path} has format version {version}; this lion-fast {__version__} reads up to "
@@ -129,7 +129,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     path = directory / TENSORS
     try:
         state = safetensors.torch.load(raw[TENSORS])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except Exception as error:  # of safetensors, and of torch for a dtype or shape that it lacks
         raise AdapterError(
             f"{path} is not a readable safetensors file ({error}): truncated? {again}"
         ) from error
@@ -144,8 +144,9 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     if bad := not_finite(state):
         raise AdapterError(f"{path}: {', '.join(bad)} holds NaN or Inf; train the adapter again")
     head = state.get("head.weight")
-    if head is None or head.shape[0] != description["num_classes"]:
-        told = "no head" if head is None else f"a head of {head.shape[0]} outputs"
+    if head is None or head.ndim != 2 or head.shape[0] != description["num_classes"]:
+        is_matrix = head is not None and head.ndim == 2
+        told = f"a head of {head.shape[0]} outputs" if is_matrix else "no head"
         raise AdapterError(
             f"{path} has {told}; {DESCRIPTION} says num_classes={description['num_classes']}; {again}"
         )
@@ -165,18 +166,19 @@ def _check_fields(path: Path, description: dict) -> None:
     for key, kind in wanted.items():
         if not isinstance(description.get(key), kind):
             raise AdapterError(f"{path}: {key} is missing or no {kind.__name__}; save the adapter again")
-    classes = description.get("classes")
-    if classes is not None and (not isinstance(classes, list) or len(classes) != description["num_classes"]):
-        raise AdapterError(f"{path}: classes do not count num_classes={description['num_classes']} names")
+    classes, number = description.get("classes"), description["num_classes"]
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if classes is not None and not (names and len(classes) == number):
+        raise AdapterError(
+            f"{path}: classes are not num_classes={shown(number)} names; save the adapter again"
+        )
     backbone = description["backbone"]
     if not isinstance(backbone.get("name"), str) or not isinstance(backbone.get("sha256"), str):
         raise AdapterError(f"{path}: the backbone lacks its name or sha256; save the adapter again")
     normalisation = description["normalisation"]
     for key in ("mean", "std"):
         values = normalisation.get(key)
-        if not isinstance(values, list) or not all(
-            isinstance(v, (int, float)) and math.isfinite(v) for v in values
-        ):
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) for v in values):
             raise AdapterError(
                 f"{path}: normalisation {key} is not a list of numbers; save the adapter again"
             )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.errors import OptionError, check_choice, check_whole
+from lion_fast.errors import OptionError, check_choice, check_seed, check_whole
 from lion_fast.options import CRITERIA
-from lion_fast.pruning.masks import SEEDS, check_target, find_layers, find_matrices, select
+from lion_fast.pruning.masks import check_target, find_layers, find_matrices, select
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def prune_once(
     check_choice("criterion", criterion, CRITERIA)
     matrices = find_matrices(find_layers(target))
     check_target(matrices, keep, granularity, block, scope, trained=False)
-    check_whole("seed", seed, *SEEDS)
+    check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     scores: dict[str, Tensor] = {}
     for m in matrices:

@@ -14,9 +14,6 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import OptionError, check_choice, check_number
 from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
 
-# What a generator of torch takes.
-SEEDS = -(2**63), 2**64 - 1
-
 
 class Matrix(NamedTuple):
     """One prunable matrix: its layer's name and module, and its own name in it."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.equilibrium.masked import Masked
-from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_whole
+from lion_fast.errors import CheckpointError, OptionError, check_choice, check_number, check_seed, check_whole
 from lion_fast.options import CRITERIA
 from lion_fast.pruning.counts import count_parameters
-from lion_fast.pruning.masks import SEEDS, Matrix, check_target, find_layers, find_matrices, select
+from lion_fast.pruning.masks import Matrix, check_target, find_layers, find_matrices, select
 
 PHASES = ("dense", "robust", "frozen", "hard")
 
@@ -93,7 +93,7 @@ class RobustPruner:
         seed: int = 0,
     ) -> None:
         check_choice("criterion", criterion, CRITERIA)
-        check_whole("seed", seed, *SEEDS)
+        check_seed("seed", seed)
         check_whole("total_steps", total_steps)
         refresh = max(1, total_steps // 20) if refresh is None else refresh
         ema = refresh if ema is None else ema

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from lion_fast.errors import DataError, LionError, OptionError, check_choice
 from lion_fast.studies import runner
 from lion_fast.studies.grid import STAGES, Grid, Item, same_options
-from lion_fast.studies.rows import Store
+from lion_fast.studies.rows import Store, of_rows
 from lion_fast.studies.work import Workshop, draw_key
 
 Only = Mapping[str, Sequence[str]]
@@ -109,11 +109,13 @@ class Plan(runner.Plan[Item]):
                 self._check_images("final", set_label, grid.seeds[0])
         for cell in cells:
             self.tunes |= {item.run: item for item in grid.tuning(*cell)}
-        for item in grid.everything(cells):
-            row = store.get(home.key(item))
-            if row is not None and grid.is_current(item, row) and self._is_same_model(item, row):
-                self._check_images(item.stage, item.set, item.seed, row)
-                self.rows[item.run] = row
+        with of_rows(store.path):
+            for item in grid.everything(cells):
+                row = store.get(home.key(item))
+                if row is not None and grid.is_current(item, row) and self._is_same_model(item, row):
+                    self._check_images(item.stage, item.set, item.seed, row)
+                    self.rows[item.run] = row
+            self._wanted()
         self.held = sum(run in self.rows for run in self._wanted()[0])
 
     def _is_same_model(self, item: Item, row: Mapping) -> bool:

@@ -125,7 +125,7 @@ class Grid:
 
     def named(self, set_label: str) -> dict[str, Any]:
         """What stands for a set's images in a run's hash."""
-        return {k: v for k, v in self.sets[set_label].data.items() if k != "cache"}
+        return {k: v for k, v in self.sets[set_label].data.items() if k not in ("cache", "duplicates")}
 
     def draw(self, stage: str, set_label: str, seed: int) -> dict[str, Any]:
         """The arguments of `load_data` for the runs of a stage with a seed."""

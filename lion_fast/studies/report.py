@@ -10,7 +10,7 @@ from lion_fast.files import write_atomically
 from lion_fast.studies import plots
 from lion_fast.studies.grid import Grid
 from lion_fast.studies.markdown import sources, table
-from lion_fast.studies.rows import read_rows
+from lion_fast.studies.rows import of_rows, read_rows
 from lion_fast.studies.statistics import RESAMPLES, Estimate
 from lion_fast.studies.tables import Cell, Results
 
@@ -23,10 +23,11 @@ def write(grid: Grid, out: str | os.PathLike) -> Path:
     """Write report.md and the plots of the rows in `out`; the path of the report."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    results = Results(grid, read_rows(out))
-    drawn = plots.draw_all(results, out)
     path = out / NAME
-    write_atomically(path, markdown(results, drawn))
+    with of_rows(out):
+        results = Results(grid, read_rows(out))
+        text = markdown(results, plots.draw_all(results, out))
+    write_atomically(path, text)
     return path
 
 

@@ -7,13 +7,13 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lion_fast.errors import DataError, OptionError
+from lion_fast.errors import DataError, LionError, OptionError
 from lion_fast.files import lock, writing
 
 NAME = "rows.jsonl"
@@ -92,6 +92,23 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     return list(_put({}, [*_read_old(old), *(_parse(new)[0] if new.exists() else ())]).values())
 
 
+@contextlib.contextmanager
+def of_rows(path: str | os.PathLike) -> Iterator[None]:
+    """Raise `DataError` where what is read of rows in files is not there, or is of another kind.
+
+    Rows are as deep as a study makes them: who wrote others, or edited some, is told where they lie.
+    """
+    try:
+        yield
+    except LionError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} holds rows that are not of this study, or that somebody edited ({type(error).__name__}: "
+            f"{error}); remove them, or choose another place (--debug shows where)"
+        ) from error
+
+
 def _files(path: str | os.PathLike) -> tuple[Path, Path]:
     """The older file and the one that is written to."""
     path = Path(path)
@@ -129,7 +146,7 @@ def _parse(path: Path) -> tuple[list[dict], int]:
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             row = None
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("key", ""), str):
             if number < len(lines):
                 raise DataError(f"line {number} of {path} is no row; repair or remove the line")
             print(

@@ -57,7 +57,7 @@ class TrainConfig(Options):
         "of order, augmentation and dropout; each is a pure function of it and of the epoch, step or image "
         "it is for, so nothing random has to be stored to resume",
         least=0,
-        most=2**63 - 1,
+        most=2**64 - 1,
     )
     deterministic: bool = setting(False, "ask torch for deterministic algorithms only")
     early_stop: int = setting(

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lion_fast.errors import CheckpointError, WriteError
+from lion_fast.errors import CheckpointError, WriteError, check_kind, check_path
 from lion_fast.files import output_folder
 from lion_fast.training import checkpoints
 from lion_fast.training.accelerator import make_accelerator
@@ -23,6 +24,7 @@ from lion_fast.training.epoch import end_epoch, patience_is_over
 from lion_fast.training.features import FeatureStore
 from lion_fast.training.logs import Logs
 from lion_fast.training.memory import PeakMemory
+from lion_fast.training.metrics import NotFinite
 from lion_fast.training.order import derive_seed, deterministic, private_generators, seed_everything
 from lion_fast.training.result import FitResult, finish
 from lion_fast.training.setup import Setup, set_up
@@ -77,6 +79,10 @@ def fit(
         >>> model = lion_fast.create("vit_tiny_patch16_224", "lion", num_classes=10)  # doctest: +SKIP
         >>> fit(model, lion_fast.load_data("photos/"), TrainConfig(epochs=5), "runs/a")  # doctest: +SKIP
     """
+    check_kind("model", model, nn.Module)
+    check_kind("config", config, TrainConfig, NoneType)
+    check_kind("resume", resume, bool, str)
+    check_path("out_dir", out_dir)
     config, store, out_dir = config or TrainConfig(), store or FeatureStore(), Path(out_dir)
     check_run(model, splits, config)
     name_classes(model, splits)
@@ -190,12 +196,16 @@ class _Run:
     def _end_epoch(self) -> None:
         setup, state, config = self.setup, self.state, self.setup.config
         alone = setup.accelerator.num_processes == 1
+        self._check_finite()
         try:
             end_epoch(setup, state, self.interruption.leave_if_asked if alone else None)
         except Leave:
             raise Interrupted(self._save()) from None
+        except NotFinite as error:
+            raise self._not_finite(
+                state.step - 1, "an output for the validation images is not finite"
+            ) from error
         self._log(self.logs.add_epoch, state.history)
-        self._check_finite()
         epochs, every = config.checkpoint_epochs, config.checkpoint_every
         if (epochs and len(state.history) % epochs == 0) or (every and state.step % every == 0):
             self._save()

@@ -10,7 +10,7 @@ from typing import Any
 from lion_fast.files import write_atomically
 from lion_fast.studies import markdown as common
 from lion_fast.studies.figures import figure_at
-from lion_fast.studies.rows import read_rows
+from lion_fast.studies.rows import of_rows, read_rows
 from lion_fast.studies.statistics import wilson
 from lion_fast.studies.vtab.protocol import LARGEST_GRID
 from lion_fast.studies.vtab.tasks import GROUPS, absent, differences
@@ -78,8 +78,10 @@ def write(folder: str | os.PathLike, *, plot: bool = True) -> dict[str, Any]:
     """Write report.md of the rows in a folder, and accuracy.png where one is of a test; the summary."""
     folder = Path(folder)
     rows = [row for row in read_rows(folder) if row.get("stage") in ("tune", "final")]
-    summary = summarize(rows)
-    write_atomically(folder / REPORT_NAME, markdown(rows, summary))
+    with of_rows(folder):
+        summary = summarize(rows)
+        text = markdown(rows, summary)
+    write_atomically(folder / REPORT_NAME, text)
     if plot and summary["n"]:
         accuracy_by_task(summary, folder / PLOT_NAME, title=_title(rows[0]["protocol"]))
     return summary

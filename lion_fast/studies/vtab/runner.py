@@ -11,7 +11,7 @@ from lion_fast.errors import DataError, OptionError
 from lion_fast.methods.files import describe_images
 from lion_fast.studies import experiment
 from lion_fast.studies.grid import Item
-from lion_fast.studies.rows import Store, read_rows
+from lion_fast.studies.rows import Store, of_rows, read_rows
 from lion_fast.studies.runner import tell
 from lion_fast.studies.vtab import old, report, tasks
 from lion_fast.studies.vtab.protocol import Protocol, TaskGrid
@@ -27,6 +27,7 @@ def run(
     resume: bool = False,
     check: str = "header",
     strict: bool = False,
+    duplicates: str = "content",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Run a protocol on task folders; returns the summary, see `report.summarize`.
@@ -43,7 +44,8 @@ def run(
             `runs/` (the curves of each run).
         resume: Go on from the rows and checkpoints in `out`.
         check: What is checked of every image file, see `load_data`.
-        strict: An unreadable image is an error and not skipped.
+        strict: An image that is unreadable, or stands in two parts or classes, is an error.
+        duplicates: What is looked for as standing in two, see `load_data`.
         progress: Show progress bars on stderr.
 
     Raises:
@@ -61,18 +63,18 @@ def run(
         **describe_images(backbone),
     }
     there = _rows_there(out, resume)
-    grids = {
-        task: protocol.on(task, folder, about, check=check, strict=strict) for task, folder in folders.items()
-    }
+    reading = {"check": check, "strict": strict, "duplicates": duplicates}
+    grids = {task: protocol.on(task, folder, about, **reading) for task, folder in folders.items()}
     if there:
         here = {"protocol": protocol.describe(), "backbone": about}
-        _check_same(out, there[0]["protocol"], json.loads(json.dumps(here)))
+        with of_rows(out):
+            _check_same(out, there[0]["protocol"], json.loads(json.dumps(here)))
     made: dict = {}  # what one task's check built, the next need not
     homes = {task: _workshop(grid, backbone, out, progress, made) for task, grid in grids.items()}
     for home in homes.values():
         experiment.check_models(home, home.grid.cells())
     if before := [row for row in there if "phase" in row]:
-        with Store(out) as store:
+        with Store(out) as store, of_rows(out):
             new = (old.modern(row, protocol, about) for row in before)
             store.add(*(row for row in new if row["key"] not in store))
     tell(f"{protocol.method} on {backbone.name}: {len(folders)} of 19 tasks, seeds {list(protocol.seeds)}")
