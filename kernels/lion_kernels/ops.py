@@ -53,7 +53,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, stat
     return "torch"
 
 
-# A constant of a compiled graph: what torch.compiler.assume_constant_result says, which loads the compiler
+# A constant of a graph: what torch.compiler.assume_constant_result sets, whose import costs a second.
 resolve_backend._dynamo_marked_constant = True
 
 
