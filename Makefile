@@ -25,7 +25,7 @@ test: $(INSTALLED) lint  ## all tests that a machine without a GPU can run
 test-quick: $(INSTALLED)  ## the tests that take seconds
 	$(RUN) -m pytest -m 'not slow'
 
-# OLDEST: a Python that the oldest releases have wheels for
+# OLDEST: a Python that the oldest releases have wheels for. The tools of bench/ need a Triton that compiles the kernels.
 OLDEST ?= python3.10
 OLD := build/oldest
 $(OLD)/.installed: setup.py pyproject.toml
@@ -36,7 +36,7 @@ $(OLD)/.installed: setup.py pyproject.toml
 	touch $@
 
 versions: $(INSTALLED) $(OLD)/.installed  ## the tests on the oldest releases that setup.py allows; adapters to and fro
-	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow'
+	OMP_NUM_THREADS=1 $(OLD)/bin/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow' --ignore tests/bench
 	rm -rf build/adapters
 	$(OLD)/bin/python tests/exchange.py write build/adapters/oldest
 	$(RUN) tests/exchange.py write build/adapters/newest

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lion_fast.errors import OptionError, WeightsError, WriteError
@@ -41,13 +41,21 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     Readers see the old content or the new one, also after a power failure. What fails leaves the old one and
     raises `WriteError`.
     """
-    path = Path(path)
-    work = path.with_name(f".{path.name}-{os.getpid()}")
-    with writing(path):
-        try:
-            write_synced(work, data.encode() if isinstance(data, str) else data)
-            os.replace(work, path)
-        finally:
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike, bytes | str]) -> None:
+    """`write_atomically` for files that belong together: none is replaced before all are on the disk."""
+    works = {Path(path): Path(path).with_name(f".{Path(path).name}-{os.getpid()}") for path in files}
+    try:
+        for (path, work), data in zip(works.items(), files.values(), strict=True):
+            with writing(path):
+                write_synced(work, data.encode() if isinstance(data, str) else data)
+        for path, work in works.items():
+            with writing(path):
+                os.replace(work, path)
+    finally:
+        for work in works.values():
             with contextlib.suppress(OSError):
                 work.unlink(missing_ok=True)
 

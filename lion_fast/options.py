@@ -31,6 +31,10 @@ from lion_fast.errors import (
 # How images are brought to the backbone's size: short side and centre, or both sides.
 RESIZE = ("crop", "direct")
 CHECK = ("header", "decode", "none")
+# The split of a run, image by image, in its output folder.
+RECORD = "split.csv"
+# Which images count as one that is there twice.
+DUPLICATES = ("content", "near", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")

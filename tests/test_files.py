@@ -78,6 +78,16 @@ def test_what_cannot_be_written_is_told_with_its_name(tmp_path, name):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(WriteError):
+        files.write_together({tmp_path / "a": "new", tmp_path / "none" / "b": "new"})
+    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+    files.write_together({tmp_path / "a": "new", tmp_path / "b" / "c": b"new"})
+    assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "new"
+
+
 def test_an_output_is_never_what_is_read(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "run").mkdir()

@@ -21,10 +21,10 @@ BACKENDS = ("auto", "torch", "triton")
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, state_dim: int) -> str | None:
     """The reason why the Triton kernels cannot serve this call, or None."""
-    if reason := present.triton_missing():
-        return reason
     if device.type != "cuda" and not present.interpreted():
         return f"the tokens are on {device.type}, and the kernels need a CUDA device"
+    if reason := present.triton_missing():
+        return reason
     # What does not stay on chip takes one launch per step.
     return launch.why_not(dtype, state_dim) and launch_step.why_not(dtype, state_dim)
 
@@ -34,6 +34,7 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+@torch.compiler.assume_constant_result
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, state_dim: int) -> str:
     """'triton' or 'torch' for a requested backend.
 

@@ -10,11 +10,20 @@ from torch import Tensor
 
 from lion_kernels import launch
 
+# The first release that compiles every kernel: on some, the compilers of 3.2 and 3.5 end the process
+OLDEST = (3, 6)
+
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why there is no Triton, or None."""
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    """Why there is no Triton that compiles the kernels, or None; the interpreter takes older ones."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton
+
+    if interpreted() or tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST:
+        return None
+    return f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or newer; {triton.__version__} is installed"
 
 
 def interpreted() -> bool:

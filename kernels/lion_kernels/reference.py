@@ -110,6 +110,18 @@ def flag_rows(change: Tensor, result: Tensor) -> Tensor:
     return torch.where((result * 0).sum(1) == 0, change, torch.inf)
 
 
+def unit_rows(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g [B, N] with rows of size near 1, and the powers of two [B, 1] they were divided by.
+
+    An adjoint is linear and as small or large as the loss: so no square under- or overflows, and no bit
+    of a mantissa changes.
+    """
+    size = g.abs().sum(1, keepdim=True)
+    exponent = torch.frexp(size).exponent.clamp(-100, 100)
+    scale = torch.where(torch.isfinite(size), torch.ldexp(torch.ones_like(size), exponent), 1.0)
+    return g / scale, scale
+
+
 def iterate(
     step: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     state: Tensor,
@@ -223,7 +235,7 @@ def adjoint(
     A, W, _, V, _ = _pad_parameters(*(t.to(acc) for t in (A, W, A[:, 0], V, V[:, 0])))
     p = _pad(p.to(acc), ROW_TILE, WIDTH_TILE)
     slope = grad(p)
-    g = _project(grad_out, V.T, acc)
+    g, scale = unit_rows(_project(grad_out, V.T, acc))
 
     def step(y: Tensor, k: int) -> tuple[Tensor, Tensor]:
         new = torch.addmm(g, slope * y, W)
@@ -235,7 +247,7 @@ def adjoint(
     if terms > 0:
         y, new, change, count = iterate(step, y, terms, tol, damping, ADJOINT_FLOOR)
         y = torch.where(torch.isfinite(change), y + damping * (new - y), y)
-    t = slope * y
+    t = slope * y * scale
     dx = (t @ A)[:rows, :width]
     t, z, grad_out = t[:rows, :state], phi(p[:rows, :state]), grad_out.to(acc)
     dx = (grad_out + dx if residual else dx).to(x.dtype)

@@ -139,7 +139,8 @@ def solve_wide(
 
 def _row_scales(grad_out: Tensor, V: Tensor | BlockSparse) -> Tensor:
     """A power of two per row, near the size of the entries of grad_out V; 1 for a row of zeros."""
-    norms = torch.linalg.vector_norm(grad_out, dim=1, dtype=torch.float32)
+    wide = torch.float64 if grad_out.dtype == torch.float32 else torch.float32  # squares stay in range
+    norms = torch.linalg.vector_norm(grad_out, dim=1, dtype=wide).float()
     values = V.values if isinstance(V, BlockSparse) else V
     root = (V.shape[0] * V.shape[1]) ** 0.5
     size = norms * torch.linalg.vector_norm(values, dtype=torch.float32) / root
@@ -179,7 +180,7 @@ def adjoint_wide(
     records = _Rows(x, config, state)
     # [N, K] with K contiguous, as the product wants its second operand.
     inject, recur = (_Weight.of(t.T, d, records.done) for t, d in ((V, x.dtype), (W, kinds.operand)))
-    scale = _row_scales(grad_out, V) if x.dtype != torch.float32 else x.new_ones(rows)
+    scale = _row_scales(grad_out, V)
     g = x.new_empty(rows, state, dtype=torch.float32)
     y = x.new_empty(2, rows, state, dtype=kinds.state)
     u = x.new_empty(2, rows, state, dtype=kinds.operand)

@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.weights import OWN_WEIGHTS
-from lion_fast.errors import BackboneError, DataError, check_choice
+from lion_fast.errors import BackboneError, DataError, OptionError, check_choice, check_number, check_whole
 from lion_fast.options import RESIZE, sides
 
 SUPPORTED = {
@@ -126,7 +126,14 @@ class Backbone(nn.Module):
         self.mean = tuple(mean or config["mean"])
         self.std = tuple(std or config["std"])
         self.interpolation = interpolation or config["interpolation"]
+        if len(self.mean) != len(self.std):
+            raise OptionError(f"mean and std must be of as many channels; got {self.mean} and {self.std}")
+        for value in self.mean:
+            check_number("mean", value)
+        for value in self.std:
+            check_number("std", value, above=0)
         self.crop_pct = crop_pct or config["crop_pct"]
+        check_number("crop_pct", self.crop_pct, above=0)
         self.crop_mode = config["crop_mode"]
         check_choice("resize", resize, RESIZE)
         self.resize = resize
@@ -272,6 +279,7 @@ class Backbone(nn.Module):
         A ViT's map holds its patch tokens behind block `at`, without prefix tokens and norm; a Swin's is what
         stage `at` gives, a CNN's the same by timm's `feature_info`.
         """
+        check_whole("at", at, 0, len(self.map_widths) - 1)
         model = self.model
         if self.family == "cnn":
             # counted from the end: a ConvNeXt of timm before 1.0.16 counts its stem too

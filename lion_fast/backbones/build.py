@@ -163,6 +163,7 @@ def on_grid_from_hub(model: nn.Module) -> None:
             loading.on_grid(model, {"pos_embed": pos})
 
 
+@loading.weights_only()
 def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.Module:
     kwargs = dict(timm_kwargs)
     hosted = ":" in name  # "hf-hub:..." and the like: timm resolves them

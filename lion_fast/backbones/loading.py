@@ -1,10 +1,12 @@
 """Weights from a file into a model: read without running code, fitted strictly."""
 
+import contextlib
 import math
+import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             head = file.read(8)
         reason = " ".join(str(error).split())[:300]
+        if "weights_only" in reason:  # torch's advice is to let the file run code
+            reason = "it holds something else than tensors, and nothing of it is executed"
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes, begins with {head!r}) is not a readable {suffix} weights "
             f"file, or it is truncated: {reason}"
@@ -115,6 +119,20 @@ _READERS = {
     ".pt": _read_torch,
     ".bin": _read_torch,
 }
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """`torch.load` runs no code, whatever it is asked: timm 1.0.16 asks for all that is in a `local-dir:`."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def load_into(model: nn.Module, path: str | Path, *, adapt: bool = False) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from lion_fast.backbones import Backbone
+    from lion_fast.data.duplicates import Stored
+    from lion_fast.data.record import Record
     from lion_fast.methods import TunedModel
 
 _FLAGS = {"options": "--set", "backbone_options": "--backbone-set"}
@@ -219,6 +221,30 @@ def load_run(
     if weights is None and not settings.model.pretrained and settings.model.weights is None:
         backbone = settings.model.load_backbone(settings.train.seed)  # random: its seed makes it again
     return load_adapter(folder, backbone, device=on, weights=weights), settings, folder
+
+
+def tell_trained(
+    record: "Record | None", settings: Settings, given: Sequence[str], images: Sequence["Stored"]
+) -> int | None:
+    """How many of these images the adapter was trained on, said where there are some; None where unknown.
+
+    given: what the command was told to read. images: paths, or pixels.
+    """
+    from lion_fast.data.record import count_trained
+
+    own = settings.data.data
+    if record is not None:
+        count = count_trained(record, images, own)
+        if count:
+            say(f"{count:,} of these {len(images):,} images are training images of this adapter")
+        return count
+    if own:
+        home = Path(os.path.realpath(own))
+        for place in map(Path, map(os.path.realpath, given)):
+            if place == home or place in home.parents or home in place.parents:
+                say(f"{own} is what this adapter was trained on; which of the images is not written down")
+                break
+    return None
 
 
 def find_images(given: Sequence[str]) -> list[Path]:

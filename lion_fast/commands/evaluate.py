@@ -6,8 +6,10 @@ examples:
 """
 
 import argparse
+import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lion_fast.commands.common import (
     add_adapter,
@@ -16,6 +18,7 @@ from lion_fast.commands.common import (
     given_settings,
     load_run,
     running,
+    tell_trained,
 )
 from lion_fast.errors import DataError, OptionError
 from lion_fast.training.settings import DataSettings
@@ -47,9 +50,10 @@ def run(args: argparse.Namespace) -> dict:
         raise OptionError(
             f"{folder} has no config.yaml beside it that names its data: name the DATA to evaluate"
         )
-    images, where = _images(args, model, settings)
+    images, about = _images(args, model, settings, folder.parent)
     metrics = evaluate(model, images.with_transform(transforms(model.backbone)), **running(args))
-    result = {"adapter": str(folder), "data": where} | metrics.to_dict(model.classes)
+    result = {"adapter": str(folder), **about} | metrics.to_dict(model.classes)
+    where = about["data"]
     if not args.json:
         print(f"{where}: {metrics.n:,} images, {metrics.images_per_second:.1f} a second")
         print(f"accuracy           {metrics.accuracy:.4f}")
@@ -62,19 +66,39 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def _images(args: argparse.Namespace, model: "TunedModel", settings: "Settings") -> tuple["ImageSet", str]:
-    """The images asked for, and what they are called."""
-    from lion_fast.data import load_images
+def _images(
+    args: argparse.Namespace, model: "TunedModel", settings: "Settings", run: Path
+) -> tuple["ImageSet", dict[str, Any]]:
+    """The images asked for, and what they are: "data", what has changed, how many were trained on."""
+    from lion_fast.data import OFFLINE, load_images
+    from lion_fast.data.record import record_of, refuse_other
 
     own = given_settings(args, DataSettings)
+    record, described = record_of(run)
     if data := own.pop("data", None):
         images = load_images(data, classes=model.classes, split=args.split, **own)
-        return images, f"{data} ({args.split})" if args.split else data
-    splits = replace(settings.data, **own).load(settings.train.seed)
-    split, data = args.split or ("test" if splits.test else "val"), settings.data.data
-    images = getattr(splits, split)
-    if not images:
-        raise DataError(f"{data} as the adapter was trained on it has no {split} images")
-    if model.classes is not None and splits.classes != model.classes:
-        raise DataError(f"{data} has other classes by now than the adapter was trained on")
-    return images, f"{data} ({split})"
+        about: dict[str, Any] = {"data": f"{data} ({args.split})" if args.split else data}
+    else:
+        data = settings.data.data or ""
+        if data not in OFFLINE and not os.path.exists(os.path.expanduser(data)):
+            raise DataError(
+                f"{data} is not there, which the adapter was trained on: name the DATA to evaluate, or write "
+                f"where it is now to data: in {run / 'config.yaml'}"
+            )
+        source = replace(settings.data, duplicates="none", **own)
+        split = args.split
+        if record is not None:
+            split = split or ("test" if record.parts["test"] else "val")
+            splits = source.load(record=record, needed=(split,))
+        else:
+            splits = source.load(settings.train.seed)
+            refuse_other(run, described, splits.description)
+            split = split or ("test" if splits.test else "val")
+        images = getattr(splits, split)
+        if not images:
+            raise DataError(f"{data} as the adapter was trained on it has no {split} images")
+        if model.classes is not None and splits.classes != model.classes:
+            raise DataError(f"{data} has other classes by now than the adapter was trained on")
+        about = {"data": f"{data} ({split})", "changes": splits.description.get("changes", {})}
+    given = [args.data] if args.data else []
+    return images, about | {"training_images": tell_trained(record, settings, given, images.stored())}

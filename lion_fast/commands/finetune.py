@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,9 @@ from lion_fast.commands.common import (
     is_main_process,
     say,
 )
-from lion_fast.errors import OptionError
+from lion_fast.errors import CheckpointError, OptionError
 from lion_fast.files import output_folder, refuse_overwriting, write_atomically
-from lion_fast.options import default_of, in_words, read_settings
+from lion_fast.options import RECORD, default_of, in_words, read_settings
 from lion_fast.training.settings import PARTS, DataSettings, Settings
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # What a run writes into its folder
 WRITTEN = (
-    "config.yaml", "splits.json", "checkpoints", "metrics.csv", "steps.csv", "tensorboard", "adapter",
+    "config.yaml", RECORD, "splits.json", "checkpoints", "metrics.csv", "steps.csv", "tensorboard", "adapter",
     "results.json",
 )  # fmt: skip
 
@@ -69,42 +69,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, save the adapter, evaluate on the test split."""
-    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
-
     layers = {args.config: read_settings(Path(args.config), "config file")} if args.config else {}
     layers["the command line"] = given_settings(args, *PARTS.values()) | {"out": args.out}
     settings = Settings.from_layers(layers)
-    settings.check()
-    if settings.train.device:
-        find_device(settings.train.device)
-    out = Path(settings.out)
-    if not args.resume:  # which writes no settings, and goes on where it was
-        config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
-        refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
-    main_process = is_main_process()
     try:
-        with output_folder(out) if main_process else contextlib.nullcontext():
-            prepare_output(out, resume=args.resume, overwrite=args.overwrite)
-            return _train(args, settings, out, main_process)
+        return _locked(args, settings, Path(settings.out))
     except KeyboardInterrupt as error:
+        out = Path(settings.out)
         error.hint = "nothing is trained yet: the same command begins anew"
-        if list_checkpoints(out / FOLDER):
+        if any((out / "checkpoints").glob("step-*")):
             config = shlex.quote(str(out / "config.yaml"))
             error.hint = f"resume with: lion-fast finetune --config {config} --resume"
         raise
 
 
+def _locked(args: argparse.Namespace, settings: Settings, out: Path) -> dict:
+    """Train with the output folder locked."""
+    from lion_fast.training.checkpoints import FOLDER, list_checkpoints, prepare_output
+
+    settings.check()
+    if settings.train.device:
+        find_device(settings.train.device)
+    if not args.resume:  # which writes no settings, and goes on where it was
+        config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
+        refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
+    main_process = is_main_process()
+    with output_folder(out) if main_process else contextlib.nullcontext():
+        prepare_output(out, resume=args.resume, overwrite=args.overwrite)
+        return _train(args, settings, out, main_process)
+
+
 def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process: bool) -> dict:
     from lion_fast.training import fit
 
-    splits = settings.load_data()
+    splits = _resumed(settings, out) if args.resume else settings.load_data()
     settings = settings.with_preset(len(splits.train), len(splits.classes))
     model = settings.create(splits.classes)
     _check_backend(model, settings)
     if main_process:
         if not (args.resume and (out / "config.yaml").is_file()):
             # a resumed run keeps what it was started with: this command may yet be refused
-            settings.save(out / "config.yaml")
+            splits.save(out / RECORD)
+            replace(settings, data=settings.data.located()).save(out / "config.yaml")
             write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
     how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
@@ -118,6 +124,27 @@ def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process
             _tell_end(result, fitted)
     _end_process_group()
     return result
+
+
+def _resumed(settings: Settings, out: Path) -> "Splits":
+    """The images of the run in the output folder: those that it began with."""
+    from lion_fast.data.record import record_of, refuse_other
+
+    record, described = record_of(out)
+    if record is None:
+        splits = settings.load_data()
+        refuse_other(out, described, splits.description)
+        return splits
+    if (out / "config.yaml").is_file():
+        before = Settings.load(out / "config.yaml")
+        was, now = before.data.draws(before.train.seed), settings.data.draws(settings.train.seed)
+        told = [f"{name} was {was[name]}, now {now[name]}" for name in was if was[name] != now[name]]
+        if told:
+            raise CheckpointError(
+                f"the run in {out} has another split: {'; '.join(told)}. Resume with the options it was "
+                "begun with, or choose another output folder"
+            )
+    return settings.data.load(record=record)
 
 
 def _check_backend(model: "TunedModel", settings: Settings) -> None:

@@ -11,7 +11,16 @@ import io
 import sys
 from pathlib import Path
 
-from lion_fast.commands.common import NAMES, add_adapter, add_running, find_images, load_run, running, say
+from lion_fast.commands.common import (
+    NAMES,
+    add_adapter,
+    add_running,
+    find_images,
+    load_run,
+    running,
+    say,
+    tell_trained,
+)
 from lion_fast.errors import DataError, check_whole
 from lion_fast.files import refuse_overwriting
 
@@ -32,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Classify images; unreadable ones are skipped, counted and named."""
+    from lion_fast.data.record import record_of
     from lion_fast.training import predict_files
 
     check_whole("--top-k", args.top_k)
-    model, _, folder = load_run(args.adapter, args.device, args.weights)
+    model, settings, folder = load_run(args.adapter, args.device, args.weights)
     paths = find_images(args.images)
     if args.out != "-":
         refuse_overwriting(args.out, [*paths, args.weights, *folder.iterdir()])
+    trained = tell_trained(record_of(folder.parent)[0], settings, args.images, [str(path) for path in paths])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]
     k = min(args.top_k, len(classes))
@@ -62,6 +73,7 @@ def run(args: argparse.Namespace) -> dict:
     return {
         "adapter": str(folder),
         "images": len(paths),
+        "training_images": trained,
         "skipped": [{"path": str(path), "reason": reason} for path, reason in failed],
         "predictions": rows,
     }

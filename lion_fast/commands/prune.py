@@ -14,10 +14,10 @@ from typing import Any
 from lion_fast.commands.common import adapter_folder, add_adapter, add_device, load_run
 from lion_fast.errors import OptionError
 from lion_fast.files import output_folder, refuse_overwriting, write_atomically
-from lion_fast.options import BLOCKS, GRANULARITIES, SCOPES
+from lion_fast.options import BLOCKS, GRANULARITIES, RECORD, SCOPES
 
 # Files of a run that its pruned adapter keeps
-SETTINGS = ("config.yaml", "splits.json")
+SETTINGS = ("config.yaml", "splits.json", RECORD)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lion_fast.commands.common import add_progress, add_settings, given_settings, processes, shows_progress
 from lion_fast.errors import OptionError
-from lion_fast.files import refuse_overwriting
+from lion_fast.files import output_folder, refuse_overwriting
 from lion_fast.options import key_lists
 from lion_fast.studies.vtab import DECIDED, SEEDS
 from lion_fast.training.config import TrainConfig
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(
         parser.add_argument_group("model"), ModelSettings, names, resize="direct, as the protocol says"
     )
-    add_settings(parser.add_argument_group("data"), DataSettings, ("check", "strict"))
+    add_settings(parser.add_argument_group("data"), DataSettings, ("check", "strict", "duplicates"))
     names = set(TrainConfig.names()) - DECIDED.keys()
     add_settings(
         parser.add_argument_group("training, for every configuration"),
@@ -79,15 +79,16 @@ def run(args: argparse.Namespace) -> dict:
     folders = tasks.find_tasks(args.root, args.tasks)
     out = Path(args.out or f"runs/vtab-{model.method}")
     refuse_overwriting(out, [args.root])
-    summary = runner.run(
-        folders,
-        model.load_backbone(protocol.seeds[0]),
-        protocol,
-        out,
-        resume=args.resume,
-        progress=shows_progress(args),
-        **given_settings(args, DataSettings),
-    )
+    with output_folder(out):
+        summary = runner.run(
+            folders,
+            model.load_backbone(protocol.seeds[0]),
+            protocol,
+            out,
+            resume=args.resume,
+            progress=shows_progress(args),
+            **given_settings(args, DataSettings),
+        )
     if not args.json:
         print(report.table(summary))
         print(f"\nreport, rows, plot and adapters: {out}")

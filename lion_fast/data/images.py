@@ -135,6 +135,9 @@ class FileImages:
                 f'{error}, or load with check="decode", which finds and skips every such file at the start'
             ) from error
 
+    def stored(self, i: int) -> str:
+        return self.paths[i]
+
 
 class ArrayImages:
     """Images in memory: uint8, (N, H, W) grey or (N, H, W, 3) RGB.
@@ -158,6 +161,9 @@ class ArrayImages:
                 f"image {i} was left out: these files hold a part of the set, made for other draws"
             )
         return Image.fromarray(self.array[i]).convert("RGB")
+
+    def stored(self, i: int) -> np.ndarray | None:
+        return None if self.there is not None and not self.there[i] else self.array[i]
 
 
 class ImageSet(Dataset):
@@ -209,6 +215,10 @@ class ImageSet(Dataset):
         """The i-th image as PIL RGB, before the transform."""
         return self._store.open(int(self._where[i]))
 
+    def stored(self) -> list[str | np.ndarray | None]:
+        """What each image is read from: its path, or uint8 pixels; None where it was left out."""
+        return [self._store.stored(i) for i in self._where.tolist()]
+
     def __getitem__(self, i: int) -> tuple[Any, int]:
         image = self.image(i)
         return (image if self.transform is None else self.transform(image)), int(self.labels[i])
@@ -226,6 +236,21 @@ class ImageSet(Dataset):
         new.labels, new._where, new.classes = self.labels[indices], self._where[indices], list(self.classes)
         new.names, new.transform = [self.names[i] for i in indices.tolist()], transform
         return new
+
+    @classmethod
+    def join(cls, sets: Sequence["ImageSet"]) -> "ImageSet":
+        """The items of sets with the same classes one after the other, without a transform."""
+        if len(sets) == 1:
+            return sets[0].with_transform(None)
+        stored = [one for images in sets for one in images.stored()]
+        if all(isinstance(one, str) for one in stored):
+            store: FileImages | ArrayImages = FileImages(stored)
+        else:
+            there = np.array([one is not None for one in stored])
+            blank = np.zeros_like(next(one for one in stored if one is not None))
+            store = ArrayImages(np.stack([blank if one is None else one for one in stored]), there)
+        names = [name for images in sets for name in images.names]
+        return cls(store, torch.cat([images.labels for images in sets]), sets[0].classes, names)
 
     def counts(self) -> dict[str, int]:
         """Number of items of each class, in class order; classes without items included."""

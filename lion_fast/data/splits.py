@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
+from lion_fast.data.duplicates import SHOWN, find_duplicates
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.published import PUBLISHED, read_vtab
-from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder
-from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed
-from lion_fast.files import cache_dir
-from lion_fast.options import CHECK
+from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
+from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder, some
+from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed, one_line
+from lion_fast.files import cache_dir, say_once
+from lion_fast.options import CHECK, DUPLICATES
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Splits:
     """Three image sets over the same classes; `val` and `test` are None where there is none.
 
     `description` is JSON-able: source, seed, sizes, images of each class, how the split and the
-    draw were made, files that were skipped, licence, and a fingerprint of the exact item lists.
+    draw were made, files that were skipped, images that are there twice, licence, and a fingerprint of the
+    exact item lists. With a record, "changes" says what is not as it was. `unused` names the images of the
+    source that no part holds.
     """
 
     train: ImageSet
@@ -33,6 +37,18 @@ class Splits:
     test: ImageSet | None
     classes: list[str]
     description: dict[str, Any]
+    unused: Sequence[str] = ()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the split down image by image, for `load_data(source, record=path)`.
+
+        A CSV file of path, label, split, class, bytes and sha256, whole or not at all. Every file of the
+        three parts is read once.
+        """
+        write_record(path, self._parts(), self.classes, self.unused)
+
+    def _parts(self) -> dict[str, ImageSet | None]:
+        return {name: getattr(self, name) for name in PARTS}
 
 
 def load_data(
@@ -49,7 +65,10 @@ def load_data(
     classes: Sequence[str] | None = None,
     check: str = "header",
     strict: bool = False,
+    duplicates: str = "content",
     cache: str | os.PathLike | None = None,
+    record: str | os.PathLike | Record | None = None,
+    needed: Collection[str] = PARTS,
 ) -> Splits:
     """Training, validation and test images of a folder, a CSV file or a built-in set.
 
@@ -70,8 +89,16 @@ def load_data(
     error. Where none of them is an integer, integer labels count them from 0. Default: sorted as found.
     check: "header" looks at the structure of every file and the end of a JPEG, "decode" decodes all of
     them, "none" trusts them.
-    Files that fail are left out and listed in `description["skipped"]`; strict: raise instead.
+    Files that fail are left out and listed in `description["skipped"]`; strict: raise instead, and also where
+    an image stands in more than one part or class.
+    duplicates: "content" finds images whose bytes are the same (only files of the same size are read), "near"
+    decodes every image and also finds what was resized or saved anew, "none" does not look. They are said
+    on stderr and in `description["duplicates"]`, and stay where they are.
     cache: folder for downloads; default `lion_fast.files.cache_dir()`.
+    record: what `Splits.save` wrote. The parts are then those images, by name, and nothing is drawn: `val`,
+    `test` and `seed` have no meaning. What has changed is said and in `description["changes"]`.
+    needed: parts of a record whose images must all be there, with their labels, and whose content is
+    compared; the others hold what is still there.
 
     Raises DataError for data that cannot be used, OptionError for options that make no sense.
 
@@ -89,7 +116,14 @@ def load_data(
     if len(given) == 2 or (n_per_class is not None and n_train is not None):
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
 
-    raw = _read(source, val=val, test=test, check=check, strict=strict, classes=classes, cache=cache)
+    check_choice("duplicates", duplicates, DUPLICATES)
+    reading = {"check": check, "strict": strict, "classes": classes, "cache": cache}
+    if record is not None:
+        sizes = {"n_train": n_train, "n_val": n_val, "n_test": n_test}
+        if drawn := given + [name for name, size in sizes.items() if size is not None]:
+            raise OptionError(f"a record says which images there are: give it without {', '.join(drawn)}")
+        return _load_recorded(source, record, needed, duplicates, reading)
+    raw = _read(source, val=val, test=test, **reading)
     parts = dict(raw.parts)
     made = []
     if "all" in parts:
@@ -120,6 +154,8 @@ def load_data(
         keep[drawn] = False
         if len(drawn):
             parts[name] = rest.subset(drawn)
+        else:
+            _say(source, f"there is no {name} part: no class has a second image that could go to it")
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
     if n_train is not None:
@@ -138,17 +174,83 @@ def load_data(
             f"n_k = floor({counts[0]} * {imbalance:g}^(-k / {len(counts) - 1}))"
         )
     sets = {"train": rest, "val": parts.get("val"), "test": parts.get("test")}
-    description = {
-        "source": str(source),
-        **raw.about,
+    used = {name for images in sets.values() if images is not None for name in images.names}
+    unused = [name for images in raw.parts.values() for name in images.names if name not in used]
+    told = {
         "seed": seed,
         "split": "; ".join(made) if made else "no split: all images are training images",
         "draw": draw,
-        "sizes": {name: len(s) if s is not None else 0 for name, s in sets.items()},
-        "class_counts": {name: s.counts() for name, s in sets.items() if s is not None},
+    }
+    return _described(source, sets, raw, raw.classes, told, duplicates, strict, unused)
+
+
+def _load_recorded(
+    source: str | os.PathLike,
+    record: str | os.PathLike | Record,
+    needed: Collection[str],
+    duplicates: str,
+    reading,
+) -> Splits:
+    for part in needed:
+        check_choice("needed", part, PARTS)
+    if not isinstance(record, (str, os.PathLike, Record)):
+        raise OptionError(f"record must be a path; got {type(record).__name__}")
+    record = record if isinstance(record, Record) else read_record(record)
+    if reading["classes"] is not None and list(reading["classes"]) != record.classes:
+        raise OptionError(f"{record.file} has the classes {some(record.classes)}: give the same, or none")
+    # of VTAB-1k the lists that the record is of, and no test image where none is needed
+    shares = {part: 0.2 if record.parts[part] else 0.0 for part in ("val", "test")}
+    if "test" not in needed:
+        shares["test"] = 0.0
+    raw = _read(source, **shares, **reading, known=record.classes)
+    sets, changes = recall(raw, record, source, needed)
+    for change, found in changes.items():
+        _say(source, f"{found['count']} image(s) {WORDS[change]}: {_first(found)}")
+    told = {
+        "seed": None,
+        "split": f"as written down in {record.file}",
+        "draw": "as written down",
+        "changes": changes,
+    }
+    return _described(source, sets, raw, record.classes, told, duplicates, reading["strict"], record.unused)
+
+
+def _described(source, sets, raw: Raw, classes, told, duplicates, strict, unused) -> Splits:
+    """The splits with their description, after what is wrong with them has been said."""
+    twice = find_duplicates(sets, duplicates)
+    like = {"near": "nearly the same content"}.get(duplicates, "the same content")
+    problems = [
+        f"{twice[k]['count']} image(s) stand in more than one {where} with {like}: {_first(twice[k])}"
+        for k, where in (("across", "of train, val and test"), ("labels", "class"))
+        if twice[k]["count"]
+    ]
+    if problems and strict:
+        raise DataError(f'{source}: {"; ".join(problems)} (strict; remove them, or set duplicates to "none")')
+    counts = {name: images.counts() for name, images in sets.items() if images is not None}
+    for name, of_class in counts.items():
+        if absent := [label for label, count in of_class.items() if not count]:
+            problems.append(f"{len(absent)} of {len(of_class)} classes have no {name} image: {some(absent)}")
+    for problem in problems:
+        _say(source, f"{problem}")
+    description = {
+        "source": str(source),
+        **raw.about,
+        **told,
+        "sizes": {name: len(images) if images is not None else 0 for name, images in sets.items()},
+        "class_counts": counts,
+        "duplicates": twice,
         "fingerprint": _fingerprint(sets),
     }
-    return Splits(sets["train"], sets["val"], sets["test"], raw.classes, description)
+    return Splits(sets["train"], sets["val"], sets["test"], classes, description, unused)
+
+
+def _say(source: object, text: str) -> None:
+    say_once(one_line(f"{source}: {text}"))
+
+
+def _first(found: dict[str, Any]) -> str:
+    more = found["count"] - len(found["images"])
+    return ", ".join(found["images"]) + (f" and {more} more" if more else "")
 
 
 def load_images(
@@ -176,18 +278,25 @@ def load_images(
         split = next(name for name in ("all", "test", "val", "train") if name in raw.parts)
     if split not in raw.parts:
         raise DataError(f"{source} has no {split} part; it has: {', '.join(raw.parts)}")
+    count, failed = (raw.about.get("skipped") or {"count": 0, "files": []}).values()
+    if count:
+        told = {"count": count, "images": [f"{one['file']} ({one['reason']})" for one in failed[:SHOWN]]}
+        _say(source, f"{count} image(s) cannot be read and are left out: {_first(told)}")
     return raw.parts[split]
 
 
-def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
+def _read(source, *, val, test, check, strict, classes, cache, known=None) -> Raw:
+    """known: classes of a record; the source may lack some of them and hold others."""
     check_choice("check", check, CHECK)
     if classes is not None:
         check_classes(classes)
+    if source == "":  # which would be the current folder
+        raise OptionError("no source given: name an image folder, a CSV file or a built-in set")
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(f"source must be a path or a name; got {type(source).__name__}")
     if isinstance(source, str) and source in OFFLINE:
         try:
-            raw = OFFLINE[source](Path(cache).expanduser() if cache is not None else cache_dir())
+            raw = OFFLINE[source](Path(os.path.expanduser(cache)) if cache is not None else cache_dir())
         except OSError as error:
             raise DataError(
                 f"{source} cannot be kept in the cache folder ({error}); choose another: cache=, --cache or "
@@ -196,24 +305,29 @@ def _read(source, *, val, test, check, strict, classes, cache) -> Raw:
         if classes is not None and list(classes) != raw.classes:
             raise DataError(f"the classes of {source} are fixed: {', '.join(raw.classes)}")
         return raw
-    path = Path(source).expanduser()
-    names = ", ".join(OFFLINE)
-    if path.is_dir():
-        for reader, lists in PUBLISHED.items():
-            if any(all((path / name).is_file() for name in marks) for marks in lists):
-                more = {"val": val, "test": test} if reader is read_vtab else {}
-                listed = reader(path, classes, **more)
-                return collect(listed, path, check=check, strict=strict, classes=classes)
-        return collect(read_folder(path, classes), path, check=check, strict=strict, classes=classes)
-    if path.is_file() and path.suffix.lower() == ".csv":
-        return collect(read_csv(path, classes), path, check=check, strict=strict, classes=classes)
-    if path.is_file():
+    path, listed = Path(os.path.expanduser(source)), None  # Path's own raises for a user that is not there
+    names, wanted = ", ".join(OFFLINE), classes or known
+    if os.path.isdir(path):
+        published = (r for r, lists in PUBLISHED.items() if any(_lie_in(path, marks) for marks in lists))
+        reader = next(published, read_folder)
+        listed = reader(path, wanted, **({"val": val, "test": test} if reader is read_vtab else {}))
+    elif os.path.isfile(path) and path.suffix.lower() == ".csv":
+        listed = read_csv(path, wanted)
+    if listed is not None:
+        if known is not None:
+            classes = [*known, *(name for name in listed.classes if name not in known)]
+        return collect(listed, path, check=check, strict=strict, classes=classes)
+    if os.path.isfile(path):
         raise DataError(f"{path} is a file but no .csv; expected a folder, a CSV file or one of: {names}")
     near = difflib.get_close_matches(str(source), OFFLINE, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise DataError(
         f"{str(source)!r} is neither an existing folder or CSV file nor a built-in set ({names}){hint}"
     )
+
+
+def _lie_in(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _all_present(images: ImageSet, option: str) -> None:
@@ -228,9 +342,5 @@ def _stream(seed: int, purpose: str) -> int:
 
 
 def _fingerprint(sets: dict[str, ImageSet | None]) -> str:
-    digest = hashlib.sha256()
-    for split, images in sets.items():
-        if images is not None:
-            for name, label in zip(images.names, images.labels.tolist(), strict=True):
-                digest.update(f"{split}\t{name}\t{label}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    there = {part: images for part, images in sets.items() if images is not None}
+    return fingerprint({p: zip(i.names, i.labels.tolist(), strict=True) for p, i in there.items()})

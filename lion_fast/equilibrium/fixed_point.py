@@ -1,10 +1,12 @@
 """The solvers of z = f(z): Picard, Anderson and Broyden.
 
 The first dimension of a state counts independent rows (samples); the residual, the stop and the
-state kept are a row's own, so a row's result does not depend on its batch-mates.
+state kept are a row's own, so a row's result does not depend on its batch-mates: on a CPU bit for bit, where
+those of f do not and a row has less than 32,768 numbers (a longer one, alone, is summed by several threads).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +14,19 @@ from torch import Tensor
 from lion_fast.equilibrium.solve import SolveInfo, SolveOptions, default_tol, takes_solve_options
 from lion_fast.errors import check_number, check_whole
 from lion_kernels.reference import STATE_FLOOR, accumulate_dtype, iterate, relative_change
+
+# What a solver alone takes, and the check of it.
+OWN_OPTIONS: dict[str, dict[str, Callable]] = {
+    "picard": {},
+    "anderson": {"window": check_whole, "ridge": partial(check_number, least=0)},
+    "broyden": {"memory": check_whole},
+}
+
+
+def check_own(solver: str, **given: object) -> None:
+    """Raise `OptionError` unless these values of options that `solver` alone takes are in range."""
+    for name, value in given.items():
+        OWN_OPTIONS[solver][name](name, value)
 
 
 @takes_solve_options("max_iter", "tol", "damping")
@@ -65,20 +80,23 @@ def anderson(
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011.
     """
     options = SolveOptions(**solve)
-    check_whole("window", window)
-    check_number("ridge", ridge, least=0)
+    check_own("anderson", window=window, ridge=ridge)
     damping, flat = options.damping, _flatten(f, z0)
     states: list[Tensor] = []
     values: list[Tensor] = []
+    gram = rows_of(z0).new_zeros(len(z0), 0, 0)  # [B, m, m]
 
     def propose(z: Tensor, value: Tensor) -> Tensor:
+        nonlocal gram
+        if len(states) == window:
+            states.pop(0), values.pop(0)
+            gram = gram[:, 1:, 1:]
         states.append(z)
         values.append(value)
-        if len(states) > window:
-            states.pop(0), values.pop(0)
         Z, Y = torch.stack(states, 1), torch.stack(values, 1)  # [B, m, N]
         G = Y - Z
-        gram = G @ G.mT  # [B, m, m]
+        new = (G * G[:, -1:]).sum(-1)  # [B, m]; a matrix product would round by the size of the batch
+        gram = torch.cat([torch.cat([gram, new[:, None, :-1]], 1), new[..., None]], 2)
         trace = gram.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         weights, _ = torch.linalg.solve_ex(gram + ridge * trace * eye, torch.ones_like(gram[..., :1]))
@@ -105,7 +123,7 @@ def broyden(
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
     """
     options = SolveOptions(**solve)
-    check_whole("memory", memory)
+    check_own("broyden", memory=memory)
     damping, flat = options.damping, _flatten(f, z0)
     left: list[Tensor] = []
     right: list[Tensor] = []
@@ -143,11 +161,19 @@ def rows_of(z: Tensor) -> Tensor:
     return z.detach().reshape(z.shape[0], z[0].numel() if z.shape[0] else 1).to(accumulate_dtype(z.dtype))
 
 
+def version_of(t: Tensor) -> int:
+    """How often t was changed in place, as far as torch counts it."""
+    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 def _flatten(f: Callable[[Tensor], Tensor], z0: Tensor) -> Callable[[Tensor], Tensor]:
     """f on rows [B, N] in the accumulation dtype; f itself sees z0's shape and dtype."""
 
     def flat(z: Tensor) -> Tensor:
+        before = version_of(z)
         value = f(z.to(z0.dtype).reshape(z0.shape))
+        if version_of(z) != before:
+            raise ValueError("f must not change its z in place: the residual compares f(z) with z")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"f must return a tensor of real floating-point numbers; it returned {found}")

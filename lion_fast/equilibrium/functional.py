@@ -14,10 +14,10 @@ from lion_fast.equilibrium.solve import (
     record_backward,
     takes_solve_options,
 )
-from lion_fast.equilibrium.solvers import final, refuse_transforms, series, unit_rows
+from lion_fast.equilibrium.solvers import final, refuse_transforms, series
 from lion_fast.errors import check_choice
 from lion_kernels import ops
-from lion_kernels.reference import ACTIVATIONS, accumulate_dtype
+from lion_kernels.reference import ACTIVATIONS, accumulate_dtype, unit_rows
 
 
 class _Equilibrium(torch.autograd.Function):

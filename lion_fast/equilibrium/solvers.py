@@ -11,7 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lion_fast.equilibrium.fixed_point import SOLVERS, anderson, broyden, picard, rows_of
+from lion_fast.equilibrium.fixed_point import (
+    OWN_OPTIONS,
+    SOLVERS,
+    anderson,
+    broyden,
+    check_own,
+    picard,
+    rows_of,
+    version_of,
+)
 from lion_fast.equilibrium.solve import (
     EXACT_FACTOR,
     PHANTOM_DAMPING,
@@ -23,13 +32,11 @@ from lion_fast.equilibrium.solve import (
     takes_solve_options,
 )
 from lion_fast.errors import OptionError, check_choice, refuse_unknown
-from lion_kernels.reference import ADJOINT_FLOOR, iterate
+from lion_kernels.reference import ADJOINT_FLOOR, iterate, unit_rows
 
 __all__ = ["ImplicitLayer", "anderson", "broyden", "implicit", "picard"]
 
-# The options that a solver has for itself, and the gradient that is its default: Anderson and Broyden find
-# equilibria of maps that do not contract, where no series converges.
-OWN_OPTIONS = {"picard": (), "anderson": ("window", "ridge"), "broyden": ("memory",)}
+# Anderson and Broyden find equilibria of maps that do not contract, where no series converges.
 DEFAULT_BACKWARD = {"picard": "neumann", "anderson": "exact", "broyden": "exact"}
 
 
@@ -79,18 +86,6 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return final((grad,), grad, *ctx.saved_tensors)[0]
-
-
-def unit_rows(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g [B, N] with rows of size near 1, and the powers of two [B, 1] they were divided by.
-
-    An adjoint is linear and as small or large as the loss: so no square under- or overflows, and no bit
-    of a mantissa changes.
-    """
-    size = g.abs().sum(1, keepdim=True)
-    exponent = torch.frexp(size).exponent.clamp(-100, 100)
-    scale = torch.where(torch.isfinite(size), torch.ldexp(torch.ones_like(size), exponent), 1.0)
-    return g / scale, scale
 
 
 def series(
@@ -193,7 +188,7 @@ def _own_options(solver: str, given: Mapping[str, float] | None) -> dict[str, fl
     if not isinstance(given, Mapping):
         raise OptionError(f"solver_options must be names and values, or None; got {given!r}")
     refuse_unknown(given, OWN_OPTIONS[solver], f"option of solver {solver!r}")
-    SOLVERS[solver](lambda z: z, torch.zeros(0, 1), **given)
+    check_own(solver, **given)
     return dict(given)
 
 
@@ -257,8 +252,13 @@ def solve_implicit(
     refuse_transforms()
     tol, backward, on_failure = options.tolerance(z0.dtype), options.backward, options.on_failure
     solve = partial(SOLVERS[solver], tol=tol, damping=options.damping, early_exit=early_exit, **own or {})
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor or None, and f may close over more; got {type(x).__name__}")
+    before = 0 if x is None else version_of(x)
     with torch.no_grad():
         z, info = solve(lambda z: f(z, x), z0, max_iter=options.max_iter)
+    if x is not None and version_of(x) != before:
+        raise ValueError("f must not change its x in place: every application of f reads it")
     if not torch.is_grad_enabled():
         return z, info
     single = options.max_iter == 1  # no equilibrium

@@ -8,7 +8,6 @@ import copy
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.cheaper import mlp_branch
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import after_attention, attend, attention_branch, heads
-from lion_fast.methods.prefix import KV, Seen
+from lion_fast.methods.prefix import KV, Seen, is_recorded
 from lion_fast.methods.prompts import PromptMethod, drawn
 
 
@@ -65,7 +64,7 @@ class CVPT(PromptMethod):
 
     def features(self, images: Tensor) -> Tensor:
         x = self.backbone.enter(images)
-        if self.form == "naive" and not torch.compiler.is_compiling():
+        if self.form == "naive" and not is_recorded():
             self._follow_backbone()
         kv = self.prefix() if self.copies is None else None
         for i, block in enumerate(self.backbone.blocks):

@@ -17,6 +17,7 @@ from lion_fast.methods.adapter import bottlenecks
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import BlockMethod, attention_branch
 from lion_fast.methods.noise import over_step, uniform_like
+from lion_fast.methods.prefix import is_recorded
 
 RATE_WEIGHT = 2.0
 
@@ -177,8 +178,7 @@ class DyT(BlockMethod):
 
 def _writes(images: Tensor) -> int:
     """How often images were written into, as far as that is counted."""
-    counted = not torch.compiler.is_compiling() and not images.is_inference()
-    return images._version if counted else 0
+    return 0 if is_recorded() or images.is_inference() else images._version
 
 
 def _wide(x: Tensor) -> Tensor:

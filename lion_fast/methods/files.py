@@ -21,7 +21,7 @@ from torch import Tensor
 from lion_fast import __version__
 from lion_fast.backbones import Backbone
 from lion_fast.errors import AdapterError, shown
-from lion_fast.files import write_atomically
+from lion_fast.files import write_together
 from lion_fast.options import parse_json, read_file
 from lion_fast.pruning.packing import is_packed, pack_state, unpack_state
 
@@ -36,8 +36,9 @@ def write_adapter(
 ) -> None:
     """Write a model's description and tensors into `directory`, made where missing.
 
-    Each file is written beside its place and moved over it, so a reader never meets half a file, and the
-    description names the tensors' hash, so files of two saves are never taken for one adapter.
+    Both files are written beside their places and then moved over them, so a reader never meets half a file
+    and a save that fails leaves the adapter that was there. The description names the tensors' hash, so files
+    of two saves are never taken for one adapter.
     Raises `AdapterError` where the directory cannot be written, a tensor is NaN or Inf (nothing is written
     then) or the description is not plain data.
     """
@@ -59,8 +60,7 @@ def write_adapter(
         raise AdapterError(f"not saved: the description of the model is not plain JSON ({error})") from error
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / TENSORS, tensors)
-        write_atomically(directory / DESCRIPTION, f"{text}\n")
+        write_together({directory / TENSORS: tensors, directory / DESCRIPTION: f"{text}\n"})
     except OSError as error:
         raise AdapterError(
             f"the adapter cannot be written to {directory}: {error.strerror or error}; "

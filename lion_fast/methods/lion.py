@@ -109,6 +109,8 @@ class LionModel(TunedModel):
         check_whole("grid", grid, most=FINEST)
         check_whole("state_dim", state_dim, most=WIDEST)
         check_whole("pixel_channels", pixel_channels, most=WIDEST)
+        if at is not None:
+            check_whole("at", at, 0, len(backbone.map_widths) - 1)
         self.form, self.grid = form, grid
         self.at = map_place(backbone) if at is None and reads_states else at
         self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
@@ -126,7 +128,6 @@ class LionModel(TunedModel):
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
         if reads_states:
             widths = backbone.map_widths
-            check_whole("at", self.at, 0, len(widths) - 1)
             self.output_end = ReadOut(backbone.pooled_width(self.pool), grid * grid, widths[self.at], **layer)
             self.head = self.new_head(self.output_end.out_features, head_bias)
         self._info: dict[str, SolveInfo] = {}

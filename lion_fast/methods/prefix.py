@@ -37,6 +37,11 @@ class Seen:
         )
 
 
+def is_recorded() -> bool:
+    """Whether this call is being compiled or traced: what Python decides in it would hold for ever."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
     return [(t._version, t.data_ptr(), t.dtype) for t in tensors]
 
@@ -47,7 +52,7 @@ class PrefixCache:
     While training, or where gradients are recorded, they are computed in every call, once for the batch;
     while evaluating without gradients they are computed once and kept until what they are made of changes:
     the method's own tensors or the frozen weights.
-    Inside `torch.compile`, which cannot see that change, they are computed in every call.
+    Inside `torch.compile` and traces, which cannot see that change, they are computed in every call.
     A method gives `_prefix`, what computes them, and `_prefix_sources`, its own tensors in them.
     """
 
@@ -62,7 +67,7 @@ class PrefixCache:
 
     def prefix(self) -> KV:
         """Keys and values of every block, each (h, P, D/h)."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or is_recorded():
             return self._prefix()
         sources = [*self._prefix_sources(), *kv_sources(self.backbone)]
         if any(t.is_inference() for t in sources):  # their changes are not counted

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_fast.backbones import prefix_block, takes_prefix
-from lion_fast.errors import OptionError, check_bool, check_choice, check_number, check_whole
+from lion_fast.errors import BackboneError, OptionError, check_bool, check_choice, check_number, check_whole
 from lion_fast.methods import vpt_swin
 from lion_fast.methods.base import MOST, TunedModel, register
 from lion_fast.methods.noise import dropout
@@ -127,6 +127,10 @@ class VPT(PrefixCache, TunedModel):
         self.prompt_pooling = prompt_pooling
         self.depth, self.length, self.dropout, self.form = depth, length, dropout, form
         if cnn:
+            if len(backbone.mean) != backbone.channels:
+                raise BackboneError(
+                    f"{backbone.name} takes {backbone.channels} channels; its mean is {backbone.mean}"
+                )
             self.border = PixelBorder(length, sides(backbone.img_size), backbone.mean, backbone.std)
             return
         self.output_end: ReadOut | None = None

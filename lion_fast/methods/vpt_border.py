@@ -29,10 +29,10 @@ class PixelBorder(nn.Module):
         super().__init__()
         height, width = size
         self.pixels = pixels
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.row_pixels = nn.Parameter(torch.empty(3, 2 * pixels, width + 2 * pixels))
-        self.column_pixels = nn.Parameter(torch.empty(3, height, 2 * pixels))
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.row_pixels = nn.Parameter(torch.empty(len(mean), 2 * pixels, width + 2 * pixels))
+        self.column_pixels = nn.Parameter(torch.empty(len(mean), height, 2 * pixels))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class PixelBorder(nn.Module):
         state = dict(state)
         for name in ("rows", "columns"):
             old = state.get(f"{prefix}{name}")
-            if old is not None and old.ndim == 3 and len(old) == 3:
+            if old is not None and old.ndim == 3 and len(old) == len(self.mean):
                 pixels = state.pop(f"{prefix}{name}") * self.std.to(old.device) + self.mean.to(old.device)
                 state[f"{prefix}{name[:-1]}_pixels"] = pixels
         return state

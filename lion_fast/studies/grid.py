@@ -125,7 +125,7 @@ class Grid:
 
     def named(self, set_label: str) -> dict[str, Any]:
         """What stands for a set's images in a run's hash."""
-        return {k: v for k, v in self.sets[set_label].data.items() if k != "cache"}
+        return {k: v for k, v in self.sets[set_label].data.items() if k not in ("cache", "duplicates")}
 
     def draw(self, stage: str, set_label: str, seed: int) -> dict[str, Any]:
         """The arguments of `load_data` for the runs of a stage with a seed."""
@@ -287,7 +287,7 @@ def _set(label: str, given: object) -> SetSpec:
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)
     data = {k: v for k, v in given.items() if k in _DATA}
     try:
-        DataSettings(**{k: v for k, v in data.items() if k not in ("source", "classes")})
+        DataSettings(data["source"], **{k: v for k, v in data.items() if k not in ("source", "classes")})
     except OptionError as error:
         raise OptionError(f"sets.{label}: {error}") from error
     return SetSpec(label, data, {k: v for k, v in given.items() if k in _TRAIN}, monitor)

@@ -19,6 +19,7 @@ from lion_fast.backbones import Backbone, load_backbone
 from lion_fast.data import ImageSet, Splits, load_data, transforms
 from lion_fast.errors import CheckpointError
 from lion_fast.methods import TunedModel, create
+from lion_fast.options import RECORD
 from lion_fast.pruning import count_parameters
 from lion_fast.studies.environment import context
 from lion_fast.studies.grid import Grid, Item, digest
@@ -27,6 +28,7 @@ from lion_fast.studies.runner import tell
 from lion_fast.training import FeatureStore, Metrics, TrainConfig, TrainingError, fit, predict
 from lion_fast.training.checkpoints import list_checkpoints
 from lion_fast.training.features import FeaturesTooLarge
+from lion_fast.training.metrics import NotFinite
 
 RANDOM_SEED = 0
 # What a row says of its backbone
@@ -119,7 +121,8 @@ class Workshop:
         splits = self.splits(item.stage, item.set, item.seed)
         parts = (splits.train, splits.val) if item.stage == "tune" else (splits.test,)
         names = [name for part in parts if part is not None for name in part.names]
-        numbers = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:4], "big") for n in names]
+        digests = [hashlib.sha256(n.encode(errors="surrogateescape")).digest() for n in names]
+        numbers = [int.from_bytes(digest[:4], "big") for digest in digests]
         return {
             "stage": "draw",
             "key": draw_key(item.stage, splits.description["fingerprint"]),
@@ -228,6 +231,7 @@ class Workshop:
             row |= {"correct": pack_bits(correct), "labels": pack_integers(test.labels.numpy())}
             if self.adapter is not None:
                 model.save_adapter(self.adapter(item))
+                splits.save(folder / RECORD)
         return model, row | {
             "training_seconds": fitted.seconds,
             **{name: getattr(fitted, name) for name in FITTED},
@@ -244,17 +248,10 @@ def judge(
     batch = config.eval_batch_size or config.batch_size
     reading = {"num_workers": config.num_workers, "mixed_precision": config.mixed_precision}
     started = time.perf_counter()
-    features = None
-    if store is not None:
-        view = images.with_transform(transforms(model.backbone))
-        with contextlib.suppress(FeaturesTooLarge):  # there may be more of these images than of training ones
-            features, _ = store.features(model, images, view, batch, **reading)
-    if features is None:
-        probabilities = predict(model, images, batch, **reading)
-    else:
-        probabilities = predict(model.behind(), features, 1024)
-    if not torch.isfinite(probabilities).all():
-        raise TrainingError("the trained model's outputs are not finite")
+    try:
+        probabilities = _probabilities(model, images, batch, reading, store)
+    except NotFinite as error:
+        raise TrainingError("the trained model's outputs are not finite") from error
     classes, labels = model.num_classes, images.labels
     predicted = probabilities.argmax(1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes)
@@ -262,6 +259,15 @@ def judge(
     found = Metrics.from_confusion(confusion.view(classes, classes), loss, time.perf_counter() - started)
     names = ("accuracy", "balanced_accuracy", "loss", "n")
     return {name: getattr(found, name) for name in names}, (predicted == labels).numpy()
+
+
+def _probabilities(model, images: ImageSet, batch: int, reading, store: FeatureStore | None) -> torch.Tensor:
+    if store is not None:
+        view = images.with_transform(transforms(model.backbone))
+        with contextlib.suppress(FeaturesTooLarge):  # there may be more of these images than of training ones
+            features, _ = store.features(model, images, view, batch, **reading)
+            return predict(model.behind(), features, 1024)
+    return predict(model, images, batch, **reading)
 
 
 def draw_key(stage: str, fingerprint: str) -> str:

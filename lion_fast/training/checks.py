@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lion_fast.errors import DataError, OptionError
 from lion_fast.pruning.masks import check_target, find_layers, find_matrices
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.items import check_labels, is_bare, whole_labels
+from lion_fast.training.items import check_dataset, check_labels, is_bare, whole_labels
 
 if TYPE_CHECKING:
     from lion_fast.data import Splits
@@ -38,11 +38,8 @@ def check_run(model: "TunedModel", splits: "Splits", config: TrainConfig) -> Non
 
 
 def _check_items(name: str, items: object, num_classes: int) -> None:
-    if items is not None and not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
-        raise DataError(
-            f"the {name} images must be a data set with a length and items by number, as load_data gives; "
-            f"got a {type(items).__name__}"
-        )
+    if items is not None:
+        check_dataset(f"the {name} images", items)
     if not items:
         if name == "train":
             raise DataError("there are no training images")

@@ -55,6 +55,14 @@ def with_transform(model: nn.Module, dataset: Dataset, train: bool = False, augm
     return dataset.with_transform(transforms(model.backbone, train, augment))
 
 
+def check_dataset(what: str, dataset: object) -> None:
+    """Raise `DataError` unless it has a length and items by number."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise DataError(
+            f"{what} must be a data set with a length and items by number; got a {type(dataset).__name__}"
+        )
+
+
 def collate(items: Sequence) -> tuple[Tensor, Tensor]:
     """(tensors (B, ...), labels int64 (B,)) of items (tensor, whole number).
 

@@ -1,5 +1,6 @@
 """Evaluation and prediction: what a model gets right, counted exactly."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lion_fast.errors import DataError, check_kind, check_whole
-from lion_fast.training.items import check_labels, collate, read, with_transform
+from lion_fast.training.items import check_dataset, check_labels, collate, read, with_transform
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+NOT_FINITE = "the model's outputs are not finite: look at its weights, and for NaN in the images"
+
+
+class NotFinite(DataError):
+    """Outputs of a model that are NaN or infinite, of which no class can be told."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def evaluate(
         check: Called after each batch; may raise to leave.
 
     Raises:
-        DataError: No images, or a label outside [0, num_classes).
+        DataError: No images, a label outside [0, num_classes), or outputs that are not finite.
         OptionError: `batch_size` or `num_workers` out of range.
 
     Example:
@@ -130,6 +138,7 @@ def evaluate(
         5
     """
     _check_loading(batch_size, num_workers)
+    check_dataset("what is evaluated", dataset)
     check_kind("model", model, nn.Module)
     dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
@@ -160,6 +169,8 @@ def evaluate(
     if processes > 1:
         confusion, loss_sum = accelerator.reduce(confusion), accelerator.reduce(loss_sum)
     matrix, total = confusion.view(classes, classes).cpu(), loss_sum.item()
+    if not math.isfinite(total):
+        raise NotFinite(NOT_FINITE)
     return Metrics.from_confusion(matrix, total, time.perf_counter() - started)
 
 
@@ -185,12 +196,16 @@ def predict(
             gets that of the model's backbone.
         batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
+    Raises:
+        DataError: Outputs that are not finite.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> predict(model, torch.rand(5, 3, 2, 2)).shape
         torch.Size([5, 2])
     """
     _check_loading(batch_size, num_workers)
+    check_dataset("what is predicted", dataset)
     loader = DataLoader(with_transform(model, dataset), batch_size, num_workers=num_workers)
     bar = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
     images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in read(bar))
@@ -198,10 +213,14 @@ def predict(
 
 
 def _probabilities(model: nn.Module, batches: Iterable[torch.Tensor], mixed_precision: str) -> torch.Tensor:
+    """float32 (n, classes) on the CPU; raises `NotFinite`."""
     device = next(model.parameters()).device
     with evaluating(model), autocast(device, mixed_precision):
         out = [model(images.to(device)).float().softmax(1).cpu() for images in batches]
-    return torch.cat(out) if out else torch.empty(0, 0)
+    found = torch.cat(out) if out else torch.empty(0, 0)
+    if not torch.isfinite(found).all():
+        raise NotFinite(NOT_FINITE)
+    return found
 
 
 class _Files(Dataset):
@@ -241,7 +260,7 @@ def predict_files(
         batch_size, num_workers, mixed_precision, progress: As in `evaluate`.
 
     Raises:
-        DataError: An image cannot be read and `strict` is set.
+        DataError: An image cannot be read and `strict` is set, or outputs are not finite.
     """
     from lion_fast.data import transforms
 

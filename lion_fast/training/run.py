@@ -24,6 +24,7 @@ from lion_fast.training.epoch import end_epoch, patience_is_over
 from lion_fast.training.features import FeatureStore
 from lion_fast.training.logs import Logs
 from lion_fast.training.memory import PeakMemory
+from lion_fast.training.metrics import NotFinite
 from lion_fast.training.order import derive_seed, deterministic, private_generators, seed_everything
 from lion_fast.training.result import FitResult, finish
 from lion_fast.training.setup import Setup, set_up
@@ -195,12 +196,16 @@ class _Run:
     def _end_epoch(self) -> None:
         setup, state, config = self.setup, self.state, self.setup.config
         alone = setup.accelerator.num_processes == 1
+        self._check_finite()
         try:
             end_epoch(setup, state, self.interruption.leave_if_asked if alone else None)
         except Leave:
             raise Interrupted(self._save()) from None
+        except NotFinite as error:
+            raise self._not_finite(
+                state.step - 1, "an output for the validation images is not finite"
+            ) from error
         self._log(self.logs.add_epoch, state.history)
-        self._check_finite()
         epochs, every = config.checkpoint_epochs, config.checkpoint_every
         if (epochs and len(state.history) % epochs == 0) or (every and state.step % every == 0):
             self._save()

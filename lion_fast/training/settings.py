@@ -1,21 +1,34 @@
 """Everything that decides a run of `lion-fast finetune`: data, model, training; given, preset or default."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lion_fast.errors import OptionError, refuse_unknown
 from lion_fast.files import write_atomically
-from lion_fast.options import CHECK, RESIZE, Options, documented, dump_yaml, read_settings, setting
+from lion_fast.options import (
+    CHECK,
+    DUPLICATES,
+    RESIZE,
+    Options,
+    documented,
+    dump_yaml,
+    read_settings,
+    setting,
+)
 from lion_fast.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lion_fast.backbones import Backbone
     from lion_fast.data import Splits
+    from lion_fast.data.record import Record
     from lion_fast.methods import TunedModel
 
 _Part = TypeVar("_Part", bound=Options)
+# How images are read, whichever they are.
+READING = ("check", "strict", "duplicates", "cache")
 
 
 @documented
@@ -37,17 +50,44 @@ class DataSettings(Options):
         None, "seed of splits and draws", default_is="seed", least=-(2**63), most=2**64 - 1
     )
     check: str = setting("header", "what is checked of every file at the start", choices=CHECK)
-    strict: bool = setting(False, "an unreadable image is an error and not skipped")
+    strict: bool = setting(
+        False, "an image that is unreadable, or stands in two parts or classes, is an error and not only said"
+    )
+    duplicates: str = setting(
+        "content", "which images are looked for as standing in two parts or classes", choices=DUPLICATES
+    )
     cache: str | None = setting(
         None, "folder for downloaded data sets", default_is="$LION_FAST_CACHE or ~/.cache/lion_fast"
     )
 
-    def load(self, seed: int = 0) -> "Splits":
-        """The images; `seed` is that of the draws where `data_seed` is None."""
+    def load(
+        self,
+        seed: int = 0,
+        record: "Record | None" = None,
+        needed: Collection[str] = ("train", "val", "test"),
+    ) -> "Splits":
+        """The images; `seed` is that of the draws where `data_seed` is None.
+
+        record, needed: see `load_data`; with a record nothing is drawn, whatever the settings say.
+        """
         from lion_fast.data import load_data
 
-        given = {name: value for name, value in self.to_dict().items() if name not in ("data", "data_seed")}
-        return load_data(self.data or "", seed=seed if self.data_seed is None else self.data_seed, **given)
+        draws = self.draws(seed) if record is None else {"record": record, "needed": needed}
+        return load_data(self.data or "", **{name: getattr(self, name) for name in READING}, **draws)
+
+    def draws(self, seed: int) -> dict[str, Any]:
+        """What decides which images of the data stand in which part, as `load_data` takes it."""
+        given = {name: value for name, value in self.to_dict().items() if name not in ("data", *READING)}
+        data_seed = given.pop("data_seed")
+        return given | {"seed": seed if data_seed is None else data_seed}
+
+    def located(self) -> "DataSettings":
+        """With the data's absolute path, so that they mean the same from every folder."""
+        from lion_fast.data import OFFLINE
+
+        path = os.path.expanduser(self.data or "")
+        there = os.path.exists(path) and self.data not in OFFLINE
+        return replace(self, data=os.path.abspath(path)) if there else self
 
 
 @documented

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lion_fast.errors import CheckpointError, LionError, check_whole
+from lion_fast.pruning.packing import MASK
 from lion_fast.training.checkpoints import Checkpoint, unusable
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.metrics import exact_dtype
@@ -101,7 +102,9 @@ def _unpack(setup: Setup, checkpoint: Checkpoint) -> State:
             "does not train: an older lion-fast trained it in another form. Begin the run anew"
         )
     if parts["best"]:
-        _check_shapes("best", parts["best"], setup.model.adapter_state_dict())
+        own = setup.model.adapter_state_dict().items()  # the best may be from before it was pruned
+        own = {k: v for k, v in own if k in parts["best"] or not k.endswith(MASK)}
+        _check_shapes("the best epoch's state", parts["best"], own)
     for name, parameter in setup.trained.items():
         found = parts[f"optimizer/{name}"]
         wanted = dict.fromkeys(_MOMENTS[setup.config.optimizer], parameter)

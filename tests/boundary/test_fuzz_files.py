@@ -137,6 +137,27 @@ def test_lists(data):
 
 @some(20)
 @given(DATA)
+def test_the_split_of_a_run(data):
+    name = data.draw(st.sampled_from(["split.csv", "splits.json"]))
+    raw = (world() / "run" / name).read_bytes()
+    if name == "split.csv" and data.draw(st.booleans()):
+        table = [line.split(b",") for line in raw.splitlines()]
+        row = data.draw(st.sampled_from(table))
+        row[data.draw(st.integers(0, 5))] = data.draw(TEXTS).encode("utf-8", "surrogatepass")
+        raw = b"\n".join(map(b",".join, table))
+    else:
+        raw = edited(raw, data.draw)
+    with scratch() as folder:
+        run = shutil.copytree(world() / "run", folder / "run")
+        if name == "split.csv" and data.draw(st.booleans()):
+            (run / "splits.json").unlink()
+        (run / name).write_bytes(raw)
+        keeps_its_promise("evaluate", run, "--device=cpu", "--json", codes={0, 1})
+        keeps_its_promise("evaluate", run, world() / "images", "--device=cpu", "--json", codes={0, 1})
+
+
+@some(40)
+@given(DATA)
 def test_image_bytes(data):
     from PIL import Image
 

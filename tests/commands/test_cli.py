@@ -201,7 +201,8 @@ def test_a_wrong_command_line_is_code_2_and_none_prints_the_help(capsys):
 OFFERED = {
     "finetune": {name for part in PARTS.values() for name in part.names()} - {"data"},
     "evaluate": {"check", "strict", "cache"},
-    "vtab": {"check", "strict", *ModelSettings.names(), *TrainConfig.names()} - {"preset", *DECIDED},
+    "vtab": {"check", "strict", "duplicates", *ModelSettings.names(), *TrainConfig.names()}
+    - {"preset", *DECIDED},
     "profile": {"weights", "pretrained", "img_size", "method", "options", "backbone_options"},
 }
 OTHER_DEFAULTS = {"vtab": {"resize", *TrainConfig.names()}, "profile": {"pretrained"}}

@@ -65,6 +65,13 @@ def test_rare_classes_keep_a_training_image(tmp_path):
     assert counts["train"]["c"] + counts["val"]["c"] == 2 and counts["train"]["c"] >= 1
 
 
+def test_a_part_that_no_class_can_spare_an_image_for_is_said(tmp_path, capsys):
+    splits = load_data(class_folders(tmp_path / "single", {"a": 1, "b": 1}))
+    assert sizes(splits) == [2, 0, 0]
+    said = capsys.readouterr().err
+    assert "no test part" in said and "no val part" in said
+
+
 @pytest.mark.parametrize("val_name", ["val", "valid", "validation"])
 def test_split_folders_are_used_as_they_are(tmp_path, val_name):
     for split, n in (("train", 6), (val_name, 2), ("test", 3)):
@@ -91,6 +98,22 @@ def test_missing_split_folders(tmp_path):
 def test_a_class_may_be_called_train(tmp_path):
     splits = load_data(class_folders(tmp_path / "d", {"bus": 5, "train": 5}))
     assert splits.classes == ["bus", "train"] and sizes(splits) == [6, 2, 2]
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/photos", "x" * 5000, "nul\0"])
+def test_places_that_cannot_be_are_one_error(source):
+    refuses("neither", source)
+    refuses("no source", "", error=OptionError)
+    with pytest.raises(DataError):
+        load_images(source)
+
+
+def test_load_images_says_what_it_leaves_out(three, capsys):
+    for i in range(30):
+        (three / "dog" / f"cut{i}.png").write_bytes(b"no image")
+    assert len(load_images(three)) == 35
+    said = capsys.readouterr().err
+    assert "30 image(s)" in said and "dog/cut0.png" in said and "25 more" in said
 
 
 def test_load_images_takes_everything(three, tmp_path):

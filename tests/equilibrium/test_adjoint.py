@@ -4,6 +4,7 @@ import pytest
 import torch
 from equilibrium_helpers import assert_close_each, assert_equal_each, every_backward
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion_fast import ImplicitLayer
 from lion_fast.equilibrium import LionLayer, PixelEnd, StateLayer, equilibrium, reference
@@ -173,6 +174,29 @@ def test_a_row_of_a_gradient_does_not_depend_on_its_batch(solver, backward):
         assert told.converged[0].item() is False
 
 
+class NoLook(TorchDispatchMode):
+    """Raises where the host reads a number of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host looks at a tensor"
+        return func(*args, **kwargs or {})
+
+
+@every_solver
+@every_backward
+def test_ignoring_failures_looks_at_nothing(solver, backward):
+    W = (-1.5 * torch.eye(N)).requires_grad_()
+    options = {"solver": solver, "backward": backward, "max_iter": 4, "early_exit": False}
+    layer = ImplicitLayer(lambda z, x: torch.tanh(z @ W.T + x), **options)
+    with NoLook():
+        z, info = layer(torch.randn(B, N), return_info=True)
+        z.backward(torch.randn(B, N))
+    assert info.backward.failed.shape == (B,)
+    layer.on_failure = "warn"
+    with NoLook(), pytest.raises(AssertionError, match="looks"):
+        layer(torch.randn(B, N))
+
+
 # The layers of tokens
 
 
@@ -336,6 +360,14 @@ def test_options_of_a_solver():
             ImplicitLayer(f, solver=solver, solver_options=given)
         with pytest.raises(OptionError):
             implicit(f, x, x, solver=solver, solver_options=given)
+
+
+def test_what_f_may_do_with_x():
+    x = torch.randn(3, N)
+    with pytest.raises(ValueError, match="in place"):
+        implicit(lambda z, x: 0.5 * z + x.add_(1), x, torch.zeros(3, N))
+    with pytest.raises(TypeError, match="close over"):
+        implicit(lambda z, x: 0.5 * z + x[0], [x], torch.zeros(3, N))
 
 
 @pytest.mark.parametrize("wrong", [lambda z: (z, z), lambda z: z.long(), lambda z: z + 1j])

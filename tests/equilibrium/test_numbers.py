@@ -132,6 +132,20 @@ def test_a_gradient_that_is_not_finite_is_in_the_record(backward):
         assert info.backward.residual.isfinite().tolist() == finite
 
 
+@every_backward
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_of_a_gradient_changes_nothing(kind, backward):
+    """Powers of two at which the square of an entry under- or overflows float32."""
+    layer = rough(KINDS[kind](D, R, backward=backward, gamma=0.95, activation="tanh"))
+    x = torch.randn(4, D, requires_grad=True)
+    out = layer(x)
+    upstream = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, x, upstream, retain_graph=True)
+    for size in (2.0**-90, 2.0**80):
+        (found,) = torch.autograd.grad(out, x, size * upstream, retain_graph=True)
+        assert torch.equal(found, size * expected)
+
+
 def test_a_sum_that_overflows_float32_is_no_state():
     """tanh would make 1 of it, and the sum could have been negative."""
     for layer in (LionLayer(D, R, activation="tanh"), StateLayer(D, R)):

@@ -114,6 +114,27 @@ def test_a_row_does_not_depend_on_its_batch(solver):
 
 
 @every_solver
+@pytest.mark.parametrize("width", [33, 257])
+def test_a_wide_row_does_not_depend_on_its_batch(solver, width):
+    """Odd widths: a product of matrices takes another path for one row than for two."""
+    scale, x = torch.tensor([-0.9, 0.3, 0.95])[:, None], torch.randn(3, width)
+    z, info = SOLVERS[solver](lambda z: torch.tanh(scale * z + x), torch.zeros(3, width))
+    for i in range(3):
+        alone, _ = SOLVERS[solver](lambda z, i=i: torch.tanh(scale[i] * z + x[i]), torch.zeros(1, width))
+        assert torch.equal(alone[0], z[i])
+
+
+@every_solver
+def test_f_may_not_change_its_state(solver):
+    """The residual of a state that f changed in place would be that of another, or zero."""
+    for wrong in (lambda z: z.mul_(0.5).add_(1), lambda z: torch.relu_(z) + 1):
+        with pytest.raises(ValueError, match="in place"):
+            SOLVERS[solver](wrong, -torch.ones(2, 3))
+    with torch.inference_mode():
+        assert SOLVERS[solver](torch.cos, torch.zeros(2, 3))[1].reason == "converged"
+
+
+@every_solver
 def test_expansion_is_flagged_and_no_rows_are_solved(solver):
     z, info = SOLVERS[solver](lambda z: z.exp() + 1, torch.zeros(2, N), max_iter=100)
     assert info.reason in ("non_finite", "max_iter") and torch.isfinite(z).all()

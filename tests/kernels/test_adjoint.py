@@ -200,6 +200,16 @@ def test_half_precision_keeps_small_gradients():
     assert error(got[0], exact) < 2e-3 * size < error(naive, exact)
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_the_size_of_a_gradient_changes_nothing(how):
+    """Powers of two at which the square of an entry under- or overflows float32."""
+    grad_out, *given = adjoint_problem(37, 40, 24)
+    dx, *_, change, count = HOWS[how](grad_out, *given, "tanh", 8, 1e-3, 1.0, False)
+    for size in (2.0**-90, 2.0**80):
+        got = HOWS[how](size * grad_out, *given, "tanh", 8, 1e-3, 1.0, False)
+        assert torch.equal(got[0], size * dx) and torch.equal(got[6], change) and torch.equal(got[7], count)
+
+
 def test_fused_sums_write_every_element_and_nothing_else():
     grad_out, x, p, A, _, _ = adjoint_problem(130, 50, 24)
     t, z = torch.randn_like(p), torch.randn_like(p)

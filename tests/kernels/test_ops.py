@@ -50,6 +50,24 @@ def test_backend_choice(monkeypatch):
         ops.resolve_backend("cuda", cpu, torch.float32, 32)
 
 
+@pytest.mark.parametrize(
+    "version, fits", [("3.2.0", False), ("3.5.1", False), ("3.6.0", True), ("3.10.0+git", True)]
+)
+def test_a_triton_that_cannot_compile_the_kernels_is_not_asked(monkeypatch, version, fits):
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr(present, "interpreted", lambda: False)
+    assert (present.triton_missing.__wrapped__() is None) == fits
+
+
+def test_falling_back_breaks_no_graph():
+    def added(x):
+        return x + (ops.resolve_backend("auto", torch.device("cuda", 0), torch.float64, 32) == "torch")
+
+    ops._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="float64|Triton"):
+        assert torch.compile(added, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
+
+
 def test_auto_falls_back_and_says_so_once(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(present, "triton_missing", lambda: "Triton is not installed")

@@ -5,10 +5,12 @@ import io
 import math
 
 import pytest
+import timm
 import torch
 from method_helpers import backbone, images, shaken
 
-from lion_fast.errors import DataError, LionError, OptionError
+from lion_fast.backbones import Backbone
+from lion_fast.errors import AdapterError, BackboneError, DataError, LionError, OptionError
 from lion_fast.methods import available, create, method_options
 
 KIND = {"vit": "vit", "swin": "swin", "resnet": "cnn", "convnext": "cnn"}
@@ -186,3 +188,41 @@ def test_images_of_a_size_that_a_patch_does_not_divide():
         model(torch.zeros(2, 3, 40, 64))
     padded = create(backbone("vit", dynamic_img_size=True, dynamic_img_pad=True), "probe", num_classes=3)
     assert padded(torch.zeros(2, 3, 40, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("key", ["vit", "swin", "resnet"])
+def test_places_of_a_map(key):
+    frozen = backbone(key)
+    depth, x = len(frozen.map_widths), frozen.enter(images(frozen))
+    for form in ("states", "residual"):
+        for at in (-1, depth, 1.0, True):
+            with pytest.raises(OptionError, match="at"):
+                create(frozen, "lion", num_classes=3, form=form, at=at)
+    for at in (-1, depth):
+        with pytest.raises(OptionError, match="at"):
+            frozen.body_and_map(x, at)
+
+
+@pytest.mark.parametrize(
+    "given", [{"std": (0.0, 1, 1)}, {"std": (math.nan,) * 3}, {"mean": (0.5,)}, {"crop_pct": "x"}]
+)
+def test_what_a_backbone_says_of_images(given):
+    with pytest.raises(OptionError, match="mean|std|crop_pct"):
+        Backbone(timm.create_model("resnet10t"), **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int32])
+def test_an_adapter_of_another_kind_of_numbers(dtype):
+    model = create(backbone("vit"), "lora", num_classes=3)
+    with pytest.raises(AdapterError, match=str(dtype)):
+        model.load_adapter_state_dict({k: v.to(dtype) for k, v in model.adapter_state_dict().items()})
+
+
+def test_one_channel():
+    for key, method in (("vit", "vpt"), ("resnet", "probe"), ("resnet", "lion")):
+        model = create(backbone(key, in_chans=1), method, num_classes=3)
+        assert model(images(model)[:, :1]).shape == (3, 3)
+        with pytest.raises(DataError, match="1, H, W"):
+            model(images(model))
+    with pytest.raises(BackboneError, match="1 channels"):
+        create(backbone("resnet", in_chans=1), "vpt", num_classes=3)

@@ -10,6 +10,7 @@ from training_helpers import TINY, tiny_backbone, write_images
 import lion_fast
 from lion_fast.commands.main import main
 from lion_fast.data import load_data, transforms
+from lion_fast.errors import OptionError
 from lion_fast.studies import demo, experiment, work
 from lion_fast.studies.rows import read_rows
 from lion_fast.studies.statistics import wilson
@@ -102,7 +103,19 @@ def test_an_unwritable_output_is_told_before_anything_is_fetched(tmp_path, monke
     monkeypatch.setattr(experiment, "run", lambda *a, **k: pytest.fail("fetched"))
     (tmp_path / "file").write_text("in the way")
     assert main(["demo", "--out", str(tmp_path / "file/run")]) == 1
-    assert "cannot write to the output folder" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [None, '{"stage": "final", "label": "other", "key": "a"}'])
+def test_a_folder_of_other_runs_is_not_replaced(ran, tmp_path, rows):
+    """lion-fast demo --out runs beside a run called runs/vpt."""
+    (tmp_path / "vpt").mkdir()
+    (tmp_path / "vpt" / "config.yaml").write_text("a run")
+    if rows:
+        (tmp_path / "rows.jsonl").write_text(f"{rows}\n")
+    with pytest.raises(OptionError, match="other runs"):
+        demo.run(tmp_path, grid=ran[2], quiet=True)
+    assert (tmp_path / "vpt" / "config.yaml").read_text() == "a run"
 
 
 def test_wilson_is_the_root_of_its_definition():

@@ -15,7 +15,7 @@ from training_helpers import QUICK, Tensors, random_splits, read_csv, same_bits,
 
 from lion_fast.data import load_data
 from lion_fast.errors import CheckpointError, DataError, LionError, OptionError
-from lion_fast.training import TrainConfig, checkpoints, evaluate, fit
+from lion_fast.training import TrainConfig, TrainingError, checkpoints, evaluate, fit, predict
 
 CONFIG = TrainConfig(**QUICK, log_every=1, checkpoint_every=2)  # six steps
 
@@ -310,6 +310,21 @@ def test_labels_of_any_whole_type_train_alike(tmp_path, whole, dtype):
     splits.train = TensorDataset(splits.train.images, splits.train.labels)
     model = tiny_model("vpt")
     assert fit(model, splits, TrainConfig(**QUICK), tmp_path / "images").steps == 6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_no_result(tmp_path, value):
+    splits = random_splits()
+    splits.val.images[3, 0, 0, 0] = value
+    for judge in (evaluate, predict):
+        with pytest.raises(DataError, match="finite"):
+            judge(tiny_model("probe"), splits.val)
+    with pytest.raises(TrainingError, match="finite.*step-00000002"):
+        fit(tiny_model("probe"), splits, CONFIG, tmp_path)
+    assert checkpoints.list_checkpoints(tmp_path / "checkpoints")
+    for name in ("train", "val"):
+        with pytest.raises(DataError, match="by number"):
+            (evaluate if name == "train" else predict)(tiny_model("probe"), DataLoader(splits.train))
 
 
 def test_a_model_with_nothing_to_train_and_no_model_are_told(tmp_path):

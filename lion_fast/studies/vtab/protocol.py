@@ -114,7 +114,8 @@ class Protocol:
     ) -> TaskGrid:
         """The grid of a task: every configuration that is tried, checked, in the order in which it is.
 
-        backbone: what stands for it in rows, with its "name". reading: `check` and `strict` of `load_data`.
+        backbone: what stands for it in rows, with its "name". reading: `check`, `strict` and `duplicates` of
+        `load_data`.
         """
         base = self.source(task)
         options = dict(base.options) | dict(self.options)

@@ -27,6 +27,7 @@ def run(
     resume: bool = False,
     check: str = "header",
     strict: bool = False,
+    duplicates: str = "content",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Run a protocol on task folders; returns the summary, see `report.summarize`.
@@ -43,7 +44,8 @@ def run(
             `runs/` (the curves of each run).
         resume: Go on from the rows and checkpoints in `out`.
         check: What is checked of every image file, see `load_data`.
-        strict: An unreadable image is an error and not skipped.
+        strict: An image that is unreadable, or stands in two parts or classes, is an error.
+        duplicates: What is looked for as standing in two, see `load_data`.
         progress: Show progress bars on stderr.
 
     Raises:
@@ -61,9 +63,8 @@ def run(
         **describe_images(backbone),
     }
     there = _rows_there(out, resume)
-    grids = {
-        task: protocol.on(task, folder, about, check=check, strict=strict) for task, folder in folders.items()
-    }
+    reading = {"check": check, "strict": strict, "duplicates": duplicates}
+    grids = {task: protocol.on(task, folder, about, **reading) for task, folder in folders.items()}
     if there:
         here = {"protocol": protocol.describe(), "backbone": about}
         with of_rows(out):
