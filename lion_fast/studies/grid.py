@@ -287,7 +287,7 @@ def _set(label: str, given: object) -> SetSpec:
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)
     data = {k: v for k, v in given.items() if k in _DATA}
     try:
-        DataSettings(**{k: v for k, v in data.items() if k not in ("source", "classes")})
+        DataSettings(data["source"], **{k: v for k, v in data.items() if k not in ("source", "classes")})
     except OptionError as error:
         raise OptionError(f"sets.{label}: {error}") from error
     return SetSpec(label, data, {k: v for k, v in given.items() if k in _TRAIN}, monitor)
