@@ -17,7 +17,7 @@ from torch import Tensor
 from lion_kernels import launch, present, tuned
 from lion_kernels.activations import activate, slope
 from lion_kernels.reference import ADJOINT_FLOOR
-from lion_kernels.tile import INFINITY, as_operand, device_function, finite_rows, stop_rows
+from lion_kernels.tile import INFINITY, as_operand, device_function, stop_rows
 
 EXPONENT = tl.constexpr(0x7F800000)
 
@@ -94,6 +94,7 @@ def _adjoint_kernel(
         y = tl.where((was_active & finite)[:, None], new, y)
 
     t = grad_phi * y
+    tl.store(change_ptr + first + i, change, mask=valid)
     tl.store(count_ptr + first + i, count, mask=valid)
     tl.store(t_ptr + first * R + i[:, None] * R + r[None, :], t * scale[:, None], mask=state_mask)
 
@@ -106,10 +107,7 @@ def _adjoint_kernel(
         mask = valid[:, None] & (d < D)[None, :]
         if RESIDUAL:
             dx += tl.load(grad_tile + tile, mask=mask, other=0.0).to(tl.float32)
-        dx = dx.to(dx_ptr.dtype.element_ty)
-        change = tl.where(finite_rows(dx) > 0, change, INFINITY)
         tl.store(dx_ptr + first * D + tile, dx, mask=mask)
-    tl.store(change_ptr + first + i, change, mask=valid)
 
 
 @triton.jit(do_not_specialize=["T"])

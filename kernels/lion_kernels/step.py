@@ -68,7 +68,7 @@ def _choose(x: Tensor, weights: tuple[Tensor | BlockSparse, ...], state: int, da
 
 
 def _read_out(h, weight, c, x, change, config, residual: bool) -> Tensor:
-    """(x +) h weight^T (+ c) in x's dtype; `change` becomes inf for rows where that is not finite."""
+    """(x +) h weight^T (+ c) in x's dtype; with c, `change` becomes inf for rows where that is not finite."""
     out = torch.empty_like(x)
     rows, width = x.shape
     constants = launch_step.read_out_constants(

@@ -201,8 +201,8 @@ def read_out_kernel(
     BLOCK_K: tl.constexpr, INPUT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]; the residual of a row is inf where out
-    is not finite.
+    """out = (x +) h weight^T (+ c), for h [T, R] and weight [D, R]. With c, in the solve, the residual of a
+    row is inf where out is not finite.
     """
     tile, block, start, i, valid, n = _tile(T, BLOCKS, BLOCK_T, BLOCK_N)
     own = i[:, None] * D + n[None, :]
@@ -218,9 +218,10 @@ def read_out_kernel(
         out += tl.load(x_ptr + start * D + own, mask=inside, other=0.0).to(tl.float32)
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + start * D + own, out, mask=inside)
-    # Every column block that finds one stores the same number.
-    infinite = tl.full([BLOCK_T], INFINITY, tl.float32)
-    tl.store(change_ptr + start + i, infinite, mask=valid & (finite_rows(out) == 0))
+    if BIAS:
+        # Every column block that finds one stores the same number.
+        infinite = tl.full([BLOCK_T], INFINITY, tl.float32)
+        tl.store(change_ptr + start + i, infinite, mask=valid & (finite_rows(out) == 0))
 
 
 @triton.jit(do_not_specialize=["T", "k"])

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lion_fast.errors import DataError, check_device
+from lion_fast.errors import DataError, OptionError, check_device, shown
 from lion_fast.options import PRECISIONS, Options, help_of, key_values, kind, read_settings, sides
 from lion_fast.training.settings import Settings
 
@@ -176,6 +176,19 @@ def interruptible(hint: str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         error.args, error.hint = ("interrupted",), hint
         raise
+
+
+def processes() -> int:
+    """How many processes share this run, as their launcher says."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal():
+        raise OptionError(f"the variable WORLD_SIZE must be a whole number; got {shown(text)}")
+    return int(text)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return processes() <= 1 or os.environ.get("RANK") == "0"
 
 
 def say(text: str, passing: bool = False) -> None:

@@ -14,13 +14,19 @@ the defaults is said before training. Ctrl-C writes a checkpoint.
 import argparse
 import contextlib
 import json
-import os
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lion_fast.commands.common import add_progress, add_settings, find_device, given_settings, say
+from lion_fast.commands.common import (
+    add_progress,
+    add_settings,
+    find_device,
+    given_settings,
+    is_main_process,
+    say,
+)
 from lion_fast.errors import CheckpointError, OptionError
 from lion_fast.files import output_folder, refuse_overwriting, write_atomically
 from lion_fast.options import RECORD, default_of, in_words, read_settings
@@ -87,7 +93,7 @@ def _locked(args: argparse.Namespace, settings: Settings, out: Path) -> dict:
     if not args.resume:  # which writes no settings, and goes on where it was
         config = None if args.overwrite or list_checkpoints(out / FOLDER) else args.config
         refuse_overwriting(out, [settings.data.data, settings.model.weights, config], WRITTEN)
-    main_process = os.environ.get("RANK", "0") == "0"
+    main_process = is_main_process()
     with output_folder(out) if main_process else contextlib.nullcontext():
         prepare_output(out, resume=args.resume, overwrite=args.overwrite)
         return _train(args, settings, out, main_process)

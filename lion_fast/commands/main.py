@@ -7,7 +7,6 @@ can be other than good, `exit_code(result)`.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -27,7 +26,7 @@ from lion_fast.commands import (
     prune,
     vtab,
 )
-from lion_fast.commands.common import flushed, is_gone, plain, prepare_streams, silence
+from lion_fast.commands.common import flushed, is_gone, is_main_process, plain, prepare_streams, silence
 from lion_fast.errors import LionError, OptionError, one_line, refuse_unknown, shown
 
 COMMANDS = {
@@ -75,7 +74,7 @@ def _run(argv: list[str]) -> int:
     # what libraries print is no JSON
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
         result = command.run(args)
-    if args.json and os.environ.get("RANK", "0") == "0":
+    if args.json and is_main_process():
         print(json.dumps(plain(result), indent=1, allow_nan=False))
     return command.exit_code(result) if hasattr(command, "exit_code") else EXIT_OK
 

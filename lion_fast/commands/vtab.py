@@ -11,10 +11,9 @@ seeds. Settings given here hold for every configuration; docs/data.md has the fo
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from lion_fast.commands.common import add_progress, add_settings, given_settings, shows_progress
+from lion_fast.commands.common import add_progress, add_settings, given_settings, processes, shows_progress
 from lion_fast.errors import OptionError
 from lion_fast.files import output_folder, refuse_overwriting
 from lion_fast.options import key_lists
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> dict:
     from lion_fast.studies.vtab import report, runner, tasks
     from lion_fast.studies.vtab.protocol import Protocol
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise OptionError("vtab runs in one process; start one for some --tasks each, with an --out each")
     given = {"resize": "direct"} | given_settings(args, ModelSettings)
     model = ModelSettings.from_dict(given)

@@ -257,15 +257,16 @@ def _real_paths() -> Callable[[str], str]:
 
 
 def record_of(folder: Path) -> tuple[Record | None, dict[str, Any] | None]:
-    """The record and the description (splits.json) in a run's output folder; None where there is none."""
+    """The record in a run's output folder, and what its splits.json tells; None where there is none."""
     record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
     file = folder / "splits.json"
     if not file.is_file():
         return record, None
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        expected = told["fingerprint"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        expected, counts = told["fingerprint"], told.get("class_counts") or {}
+        told = {"fingerprint": expected, "class_counts": {part: dict(of) for part, of in counts.items()}}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is not the description of a split: {error!r}") from error
     if record is not None and record.fingerprint() != expected:
         raise DataError(
@@ -286,7 +287,7 @@ def refuse_other(folder: Path, told: Mapping[str, Any] | None, now: Mapping[str,
         return
     differences = []
     for part, counts in now["class_counts"].items():
-        before = (told.get("class_counts") or {}).get(part) or {}
+        before = told["class_counts"].get(part, {})
         differences += [
             f"{part} had {before.get(name, 0)} images of {name}, now {counts.get(name, 0)}"
             for name in dict.fromkeys([*before, *counts])

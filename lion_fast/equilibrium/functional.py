@@ -163,7 +163,10 @@ def backward_record(
             if contracts:
                 record.grows = torch.zeros_like(record.residual, dtype=torch.bool)
             else:
+                finite = torch.isfinite(record.residual)
                 record = _series_record(grad_out, p, W, V, activation, adjoint, tol)
+                if adjoint[0]:  # without terms the kernels measured nothing
+                    record.residual = record.residual.where(finite, torch.inf)
         record_backward(told[0], record, grad_out, options.on_failure, hint)
 
     return told, tell

@@ -261,7 +261,8 @@ def solve_implicit(
         raise ValueError("f must not change its x in place: every application of f reads it")
     if not torch.is_grad_enabled():
         return z, info
-    single = options.max_iter == 1  # no equilibrium
+    single, compiling = options.max_iter == 1, torch.compiler.is_compiling()  # single: no equilibrium
+    watch = (return_info or on_failure != "ignore") and not compiling
     applied = f(z0 if single else z, x).to(z.dtype)
     if not applied.requires_grad:
         return z, info
@@ -270,8 +271,14 @@ def solve_implicit(
     terms = {"neumann": terms, "jfb": 0, "phantom": max(terms, 1) - 1}.get(backward, 0)
     damping = PHANTOM_DAMPING if backward == "phantom" else 1.0
     plain = backward == "jfb" or backward == "neumann" and terms == 0
-    if single or plain and not return_info and on_failure == "ignore":
+    if single or plain and not watch:
         return _once_only(applied), info
+    if (
+        backward == "phantom" and compiling
+    ):  # a backward that evaluates f cannot be traced: the steps themselves
+        for _ in range(terms + 1):
+            z = z + PHANTOM_DAMPING * (f(z, x) - z)
+        return z, info
 
     def solve_adjoint(step: Callable[[Tensor], Tensor], g: Tensor, rounding: float) -> Tensor:
         if backward == "exact":

@@ -281,13 +281,13 @@ def _backbone(label: str, given: object) -> dict:
 def _set(label: str, given: object) -> SetSpec:
     given = _entry(f"sets.{label}", given)
     refuse_unknown(given, [*_DATA, "monitor", *_TRAIN], f"setting in sets.{label}")
-    if "source" not in given:
+    if not isinstance(given.get("source"), (str, os.PathLike)):
         raise OptionError(f"sets.{label} needs a source: a folder, a CSV file or a built-in set")
     monitor = given.get("monitor", "accuracy")
     check_choice(f"sets.{label}: monitor", monitor, MONITORS)
     data = {k: v for k, v in given.items() if k in _DATA}
     try:
-        DataSettings(**{k: v for k, v in data.items() if k not in ("source", "classes")})
+        DataSettings(data["source"], **{k: v for k, v in data.items() if k not in ("source", "classes")})
     except OptionError as error:
         raise OptionError(f"sets.{label}: {error}") from error
     return SetSpec(label, data, {k: v for k, v in given.items() if k in _TRAIN}, monitor)

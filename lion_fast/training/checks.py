@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 from lion_fast.errors import DataError, OptionError
 from lion_fast.pruning.masks import check_target, find_layers, find_matrices
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.items import check_dataset, check_labels, is_bare, whole_labels
+from lion_fast.training.items import (
+    check_dataset,
+    check_labels,
+    check_same_classes,
+    is_bare,
+    whole_labels,
+)
 
 if TYPE_CHECKING:
     from lion_fast.data import Splits
@@ -57,14 +63,5 @@ def name_classes(model: "TunedModel", splits: "Splits") -> None:
     names = getattr(splits, "classes", None)
     if names is None:
         return
-    if len(names) != model.num_classes:
-        raise DataError(
-            f"the data has {len(names)} classes and the model {model.num_classes} outputs; "
-            f"create the model with num_classes={len(names)}"
-        )
-    if model.classes is not None and list(model.classes) != list(names):
-        raise DataError(
-            f"the model's classes are {', '.join(model.classes[:6])}, the data's {', '.join(names[:6])}; "
-            "make a new model, or set model.classes where they mean the same"
-        )
+    check_same_classes(names, model.classes, model.num_classes)
     model.classes = list(names)

@@ -111,6 +111,20 @@ def whole_labels(labels: Any) -> Tensor:
     return found.long()
 
 
+def check_same_classes(names: Sequence[str], known: Sequence[str] | None, outputs: int) -> None:
+    """`DataError` unless data with these class names is for a model with these names and so many outputs."""
+    if len(names) != outputs:
+        raise DataError(
+            f"the data has {len(names)} classes and the model {outputs} outputs; create the model with "
+            f"num_classes={len(names)}, or give load_images the model's classes"
+        )
+    if known is not None and list(known) != list(names):
+        raise DataError(
+            f"the model's classes are {', '.join(known[:6])}, the data's {', '.join(names[:6])}; give "
+            "load_images classes=model.classes, make a new model, or set model.classes where both mean one"
+        )
+
+
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raise `DataError` naming a label outside [0, num_classes)."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]

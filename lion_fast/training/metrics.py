@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from lion_fast.errors import DataError, check_kind, check_whole
-from lion_fast.training.items import check_dataset, check_labels, collate, read, with_transform
+from lion_fast.training.items import (
+    check_dataset,
+    check_labels,
+    check_same_classes,
+    collate,
+    leaves,
+    read,
+    with_transform,
+)
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -128,7 +136,8 @@ def evaluate(
         check: Called after each batch; may raise to leave.
 
     Raises:
-        DataError: No images, a label outside [0, num_classes), or outputs that are not finite.
+        DataError: No images, a label outside [0, num_classes), an `ImageSet` of other classes than the
+            model's, or outputs that are not finite.
         OptionError: `batch_size` or `num_workers` out of range.
 
     Example:
@@ -142,6 +151,9 @@ def evaluate(
     check_kind("model", model, nn.Module)
     dataset = with_transform(model, dataset)
     classes = num_classes if num_classes is not None else model.num_classes
+    for leaf in leaves(dataset):
+        if hasattr(leaf, "with_transform") and hasattr(leaf, "classes"):  # an ImageSet
+            check_same_classes(leaf.classes, getattr(model, "classes", None), classes)
     n = len(dataset)
     if n == 0:
         raise DataError("there are no images to evaluate")

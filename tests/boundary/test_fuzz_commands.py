@@ -74,7 +74,7 @@ NOTHING = {
 }
 
 
-@some(80)
+@some(50)
 @given(DATA)
 def test_flags(data):
     command = data.draw(st.sampled_from(sorted(NOTHING)))
@@ -89,7 +89,7 @@ def test_flags(data):
         keeps_its_promise(*line)
 
 
-@some(60)
+@some(30)
 @given(DATA)
 def test_words(data):
     """No command, other commands, words in any order."""
@@ -118,7 +118,7 @@ REAL = {
 }
 
 
-@some(60)
+@some(30)
 @given(DATA)
 def test_flags_on_a_trained_run(data):
     command = data.draw(st.sampled_from(sorted(REAL)))
@@ -136,7 +136,7 @@ def test_flags_on_a_trained_run(data):
         assert picture(world()) == before
 
 
-@some(20)
+@some(10)
 @given(DATA)
 def test_options_of_methods_in_training(data):
     method = data.draw(st.sampled_from(sorted(available())))
@@ -163,7 +163,7 @@ TRAIN_FLAGS = {
 }  # fmt: skip
 
 
-@some(20)
+@some(10)
 @given(DATA)
 def test_settings_in_training(data):
     names = data.draw(st.lists(st.sampled_from(sorted(TRAIN_FLAGS)), min_size=1, max_size=2, unique=True))
@@ -183,7 +183,7 @@ GRID = {
 }  # fmt: skip
 
 
-@some(40)
+@some(20)
 @given(DATA)
 def test_grids_of_experiments(data):
     from boundary_helpers import changed, edited
@@ -211,7 +211,7 @@ def test_grids_of_experiments(data):
         )
 
 
-@some(20)
+@some(10)
 @given(DATA)
 def test_rows_of_studies(data):
     from boundary_helpers import changed, edited

@@ -37,7 +37,7 @@ def adapter_copy(folder: Path) -> Path:
     return Path(shutil.copytree(world() / "run" / "adapter", folder / "adapter"))
 
 
-@some(60)
+@some(30)
 @given(DATA)
 def test_config_files(data):
     good = yaml.safe_load((world() / "run/config.yaml").read_text())
@@ -55,7 +55,7 @@ def test_config_files(data):
         assert code in (1, 2) and (folder / "c.yaml").read_bytes() == text
 
 
-@some(15)
+@some(8)
 @given(DATA)
 def test_the_config_beside_an_adapter(data):
     good = yaml.safe_load((world() / "run/config.yaml").read_text())
@@ -68,7 +68,7 @@ def test_the_config_beside_an_adapter(data):
         keeps_its_promise("info", folder, "--json")
 
 
-@some(60)
+@some(30)
 @given(DATA)
 def test_the_description_of_an_adapter(data):
     with scratch() as folder:
@@ -85,7 +85,7 @@ def test_the_description_of_an_adapter(data):
         assert picture(folder) == before
 
 
-@some(40)
+@some(20)
 @given(DATA)
 def test_the_tensors_of_an_adapter(data):
     with scratch() as folder:
@@ -105,7 +105,7 @@ def test_the_tensors_of_an_adapter(data):
         keeps_its_promise("info", folder, "--json", codes={0, 1})
 
 
-@some(30)
+@some(15)
 @given(DATA)
 def test_weights(data):
     suffix = data.draw(st.sampled_from([".safetensors", ".pth", ".npz"]))
@@ -115,7 +115,7 @@ def test_weights(data):
         keeps_its_promise("info", world() / "run", "--weights", folder / f"w{suffix}", codes={0, 1})
 
 
-@some(40)
+@some(20)
 @given(DATA)
 def test_lists(data):
     cell = TEXTS | st.sampled_from(
@@ -135,7 +135,7 @@ def test_lists(data):
         keeps_its_promise("evaluate", world() / "run", folder / "l.csv", "--device=cpu", "--json")
 
 
-@some(40)
+@some(20)
 @given(DATA)
 def test_the_split_of_a_run(data):
     name = data.draw(st.sampled_from(["split.csv", "splits.json"]))
@@ -145,12 +145,16 @@ def test_the_split_of_a_run(data):
         row = data.draw(st.sampled_from(table))
         row[data.draw(st.integers(0, 5))] = data.draw(TEXTS).encode("utf-8", "surrogatepass")
         raw = b"\n".join(map(b",".join, table))
+    elif name == "splits.json" and data.draw(st.booleans()):
+        raw = json.dumps(changed(json.loads(raw), data.draw)).encode()
     else:
         raw = edited(raw, data.draw)
     with scratch() as folder:
         run = shutil.copytree(world() / "run", folder / "run")
         if name == "split.csv" and data.draw(st.booleans()):
             (run / "splits.json").unlink()
+        if name == "splits.json" and data.draw(st.booleans()):
+            (run / "split.csv").unlink()
         (run / name).write_bytes(raw)
         keeps_its_promise("evaluate", run, "--device=cpu", "--json", codes={0, 1})
         keeps_its_promise("evaluate", run, world() / "images", "--device=cpu", "--json", codes={0, 1})
@@ -178,7 +182,7 @@ NAMES = st.one_of(
 )
 
 
-@some(30)
+@some(12)
 @given(DATA)
 def test_folders(data):
     draw = data.draw
@@ -214,7 +218,7 @@ def test_folders(data):
             keeps_its_promise(command, world() / "run", place, "--device=cpu", "--json")
 
 
-@some(10)
+@some(5)
 @given(DATA)
 def test_checkpoints_whose_manifest_was_made_anew(data):
     with scratch() as folder:
@@ -234,13 +238,13 @@ def test_checkpoints_whose_manifest_was_made_anew(data):
         keeps_its_promise("finetune", "--config", run / "config.yaml", "--out", run, "--resume", "--json")
 
 
-@some(15)
+@some(6)
 @given(DATA)
 def test_records_of_a_run(data):
     """Whatever else lies in a run's folder."""
     with scratch() as folder:
         run = Path(shutil.copytree(world() / "run", folder / "run"))
-        name = data.draw(st.sampled_from(["splits.json", "results.json", "steps.csv", "metrics.csv"]))
+        name = data.draw(st.sampled_from(["split.csv", "splits.json", "results.json", "steps.csv", "metrics.csv"]))
         raw = (run / name).read_bytes()
         if name.endswith("json") and data.draw(st.booleans()):
             (run / name).write_text(json.dumps(changed(json.loads(raw), data.draw)))
@@ -250,3 +254,37 @@ def test_records_of_a_run(data):
             keeps_its_promise("evaluate", run, "--device=cpu", "--json")
         else:
             keeps_its_promise("finetune", "--config", run / "config.yaml", "--out", run, "--resume", "--json")
+
+
+LISTS = {
+    "vtab": {
+        "train800.txt": "images/a.png 0\nimages/b.png 1\n", "val200.txt": "images/a.png 0\n",
+        "train800val200.txt": "images/a.png 0\nimages/b.png 1\n", "test.txt": "images/b.png 1\n",
+    },
+    "fgvc": {"train.json": '{"a.png": 1, "b.png": 2}', "val.json": '{"c.png": 1}', "test.json": '{"d.png": 2}'},
+    "birds": {
+        "images.txt": "1 x/a.png\n2 y/b.png\n", "image_class_labels.txt": "1 1\n2 2\n",
+        "train_test_split.txt": "1 1\n2 0\n",
+    },
+}  # fmt: skip
+
+
+@some(10)
+@given(DATA)
+def test_published_lists(data):
+    draw = data.draw
+    lists = {name: text.encode() for name, text in LISTS[draw(st.sampled_from(sorted(LISTS)))].items()}
+    name = draw(st.sampled_from(sorted(lists)))
+    if name.endswith("json") and draw(st.booleans()):
+        lists[name] = json.dumps(changed(json.loads(lists[name]), draw)).encode()
+    else:
+        lists[name] = edited(lists[name], draw)
+    with scratch() as folder:
+        for place in ("images", "images/x", "images/y"):
+            (folder / place).mkdir()
+            for image in "abcd":
+                shutil.copy(world() / "images/class0/000.png", folder / place / f"{image}.png")
+        for name, raw in lists.items():
+            (folder / name).write_bytes(raw)
+        more = draw(st.sampled_from([[], ["--split=train"], ["--split=test"], ["--check=none"]]))
+        keeps_its_promise("evaluate", world() / "run", folder, "--device=cpu", *more, "--json")

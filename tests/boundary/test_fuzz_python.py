@@ -36,7 +36,7 @@ def ours_or_done(call, *args, **kwargs):
         assert "allocate memory" in str(error), error
 
 
-@some(60)
+@some(30)
 @given(DATA)
 def test_options_of_methods(data):
     method = data.draw(st.sampled_from(sorted(available())))
@@ -50,7 +50,7 @@ def test_options_of_methods(data):
             lion_fast.load_adapter(folder, backbone)
 
 
-@some(30)
+@some(15)
 @given(DATA)
 def test_settings_of_training(data):
     name = data.draw(st.sampled_from(TrainConfig.names()))
@@ -114,7 +114,7 @@ def good_calls() -> dict:
     }
 
 
-@some(60)
+@some(20)
 @given(DATA)
 def test_arguments(data):
     calls = good_calls()

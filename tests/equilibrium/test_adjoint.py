@@ -197,6 +197,22 @@ def test_ignoring_failures_looks_at_nothing(solver, backward):
         layer(torch.randn(B, N))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", ["jfb", "phantom"])
+def test_a_gradient_that_needs_no_adjoint_compiles_as_one_graph(backward):
+    """The policy looks at nothing there."""
+    torch._dynamo.reset()
+    W = (0.5 * torch.eye(N)).requires_grad_()
+    options = {"backward": backward, "early_exit": False, "max_iter": 20, "on_failure": "raise"}
+    layer = ImplicitLayer(lambda z, x: torch.tanh(z @ W.T + x), **options)
+    x = torch.randn(B, N)
+    found, expected = (
+        torch.autograd.grad(call(x).sum(), W)[0]
+        for call in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer)
+    )
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 # The layers of tokens
 
 

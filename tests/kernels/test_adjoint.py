@@ -54,11 +54,11 @@ def assert_gradients(how, args, activation, terms, damping, residual):
 def test_a_gradient_that_is_not_finite_is_flagged_and_alone(how, dtype):
     grad_out, *given = adjoint_problem(70, 40, 24, dtype)
     clean = HOWS[how](grad_out, *given, "tanh", 3, 0.0, 1.0, True)
-    grad_out[3, 7], grad_out[5] = float("nan"), torch.finfo(dtype).max
+    grad_out[3, 7] = float("nan")
     dx, *_, change, _ = HOWS[how](grad_out, *given, "tanh", 3, 0.0, 1.0, True)
-    others = [i for i in range(70) if i not in (3, 5)]
+    others = [i for i in range(70) if i != 3]
     assert torch.equal(dx[others], clean[0][others]) and torch.equal(change[others], clean[6][others])
-    assert change[3].isinf() and (change[5].isinf() or torch.isfinite(dx[5]).all())
+    assert change[3].isinf()
 
 
 @pytest.mark.parametrize(

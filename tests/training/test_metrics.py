@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_helpers import Tensors, random_splits, tiny_model
 
-from lion_fast.data import load_data, transforms
+from lion_fast.data import load_data, load_images, transforms
 from lion_fast.errors import DataError, OptionError
 from lion_fast.training import PeakMemory, evaluate, predict, predict_files
 
@@ -57,6 +57,18 @@ def test_image_sets_without_a_transform_get_the_backbones(images):
     assert torch.equal(predict(model, splits.test), predict(model, splits.test.with_transform(view)))
     mirrored = splits.test.with_transform(lambda image: view(image).flip(0))
     assert evaluate(model, mirrored).loss != own.loss, "a transform that is there is kept"
+
+
+def test_evaluation_refuses_images_of_other_classes(images):
+    model, splits = tiny_model(), load_data(images)
+    fewer = load_images(images, classes=splits.classes[::-1])
+    evaluate(model, fewer.subset([0]))  # no names of its own: the numbers must do
+    model.classes = splits.classes
+    for other in (fewer, torch.utils.data.Subset(fewer, [0, 1])):
+        with pytest.raises(DataError, match="classes=model.classes"):
+            evaluate(model, other)
+    with pytest.raises(DataError, match="3 classes and the model 4 outputs"):
+        evaluate(tiny_model(num_classes=4), splits.test)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2.5}, {"num_workers": -1}])
