@@ -244,7 +244,9 @@ def test_records_of_a_run(data):
     """Whatever else lies in a run's folder."""
     with scratch() as folder:
         run = Path(shutil.copytree(world() / "run", folder / "run"))
-        name = data.draw(st.sampled_from(["split.csv", "splits.json", "results.json", "steps.csv", "metrics.csv"]))
+        name = data.draw(
+            st.sampled_from(["split.csv", "splits.json", "results.json", "steps.csv", "metrics.csv"])
+        )
         raw = (run / name).read_bytes()
         if name.endswith("json") and data.draw(st.booleans()):
             (run / name).write_text(json.dumps(changed(json.loads(raw), data.draw)))
