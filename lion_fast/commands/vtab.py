@@ -79,10 +79,11 @@ def run(args: argparse.Namespace) -> dict:
     folders = tasks.find_tasks(args.root, args.tasks)
     out = Path(args.out or f"runs/vtab-{model.method}")
     refuse_overwriting(out, [args.root])
+    backbone = model.load_backbone(protocol.seeds[0])
     with output_folder(out):
         summary = runner.run(
             folders,
-            model.load_backbone(protocol.seeds[0]),
+            backbone,
             protocol,
             out,
             resume=args.resume,
