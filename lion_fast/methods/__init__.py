@@ -77,7 +77,10 @@ def create(
                 fold=fold,
                 precision=precision,
             )
-        elif (weights, img_size, memory, fold, precision) != (None, None, "plain", False, "fp32"):
+        elif any(
+            value is not None and not (isinstance(value, (str, bool)) and value in ("plain", False, "fp32"))
+            for value in (weights, img_size, memory, fold, precision)
+        ):
             raise OptionError(
                 "weights, img_size, memory, fold and precision belong to load_backbone when the backbone is "
                 "not given by name"
