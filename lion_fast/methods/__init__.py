@@ -78,8 +78,12 @@ def create(
                 precision=precision,
             )
         elif any(
-            value is not None and not (isinstance(value, (str, bool)) and value in ("plain", False, "fp32"))
-            for value in (weights, img_size, memory, fold, precision)
+            type(value) is not type(default) or value != default
+            for value, default in zip(
+                (weights, img_size, memory, fold, precision),
+                (None, None, "plain", False, "fp32"),
+                strict=True,
+            )
         ):
             raise OptionError(
                 "weights, img_size, memory, fold and precision belong to load_backbone when the backbone is "
