@@ -84,7 +84,15 @@ def unpack(setup: Setup, checkpoint: Checkpoint) -> State:
     """
     try:
         return _unpack(setup, checkpoint)
-    except (LionError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+    except (
+        LionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         told = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         raise unusable(checkpoint.path, told) from error
 
