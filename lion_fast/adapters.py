@@ -146,8 +146,9 @@ def _rebuild(directory: Path, saved: dict, file: str | os.PathLike | None) -> Ba
         raise AdapterError(
             f"{directory}: backbone {shown(request.get('name'))} is not a plain timm model; {instead}"
         )
-    if weights is not None and weights not in OWN_WEIGHTS and not Path(str(weights)).is_file():
-        raise AdapterError(f"{directory}: its weights file {weights!r} is not here; {instead}")
+    found = isinstance(weights, str) and (weights in OWN_WEIGHTS or Path(weights).is_file())
+    if weights is not None and not found:
+        raise AdapterError(f"{directory}: its weights file {shown(weights)} is not here; {instead}")
     given = {key: request.get(key) for key in ("img_size", "pool")}
     given |= {"resize": request.get("resize", "crop"), "pretrained": bool(request.get("pretrained"))}
     try:

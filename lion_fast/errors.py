@@ -92,9 +92,13 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise `OptionError` unless `value` is a text that can be a name or a path: without NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        raise OptionError(f"{name} must be a text; got {shown(value)}")
+    """Raise `OptionError` unless `value` is a text that can be a name or a path."""
+    try:
+        if isinstance(value, str) and b"\0" not in os.fsencode(value):
+            return
+    except UnicodeError:  # half a character
+        pass
+    raise OptionError(f"{name} must be a text that can be a name; got {shown(value)}")
 
 
 def check_kind(name: str, value: object, *kinds: type) -> None:

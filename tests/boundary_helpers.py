@@ -112,7 +112,7 @@ def keeps_its_promise(*argv, codes: set[int] | None = None) -> tuple[int, str, s
     if code in (1, 2) and argv and "usage: lion-fast" not in out:
         assert re.match(r"lion-fast(?: \w+)?: error: ", lines[-1]), where
         assert 30 < len(lines[-1]) < 1200 and lines[-1].isprintable(), where
-    if "--json" in argv and "--help" not in argv and "-h" not in argv:
+    if "--json" in argv and not {"--help", "-h", "--version"} & set(argv):
         if code == 0:
             json.loads(out, parse_constant=_not_json)
         else:

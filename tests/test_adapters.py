@@ -366,3 +366,52 @@ def test_the_crop_mode_of_training_is_kept(tmp_path):
     refused("crop_mode squash", tmp_path / "new", backbone=squash)
     squash.crop_mode = "squash"
     refused("crop_mode center", tmp_path / "old", backbone=squash)
+
+
+def test_equal_weights_make_equal_bytes(tmp_path, probe):
+    """The header of safetensors has its metadata in any order."""
+    written = set()
+    for _ in range(8):
+        save_adapter(probe, tmp_path)
+        written.add((tmp_path / TENSORS).read_bytes() + (tmp_path / DESCRIPTION).read_bytes())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dim": 10**6}, {"grid": 10**9}, {"max_iter": 10**22}, {"state_dim": "9"}]
+)
+def test_nothing_is_allocated_by_the_word_of_a_description(tmp_path, residual, options):
+    rewrite(tmp_path, options=described(tmp_path)["options"] | options)
+    refused("cannot be built", tmp_path, backbone=residual.backbone)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": [1, 2, 3]}, {"classes": "abc"}, {"compacted": [1]}, {"num_classes": True},
+        {"normalisation": {"mean": [1], "std": [None]}}, {"num_classes": 10**30},
+        {"options": {"head_bias": 1}}, {"format_version": 1.5}, {"method": "lion\n"},
+        {"backbone": {"name": "x", "sha256": "y", "request": 5}},
+    ],
+)  # fmt: skip
+def test_edited_descriptions_are_refused(tmp_path, probe, change):
+    rewrite(tmp_path, **change)
+    with pytest.raises(AdapterError):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_of_another_kind_are_refused(tmp_path, probe, kind):
+    state = {k: v.detach().clone() for k, v in probe.adapter_state_dict().items()}
+    replace_tensors(tmp_path, state | {"head.bias": torch.zeros(3, dtype=kind)})
+    refused("head.bias", tmp_path, backbone=probe.backbone)
+
+
+@pytest.mark.parametrize("name", [DESCRIPTION, TENSORS])
+def test_a_pipe_or_a_loop_of_links_is_no_adapter(tmp_path, probe, name):
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    refused("cannot be read", tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)
+    refused("cannot be read", tmp_path)

@@ -1,11 +1,35 @@
+# ruff: noqa: E501
 """Fields with help and ranges, values as people write them in YAML, KEY=VALUE, names that are not known."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 
-from lion_fast.errors import OptionError, refuse_unknown
-from lion_fast.options import Options, documented, dump_yaml, key_lists, key_values, parse_yaml, setting
+from lion_fast.errors import (
+    OptionError,
+    check_number,
+    check_seed,
+    check_whole,
+    one_line,
+    refuse_unknown,
+    shown,
+)
+from lion_fast.options import (
+    MOST_BYTES,
+    Options,
+    documented,
+    dump_yaml,
+    key_lists,
+    key_values,
+    parse_json,
+    parse_yaml,
+    read_file,
+    read_settings,
+    setting,
+)
 
 
 @documented
@@ -79,3 +103,111 @@ def test_key_values():
             key_lists([wrong], "--grid")
     with pytest.raises(OptionError, match="lr twice"):
         key_lists(["lr=1", "lr=2"], "--grid")
+
+
+def start(value: object) -> str:
+    return shown(value)[:20]
+
+
+LEVELS = "\n".join(
+    f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = LEVELS.replace("[", "{<<: [").replace("]", "]}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: 2", "a: &a [*a]", 5000 * "[", "a: &a [1]\n" + LEVELS, "a: 0x" + 6000 * "f", "a: " + 5000 * "9",
+        "a: !!timestamp x", "!!int ''", "!!bool x", "a: 2001-13-45", "a: !!python/name:os.system", "? [1]\n: 2", "\ta: 1",
+        "a: \0", "a: 1\n---\nb: 2",
+    ],
+    ids=start,
+)  # fmt: skip
+def test_yaml_that_nobody_means_is_refused(text):
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+def test_yaml_aliases_that_people_write_are_read():
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: *a") == {
+        "a": {"x": 1},
+        "b": {"x": 1, "y": 2},
+        "c": {"x": 1},
+    }
+    parse_yaml("a: &a {x: 1}\n" + MERGES)  # one name, however often it is merged
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "[Infinity]",
+        "1e999",
+        '{"a": 1, "a": 2}',
+        10**5 * "[",
+        5000 * "9",
+        400 * "9",
+        b"\xff\xfe",
+        "",
+        "{'a': 1}",
+    ],
+    ids=start,
+)
+def test_json_that_nobody_means_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "pipe", "loop", "device", "none", "long", "nul", "surrogate", "large"]
+)
+def test_what_is_no_file_is_an_error_and_no_wait(tmp_path, kind):
+    path = tmp_path / "x"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "large":
+        path.write_bytes(bytes(MOST_BYTES + 1))
+    path = {"device": "/dev/zero", "long": 5000 * "x", "nul": "a\0b", "surrogate": "\ud800"}.get(kind, path)
+    with pytest.raises(OSError) as error:
+        read_file(path, MOST_BYTES)
+    assert error.value.strerror
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_settings(Path(path), "config file")
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "1", None, 0, 2**31, 10**5000, float("nan")], ids=start)
+def test_whole_numbers_have_two_ends(value):
+    with pytest.raises(OptionError, match="^n must be"):
+        check_whole("n", value)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), 1j, "1", True], ids=start)
+def test_numbers_are_those_of_floats(value):
+    with pytest.raises(OptionError, match="^x must be"):
+        check_number("x", value)
+
+
+def test_seeds_are_those_of_torch():
+    import torch
+
+    for seed in (-(2**63), 0, 2**64 - 1):
+        check_seed("seed", seed)
+        torch.Generator().manual_seed(seed)
+    for seed in (-(2**63) - 1, 2**64, 0.0):
+        with pytest.raises(OptionError, match="seed"):
+            check_seed("seed", seed)
+
+
+def test_errors_are_one_printable_line():
+    class Odd:
+        def __repr__(self):
+            raise RuntimeError
+
+    assert one_line("a\n  b\x1b[2J\udcff") == "a b\\x1b[2J\\udcff"
+    assert len(one_line(5000 * "x")) <= 1000 and len(shown([5000 * "x"])) <= 200
+    assert "Odd" in shown(Odd()) and "int" in shown(10**5000)

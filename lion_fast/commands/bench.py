@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 from lion_fast.commands import common
-from lion_fast.errors import DataError, OptionError, check_whole
+from lion_fast.errors import DataError, OptionError, check_number, check_whole
 
 DEFAULT_OUT = "runs/bench"
 EXIT_LOST = 4
@@ -93,6 +93,9 @@ def run(args: argparse.Namespace) -> dict:
     from lion_fast.studies.rows import Store, of_rows
 
     check_whole("--rounds", args.rounds)
+    check_number("--threshold", args.threshold, least=0)
+    if args.minutes is not None:
+        check_number("--minutes", args.minutes, least=0)
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
     if args.report_only:

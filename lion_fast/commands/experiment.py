@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from lion_fast.commands.common import interruptible, say
-from lion_fast.errors import OptionError
+from lion_fast.errors import OptionError, check_number, check_whole
 from lion_fast.files import refuse_overwriting
 
 EXIT_LEFT = 3
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> dict:
 
     if args.rows_only and args.report_only:
         raise OptionError("--rows-only and --report-only exclude each other")
+    if args.minutes is not None:
+        check_number("--minutes", args.minutes, least=0)
+    check_whole("--workers", args.workers)
     grid = read_grid(args.grid)
     out = Path(args.out or f"runs/experiments/{grid.name}")
     refuse_overwriting(out, [args.grid, *(spec.data.get("source") for spec in grid.sets.values())], [NAME])

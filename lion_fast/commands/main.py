@@ -27,7 +27,7 @@ from lion_fast.commands import (
     vtab,
 )
 from lion_fast.commands.common import flushed, is_gone, is_main_process, plain, prepare_streams, silence
-from lion_fast.errors import LionError, OptionError, one_line, refuse_unknown, shown
+from lion_fast.errors import LionError, OptionError, check_text, one_line, refuse_unknown, shown
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
@@ -59,13 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     parser = build_parser()
-    if any("\0" in text for text in argv):
-        parser.error("no argument can hold a NUL")
-    if argv and not argv[0].startswith("-"):
-        try:
-            refuse_unknown(argv[:1], COMMANDS, "command")
-        except OptionError as error:
-            parser.error(str(error))
+    try:
+        for text in argv:
+            check_text("an argument", text)
+        refuse_unknown((text for text in argv[:1] if not text.startswith("-")), COMMANDS, "command")
+    except OptionError as error:
+        parser.error(str(error))
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

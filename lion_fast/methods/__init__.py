@@ -77,7 +77,12 @@ def create(
                 fold=fold,
                 precision=precision,
             )
-        elif (weights, img_size, memory, fold, precision) != (None, None, "plain", False, "fp32"):
+        elif any(
+            type(value) is not type(default) or value != default
+            for value, default in (
+                (weights, None), (img_size, None), (memory, "plain"), (fold, False), (precision, "fp32"),
+            )
+        ):  # fmt: skip
             raise OptionError(
                 "weights, img_size, memory, fold and precision belong to load_backbone when the backbone is "
                 "not given by name"

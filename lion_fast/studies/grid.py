@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lion_fast.errors import OptionError, check_choice, refuse_unknown
+from lion_fast.errors import OptionError, check_choice, refuse_unknown, shown
 from lion_fast.methods import available, method_options
 from lion_fast.methods.base import check_kinds
 from lion_fast.options import read_settings
@@ -343,8 +343,8 @@ def read_seeds(given: Mapping[str, Any], name: str, default: Sequence[int] = ())
     """The seeds of that name in a mapping; `OptionError` unless they are different and at least 0."""
     seeds = given.get(name, default)
     valid = isinstance(seeds, list) and seeds and len(set(map(repr, seeds))) == len(seeds)
-    if not valid or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
-        raise OptionError(f"{name} must be a list of different integers of at least 0; got {seeds!r}")
+    if not valid or any(type(s) is not int or not 0 <= s < 2**64 for s in seeds):
+        raise OptionError(f"{name} must be different whole numbers from 0 to 2^64 - 1; got {shown(seeds)}")
     return seeds
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lion_fast.errors import OptionError, refuse_unknown
+from lion_fast.errors import OptionError, check_text, refuse_unknown
 from lion_fast.files import write_atomically
 from lion_fast.options import (
     CHECK,
@@ -181,8 +181,7 @@ class Settings:
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.out, str):
-            raise OptionError(f"out must be a text; got {self.out!r}")
+        check_text("out", self.out)
         if not self.out:
             object.__setattr__(self, "out", f"runs/{self.model.method}")
         if not self.layers:

