@@ -137,7 +137,7 @@ def _block_sparse(problem: SparseProblem) -> Ready:
     values = [p.gather(t).contiguous() for p, t in zip(patterns, (A, W, V), strict=True)]
     leaves = contenders._leaves((values[0], values[1], b, values[2], c), torch.float32)
     solve = SolveOptions(max_iter=MAX_ITER, neumann_terms=NEUMANN_TERMS)
-    options = (ACTIVATION, MAX_ITER, TOL, 1.0, solve.adjoint(TOL))
+    options = (ACTIVATION, MAX_ITER, TOL, 1.0, solve.adjoint(TOL), None)
     return Ready(lambda x: _BlockSparseEquilibrium.apply(x, *leaves, patterns, *options)[0], leaves)
 
 

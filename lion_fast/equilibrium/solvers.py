@@ -192,6 +192,14 @@ def _own_options(solver: str, given: Mapping[str, float] | None) -> dict[str, fl
     return dict(given)
 
 
+def _solve_options(solver: str, given: Mapping[str, object]) -> SolveOptions:
+    """Options with the defaults of a solver: a series beside one that needs no contraction is looked at."""
+    backward = given.get("backward", DEFAULT_BACKWARD[solver])
+    watched = solver != "picard" and backward != "exact" and given.get("max_iter") != 1
+    on_failure = "warn" if watched else "ignore"
+    return SolveOptions(**{"backward": backward, "on_failure": on_failure} | given)
+
+
 @takes_solve_options("max_iter", "tol", "damping", "backward", "neumann_terms", "on_failure")
 def implicit(
     f: Callable[[Tensor, Tensor | None], Tensor],
@@ -213,7 +221,8 @@ def implicit(
     (Jacobian-free); "phantom" is the gradient of `neumann_terms` steps damped by 0.5. The default is
     "neumann" for Picard and "exact" for Anderson and Broyden: these find equilibria where f does not
     contract, and there the series of the other modes need not converge. `info.backward`, there after the
-    backward, tells it (`SolveInfo.grows`), and `on_failure` does so in the backward as in the forward.
+    backward, tells it (`SolveInfo.grows`), and `on_failure` does so in the backward as in the forward: its
+    default is "warn" for such a series beside Anderson or Broyden, and "ignore" else.
 
     Whatever `solver`, only one application of f is recorded. Not for torch.vmap or torch.func.
     Source: Bai et al., "Deep equilibrium models", 2019; Fung et al., "JFB", 2022; Geng et al., "On
@@ -224,8 +233,7 @@ def implicit(
     >>> info.reason
     'converged'
     """
-    own = _own_options(solver, solver_options)
-    options = SolveOptions(**{"backward": DEFAULT_BACKWARD[solver]} | solve)
+    own, options = _own_options(solver, solver_options), _solve_options(solver, solve)
     z, info = solve_implicit(f, x, z0, options, options.neumann_terms, solver, early_exit, own)
     apply_policy(info, options.on_failure)
     return z, info
@@ -318,7 +326,7 @@ class ImplicitLayer(Solving, nn.Module):
     ) -> None:
         super().__init__()
         self.solver_options = _own_options(solver, solver_options)
-        self.f, self.solve = f, SolveOptions(**{"backward": DEFAULT_BACKWARD[solver]} | solve)
+        self.f, self.solve = f, _solve_options(solver, solve)
         self.solver, self.early_exit = solver, early_exit
 
     def forward(

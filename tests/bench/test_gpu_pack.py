@@ -99,7 +99,9 @@ def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):
     # every image that a run reads is the image; any other is refused, not blank
     for seed, expected in whole.items():
         found = load_data("fashion-mnist", n_train=10, n_val=10, n_test=10, seed=seed)
-        assert found.description == expected.description
+        compared = set(expected.description) - {"duplicates"}  # of what is there
+        assert compared < set(found.description)
+        assert all(found.description[name] == expected.description[name] for name in compared)
         refused = 0
         for part in ("train", "val", "test"):
             some, all_of_them = getattr(found, part), getattr(expected, part)

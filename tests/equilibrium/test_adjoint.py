@@ -77,7 +77,8 @@ def test_damping_reaches_the_adjoint():
 def test_a_series_that_cannot_converge_is_flagged(solver, backward, name):
     """Damped by a half, the phantom's series converges at -1.5, and is the right gradient there."""
     options = {"solver": solver, "backward": backward, "tol": 1e-8, "max_iter": 500, "neumann_terms": 30}
-    info, found, expected = linear(EXPANDING[name], torch.randn(B, N, dtype=torch.float64), **options)
+    x = torch.randn(B, N, dtype=torch.float64)
+    info, found, expected = linear(EXPANDING[name], x, on_failure="ignore", **options)
     told = info.backward
     if backward == "phantom" and name == "-1.5":
         assert not told.failed.any()
@@ -86,6 +87,14 @@ def test_a_series_that_cannot_converge_is_flagged(solver, backward, name):
         assert told.failed.all() and not told.converged.any() and told.reason == "diverged"
         with pytest.raises(ConvergenceError, match="exact"):
             linear(EXPANDING[name], torch.randn(B, N, dtype=torch.float64), on_failure="raise", **options)
+
+
+@accelerated
+@pytest.mark.parametrize("backward", ["neumann", "jfb"])
+def test_a_series_beside_an_accelerated_solver_warns_by_default(solver, backward):
+    x = torch.randn(B, N, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="exact"):
+        linear(EXPANDING["-1.5"], x, solver=solver, backward=backward, tol=1e-8, max_iter=500)
 
 
 @every_solver
@@ -155,7 +164,7 @@ def test_a_row_of_a_gradient_does_not_depend_on_its_batch(solver, backward):
         x = torch.ones(len(rows), N, requires_grad=True)
         z, info = implicit(
             lambda z, x: torch.tanh(scale[rows, None] * z + x), x, torch.zeros(len(rows), N), solver=solver,
-            backward=backward, max_iter=300, **options,
+            backward=backward, max_iter=300, **{"on_failure": "ignore"} | options,
         )  # fmt: skip
         return torch.autograd.grad(z, x, upstream[rows])[0], info.backward
 
@@ -187,7 +196,7 @@ class NoLook(TorchDispatchMode):
 def test_ignoring_failures_looks_at_nothing(solver, backward):
     W = (-1.5 * torch.eye(N)).requires_grad_()
     options = {"solver": solver, "backward": backward, "max_iter": 4, "early_exit": False}
-    layer = ImplicitLayer(lambda z, x: torch.tanh(z @ W.T + x), **options)
+    layer = ImplicitLayer(lambda z, x: torch.tanh(z @ W.T + x), on_failure="ignore", **options)
     with NoLook():
         z, info = layer(torch.randn(B, N), return_info=True)
         z.backward(torch.randn(B, N))
