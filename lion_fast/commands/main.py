@@ -62,6 +62,8 @@ def _run(argv: list[str]) -> int:
     try:
         for text in argv:
             check_text("an argument", text)
+            if text.startswith("-") and text.endswith("=--"):  # which argparse takes for no value at all
+                raise OptionError(f"{text[:-3]} needs a value, and -- is none")
         refuse_unknown((text for text in argv[:1] if not text.startswith("-")), COMMANDS, "command")
     except OptionError as error:
         parser.error(str(error))
