@@ -156,7 +156,6 @@ def _check_progress(
     for key, value in named:
         if not isinstance(value, (int, float)):  # one that is not finite may have been logged
             raise ValueError(f"{key} is no number: {value!r:.40}")
-    check_whole("images", sum_images, 0)
     wanted = {"epoch", "step", "lr", "train_loss", "train_accuracy", "seconds"}
     if setup.items.val is not None:
         wanted |= {"val_accuracy", "val_balanced_accuracy", "val_loss"}
@@ -164,6 +163,7 @@ def _check_progress(
     between = step % setup.plan.steps_per_epoch == 0  # it may have been left while validating
     if len(history) not in {epochs, epochs - between} or not all(wanted <= row.keys() for row in history):
         raise ValueError(f"its history is not that of {epochs} epochs")
+    check_whole("images", sum_images, 0 if between and len(history) == epochs else 1)
     if not all(diagnostics.values()):
         raise ValueError("its diagnostics are empty")
 
