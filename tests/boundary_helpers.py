@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 """A tiny trained run, a set of images, values that nobody means, and the promise that a command line keeps."""
 
+import atexit
 import hashlib
 import io
 import json
@@ -43,6 +44,7 @@ def some(count: int):
 def world() -> Path:
     """A folder with `images/`, `list.csv`, `tiny.safetensors` and `run/`, a trained LION; never changed."""
     root = Path(tempfile.mkdtemp(prefix="boundary-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_images(root / "images", classes=2, each=6)
     lines = [f"images/class{k}/00{i}.png,class{k}" for k in (0, 1) for i in range(6)]
     (root / "list.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
