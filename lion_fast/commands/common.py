@@ -223,6 +223,17 @@ def load_run(
     return load_adapter(folder, backbone, device=on, weights=weights), settings, folder
 
 
+def find_record(run: Path) -> "Record | None":
+    """The split of the run in this folder; None where there is none, or, said, none that can be read."""
+    from lion_fast.data.record import record_of
+
+    try:
+        return record_of(run)[0]
+    except DataError as error:
+        say(f"which images the adapter was trained on is not known: {error}")
+        return None
+
+
 def tell_trained(
     record: "Record | None", settings: Settings, given: Sequence[str], images: Sequence["Stored"]
 ) -> int | None:

@@ -15,6 +15,7 @@ from lion_fast.commands.common import (
     add_adapter,
     add_running,
     add_settings,
+    find_record,
     given_settings,
     load_run,
     running,
@@ -74,8 +75,8 @@ def _images(
     from lion_fast.data.record import record_of, refuse_other
 
     own = given_settings(args, DataSettings)
-    record, described = record_of(run)
     if data := own.pop("data", None):
+        record = find_record(run)
         images = load_images(data, classes=model.classes, split=args.split, **own)
         about: dict[str, Any] = {"data": f"{data} ({args.split})" if args.split else data}
     else:
@@ -85,6 +86,7 @@ def _images(
                 f"{data} is not there, which the adapter was trained on: name the DATA to evaluate, or write "
                 f"where it is now to data: in {run / 'config.yaml'}"
             )
+        record, described = record_of(run)
         source = replace(settings.data, duplicates="none", **own)
         split = args.split
         if record is not None:

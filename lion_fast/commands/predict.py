@@ -16,6 +16,7 @@ from lion_fast.commands.common import (
     add_adapter,
     add_running,
     find_images,
+    find_record,
     load_run,
     running,
     say,
@@ -41,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Classify images; unreadable ones are skipped, counted and named."""
-    from lion_fast.data.record import record_of
     from lion_fast.training import predict_files
 
     check_whole("--top-k", args.top_k)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict:
     paths = find_images(args.images)
     if args.out != "-":
         refuse_overwriting(args.out, [*paths, args.weights, *folder.iterdir()])
-    trained = tell_trained(record_of(folder.parent)[0], settings, args.images, [str(path) for path in paths])
+    trained = tell_trained(find_record(folder.parent), settings, args.images, [str(path) for path in paths])
     read, probabilities, failed = predict_files(model, paths, strict=args.strict, **running(args))
     classes = model.classes or [str(i) for i in range(model.num_classes)]
     k = min(args.top_k, len(classes))

@@ -184,12 +184,16 @@ def test_a_record_of_another_run_is_refused(home, capsys):
     table[1][2] = "test"  # a training image is called a test image by hand
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(table)
-    for command in (
-        ["evaluate", str(home / "run"), *CPU],
-        ["predict", str(home / "run"), str(home / "photos"), *CPU],
-    ):
-        assert main(command) == 1
-        assert "different splits" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["evaluate", str(home / "run"), *CPU]) == 1
+    assert "different splits" in capsys.readouterr().err.splitlines()[-1]
     path.write_text("import os; os.system('x')\n")
     assert main(["evaluate", str(home / "run"), *CPU]) == 1
     assert "no record" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_damaged_record_blocks_no_other_data(home, told):
+    (home / "run" / "split.csv").write_bytes(b"\xff\x00")
+    assert main(["evaluate", str(home / "run"), *CPU]) == 1
+    for command in ("evaluate", "predict"):
+        result, said = told(command, home / "run", home / "photos", *CPU)
+        assert result["training_images"] is None and "split.csv" in said
