@@ -79,7 +79,7 @@ class StateLayer(Solving, Masked):
         b, c = (torch.zeros(self.state_dim, **new) for _ in range(2))
         z, info = solve_tokens(
             q, A, W, b, V, c, self.activation, self.solve,
-            residual=False, return_info=return_info, contracts=True, hint=self._hint,
+            residual=False, return_info=return_info, contracts=self.gamma < 1, hint=self._hint,
         )  # fmt: skip
         z = z.to(x.dtype)
         return (z, info) if return_info else z
