@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from lion_fast.data.images import ImageSet
+from lion_fast.data.sources import SHOWN
 from lion_fast.files import sha256_file
 
 # "near": the root mean square difference of two images at SIDE x SIDE grey pixels is at most NEAR of 255
 SIDE, NEAR = 16, 2.0
-SHOWN = 5
 
 Stored = str | np.ndarray | None
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from lion_fast.data.duplicates import SHOWN, Stored, digests, size_of
+from lion_fast.data.duplicates import Stored, digests, size_of
 from lion_fast.data.images import ImageSet
-from lion_fast.data.sources import Raw, some
+from lion_fast.data.sources import SHOWN, Raw, some
 from lion_fast.errors import DataError
 from lion_fast.files import say_once, write_atomically
 from lion_fast.options import RECORD

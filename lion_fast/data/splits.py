@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from lion_fast.data.draws import draw_fraction, draw_long_tail, draw_per_class, draw_total
-from lion_fast.data.duplicates import SHOWN, find_duplicates
+from lion_fast.data.duplicates import find_duplicates
 from lion_fast.data.images import ImageSet
 from lion_fast.data.offline import OFFLINE
 from lion_fast.data.published import PUBLISHED, read_vtab
 from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record, recall, write_record
-from lion_fast.data.sources import Raw, check_classes, collect, read_csv, read_folder, some
+from lion_fast.data.sources import SHOWN, Raw, check_classes, collect, read_csv, read_folder, some
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed, one_line
 from lion_fast.files import cache_dir, say_once
 from lion_fast.options import CHECK, DUPLICATES

@@ -80,9 +80,28 @@ class Masked(nn.Module):
                 self._put_mask(name, torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device))
 
 
-def stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    """What changes where one of the tensors is replaced, moved or written to, while the old ones are held."""
-    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+class Seen:
+    """Tensors as they were: `same` tells whether given ones are those, and unchanged.
+
+    A write to `.data` in place is the one change that torch keeps no count of, and of inference tensors all.
+
+    >>> weight = torch.zeros(2)
+    >>> seen = Seen([weight])
+    >>> seen.same([weight]), seen.same([weight.add_(1)])
+    (True, False)
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        # aliases keep the memory, so that no other tensor can come to lie at its address
+        self._held = [(t, t.detach()) for t in tensors]
+        self._stamps = _stamps(t for t, _ in self._held)
+
+    def same(self, tensors: Iterable[Tensor]) -> bool:
+        return _stamps(tensors) == self._stamps
+
+
+def _stamps(tensors: Iterable[Tensor]) -> list[tuple[int, int, int, torch.dtype]]:
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors]
 
 
 def match_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:

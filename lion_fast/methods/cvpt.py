@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lion_fast.backbones.at_work import works_for_first
 from lion_fast.backbones.cheaper import mlp_branch
+from lion_fast.equilibrium.masked import Seen
 from lion_fast.methods.base import register
 from lion_fast.methods.blocks import after_attention, attend, attention_branch, heads
-from lion_fast.methods.prefix import KV, Seen, is_recorded
+from lion_fast.methods.prefix import KV, is_recorded
 from lion_fast.methods.prompts import PromptMethod, drawn
 
 

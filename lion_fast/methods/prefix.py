@@ -1,7 +1,5 @@
 """Keys and values that do not depend on the images, kept between evaluations."""
 
-import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,41 +7,14 @@ from torch import Tensor
 
 from lion_fast.backbones import Backbone
 from lion_fast.backbones.prefix import kv_sources
+from lion_fast.equilibrium.masked import Seen
 
 KV = list[tuple[Tensor, Tensor]]
-
-
-class Seen:
-    """Tensors as they were: `same` tells whether given ones are those, and unchanged.
-
-    A write to `.data` in place is the one change that torch keeps no count of.
-
-    >>> weight = torch.zeros(2)
-    >>> seen = Seen([weight])
-    >>> seen.same([weight]), seen.same([weight.add_(1)])
-    (True, False)
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._tensors, self._states = list(tensors), _states(tensors)
-        # aliases keep the memory, so that no other tensor can come to lie at its address
-        self._kept = [t.detach() for t in tensors]
-
-    def same(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and _states(tensors) == self._states
-        )
 
 
 def is_recorded() -> bool:
     """Whether this call is being compiled or traced: what Python decides in it would hold for ever."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _states(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
-    return [(t._version, t.data_ptr(), t.dtype) for t in tensors]
 
 
 class PrefixCache:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import backward_record, check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.masked import stamps
+from lion_fast.equilibrium.masked import Seen
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.equilibrium.solvers import final
 from lion_fast.errors import OptionError
@@ -107,7 +107,7 @@ class BlockSparseLayer(nn.Module):
         if not masks:
             raise OptionError("the layer has no masks: prune it with granularity='block' first")
         self._patterns = {name: find_pattern(mask, self.block) for name, mask in masks.items()}
-        self._masks, self._stamps = masks, stamps(masks.values())
+        self._seen = Seen(masks.values())
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         """As `LionLayer.forward`."""
@@ -115,7 +115,7 @@ class BlockSparseLayer(nn.Module):
         check_input(x, layer.dim)
         tol = layer.solve.tolerance(x.dtype)
         matrices = {"A": layer.masked("A"), "W": layer.recurrence_matrix(), "V": layer.masked("V")}
-        if self._stamps != stamps(layer.masks().values()):
+        if not self._seen.same(layer.masks().values()):
             self.refresh()
         patterns = tuple(self._patterns.get(name) for name in matrices)
         A, W, V = (

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lion_fast.equilibrium.functional import check_input
 from lion_fast.equilibrium.layer import LionLayer
-from lion_fast.equilibrium.masked import stamps
+from lion_fast.equilibrium.masked import Seen
 from lion_fast.equilibrium.solve import SolveInfo, apply_policy
 from lion_fast.errors import OptionError
 from lion_kernels.reference import ACTIVATIONS, STATE_FLOOR, flag_rows, relative_change
@@ -102,7 +102,7 @@ class TwoOfFourLayer(nn.Module):
             raise OptionError(
                 "W is not 2:4 (two of each four neighbours zero): prune it with granularity='2:4'"
             )
-        self._compressed: tuple[tuple, list[Tensor], list[Tensor]] | None = None
+        self._compressed: tuple[tuple, Seen, list[Tensor]] | None = None
 
     def why_not(self, x: Tensor) -> str | None:
         """The reason why this storage does not run on such tokens, or None."""
@@ -111,15 +111,15 @@ class TwoOfFourLayer(nn.Module):
     @torch.no_grad()
     def _weights(self, x: Tensor) -> list[Tensor]:
         held = [*self.layer.parameters(), *self.layer.buffers()]
-        key = (x.device, x.dtype, stamps(held))
-        if self._compressed is None or self._compressed[0] != key:
+        key = (x.device, x.dtype)
+        if self._compressed is None or self._compressed[0] != key or not self._compressed[1].same(held):
             layer, found = self.layer, []
             for matrix in (layer.masked("A"), layer.recurrence_matrix(), layer.masked("V")):
                 matrix = matrix.to(x.dtype).contiguous()
                 fits = why_not(x.device, x.dtype, tuple(matrix.shape)) is None and is_two_of_four(matrix)
                 found.append(compress(matrix) if fits else matrix)
-            self._compressed = key, found, held
-        return self._compressed[1]
+            self._compressed = key, Seen(held), found
+        return self._compressed[2]
 
     def forward(self, x: Tensor, return_info: bool = False) -> Tensor | tuple[Tensor, SolveInfo]:
         """As `LionLayer.forward`, without gradients: call it under `torch.no_grad()`."""
