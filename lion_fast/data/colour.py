@@ -39,8 +39,8 @@ COLOUR = {
             "45aaebf39a814acbd6dcccea058c2f5651bcb5635599da03a215feeb51f4d5a5",
         ),
         "usr/share/stellarium/nebulae/default/{}".format,
-        "credits of each image",
-        "each image has credits of its own: never redistribute the images",
+        "credits of its own for each image",
+        "never redistribute the images",
     ),
     "furniture10": ColourSet(
         "rendered objects by category; domain: the creator",
@@ -130,7 +130,7 @@ def read_colour(name: str, cache: Path) -> Raw:
     # a name that is a link in the package has the file that it leads to
     stored = [row.get("file") or row["name"] for row in rows]
     folder = _folder(name, packages, stored, cache)
-    files.say_once(f"{name}: {'; '.join(filter(None, (about.license, about.notice)))}")
+    files.say_once(f"{name}: licence: {'; '.join(filter(None, (about.license, about.notice)))}")
     paths = [folder / one for one in stored]
     absent = [path for path in paths if not path.is_file()]
     if absent:

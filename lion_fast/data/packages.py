@@ -119,13 +119,17 @@ def _download(package: Package, folder: Path, by_hand: Path) -> Path:
     )
     if files.offline():
         problem = "LION_FAST_OFFLINE forbids the download"
-    elif shutil.which(client.command[0]) is None:
+    elif (program := shutil.which(client.command[0])) is None:
         problem = f"{client.command[0]} is not installed"
     else:
         files.say_once(f"downloading {what} with {client.command[0]} (not installed, only read)")
         try:
             done = subprocess.run(
-                [*client.command, what], cwd=folder, capture_output=True, text=True, timeout=1800
+                [program, *client.command[1:], what],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=1800,
             )
             problem = one_line(done.stderr, 400) or f"exit status {done.returncode}"
         except (OSError, subprocess.TimeoutExpired) as error:

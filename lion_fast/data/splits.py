@@ -171,7 +171,9 @@ def load_data(
         if len(drawn):
             parts[name] = rest.subset(drawn)
         else:
-            _say(source, f"there is no {name} part: no class has a second image that could go to it")
+            _say(
+                source, f"there is no {name} part: no class has a second image (or group) that could go to it"
+            )
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
     if n_train is not None:
