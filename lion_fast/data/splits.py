@@ -182,8 +182,8 @@ def load_data(
     if n_per_class is not None:
         if scarce == "error":
             _all_present(rest, "n_per_class")
-        few = [f"{name} ({n})" for name, n in rest.counts().items() if n < n_per_class]
         rest = rest.subset(draw_per_class(rest.labels, n_per_class, seed, scarce))
+        few = [f"{name} ({n})" for name, n in rest.counts().items() if n < n_per_class]
         draw = f"{n_per_class} training images of each class"
         draw += f"; all there are of {', '.join(few)}" if few else ""
     if imbalance is not None:
@@ -214,9 +214,9 @@ def _of_domain(
     for testing and the others are for training.
     """
     known = sorted({d for images in parts.values() for d in images.domains or ()})
-    if domain not in known:
-        what = f"the domains {some(map(repr, known))}" if known else "no domains (a CSV file names them)"
-        raise OptionError(f"domain must be one that {source} has; got {domain!r}, and it has {what}")
+    if not known:
+        raise OptionError(f"{source} has no domains: domain= needs a set or a CSV file that names them")
+    check_choice("domain", domain, known)
     inside = {part: torch.tensor([d == domain for d in images.domains]) for part, images in parts.items()}
     if "all" not in parts:
         chosen = {part: inside[part] ^ (part == "test") for part in parts}

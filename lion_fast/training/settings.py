@@ -49,7 +49,9 @@ class DataSettings(Options):
     n_test: int | None = setting(None, "test images, stratified", default_is="by test")
     n_per_class: int | None = setting(None, "training images per class (few-shot)", default_is="all")
     scarce: str = setting(
-        "error", "what a class with fewer training images than n_per_class is; all takes them", choices=SCARCE
+        "error",
+        "a class with fewer training images than n_per_class: an error, or all it has",
+        choices=SCARCE,
     )
     imbalance: float | None = setting(
         None, "long tail: largest over smallest class of the training images", default_is="as they are"

@@ -152,7 +152,7 @@ def test_parts_of_a_list_stay_parts(tmp_path):
 
 
 def test_unknown_domains_are_refused(vendors, three, tmp_path):
-    refuses("'new', 'old'", vendors, OptionError, domain="odd")
+    refuses("new, old", vendors, OptionError, domain="odd")
     refuses("no domains", three, OptionError, domain="odd")
     load_data(vendors).save(tmp_path / "split.csv")
     refuses("without domain", vendors, OptionError, domain="old", record=tmp_path / "split.csv")
