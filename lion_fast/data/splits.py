@@ -172,7 +172,7 @@ def load_data(
             parts[name] = rest.subset(drawn)
         else:
             _say(
-                source, f"there is no {name} part: no class has a second image (or group) that could go to it"
+                source, f"there is no {name} part: no class has a second image, or group, that could go to it"
             )
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
