@@ -87,7 +87,8 @@ def load_adapter(
         _check_images(directory, description, backbone)
     options = description["options"]
     if description["method"] == "lion":
-        options = {"form": "residual"} | options  # before there was a choice
+        # before there was a choice
+        options = {"form": "residual", "reading": "fixed", "front": "residual"} | options
     # a description makes no model that is larger than its tensors: nothing is allocated by its word
     most = max(4096, *(side for tensor in state.values() for side in tensor.shape))
     try:
@@ -102,7 +103,7 @@ def load_adapter(
         model.load_adapter_state_dict(state)
     except AdapterError as error:
         raise AdapterError(f"{directory / TENSORS}: {error}") from error
-    model.classes = description.get("classes")
+    model.classes, model.chosen = description.get("classes"), description.get("chosen")
     model.backbone_differs = differs
     try:
         return model.to(device).eval() if device is not None else model.eval()

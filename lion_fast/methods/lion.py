@@ -59,8 +59,8 @@ class LionModel(ReadingModel):
 
     Args:
         form: the variant, "states" or "residual".
-        reading: "auto": what of `at`, `grid`, `pooled` and `state_dim` is not given, `fit` chooses, and until
-            then the values of "fixed" stand in; "fixed": what is not given has its default. "states" only, and
+        reading: "auto": what of `at`, `grid`, `pooled` and `state_dim` is not given, `fit` chooses; until
+            then the values of "fixed" stand in. "fixed": what is not given has its default. "states" only, and
             nothing is chosen beside a residual input end.
         state_dim: state width R; None: 32.
         ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
@@ -122,7 +122,7 @@ class LionModel(ReadingModel):
         check_choice("front", front, FRONTS)
         if front == "map" and not (states and "output" in ends):
             raise OptionError('front="map" needs form="states" and the output end')
-        self.form, self.reads_states = form, states and "output" in ends
+        self.form, self.has_states = form, states and "output" in ends
         adds = "input" in ends and front == "residual"
         place = map_place(backbone)
         both = "input" in ends and front == "map"
@@ -131,7 +131,7 @@ class LionModel(ReadingModel):
         if state_dim is not None:
             check_whole("state_dim", state_dim, most=WIDEST)
         self.take_reading(reading, at, grid, pooled, default, state_dim=state_dim)
-        if not self.reads_states:
+        if not self.has_states:
             self.open = ()
             self.record(at=at, grid=self.reading.grid)
         check_whole("pixel_channels", pixel_channels, most=WIDEST)
@@ -154,7 +154,7 @@ class LionModel(ReadingModel):
         if "output" in ends and not states:
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
         self._info: dict[str, SolveInfo] = {}
-        if self.reads_states:
+        if self.has_states:
             self.build()
 
     @property
@@ -165,7 +165,7 @@ class LionModel(ReadingModel):
     @property
     def at(self) -> int | tuple[int, ...] | None:
         """The place that "states" reads, or the places; None where it reads none."""
-        if not self.reads_states:
+        if not self.has_states:
             return None
         return self.reading.at[0] if len(self.reading.at) == 1 else self.reading.at
 
@@ -185,36 +185,40 @@ class LionModel(ReadingModel):
     @classmethod
     def known_before(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(options)
-        if found.get("form") == "residual" or found.get("front") == "residual":
-            found.pop("reading", None)
+        adds = found.get("form") == "residual" or found.get("front") == "residual"
+        if len(found.get("ends") or ()) != 2 or adds:
             found.pop("front", None)
-        elif found.setdefault("reading", "auto") == "fixed":
-            del found["reading"]
-        if "front" not in found and len(found.get("ends") or ()) == 2 and options.get("front") != "residual":
-            found |= {"front": "map"} if found.get("form") != "residual" else {}
+        else:
+            found["front"] = "map"
+        if adds or found.get("reading") == "fixed":
+            found.pop("reading", None)
+            if found.get("pooled") in (None, True):
+                found.pop("pooled", None)
+        else:
+            found["reading"] = "auto"
         return found
 
     def encode(self, images: Tensor) -> Tensor:
         x = self._end("input", self.backbone.enter(images))
-        if self.reads_states:
+        if self.has_states:
             return read(self.backbone, x, self.reading, self.pool)
         return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
 
     def encoding(self) -> tuple:
-        if self.reads_states and self.input_end is None:
+        if self.has_states and self.input_end is None:
             return super().encoding()
         return (type(self).encode, self.pool, self.form, self.reading)
 
     def behind(self) -> nn.Module:
         if isinstance(self.output_end, ReadOut):
             return _Behind(self.output_end, self.head, self._info).train(self.training)
-        return super().behind() if self.reads_states else self.head
+        return super().behind() if self.has_states else self.head
 
     def features(self, images: Tensor) -> Tensor:
         encoded = self.encode(images)
         if isinstance(self.output_end, ReadOut):
             return self._end("output", encoded)
-        return self.output_end(encoded) if self.reads_states else encoded
+        return self.output_end(encoded) if self.has_states else encoded
 
     def _end(self, name: str, x: Tensor) -> Tensor:
         end = self.input_end if name == "input" else self.output_end

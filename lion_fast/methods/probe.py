@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lion_fast.methods.base import TunedModel, register
+from lion_fast.methods.base import register
 from lion_fast.methods.reading import Cells, ReadingModel, map_place
 
 
@@ -16,8 +16,8 @@ class Probe(ReadingModel):
     Args:
         reading: "fixed", or "auto": what of the next three is not given, `fit` chooses by cross-validation on
             the training images (`lion_fast.training.choosing`).
-        at: the block (ViT) or stage (Swin, CNN), from 0, behind which a map is taken, or several; None: no map,
-            with `grid` `map_place`.
+        at: the block (ViT) or stage (Swin, CNN), from 0, behind which a map is taken, or several; None: no
+            map, with `grid` `map_place`.
         grid: cells along each side of a map; None: 4.
         pooled: whether the head reads the pooled features; None: it does.
         pool, head_bias: see `TunedModel`.

@@ -91,6 +91,11 @@ def read(backbone: Backbone, x: Tensor, reading: Reading, pool: str) -> Tensor:
     return features_and_cells(backbone.pool(y, pool), maps, reading.grid)
 
 
+def encoding_of(pool: str, reading: Reading) -> tuple:
+    """What tells the output of `read` apart, as `TunedModel.encoding` does."""
+    return (read, pool, reading.at, reading.grid if reading.at else 0)
+
+
 def features_and_cells(features: Tensor, maps: Tensor | Sequence[Tensor], grid: int) -> Tensor:
     """Features (B, F) and maps (B, H, W, C) side by side, (B, F + grid^2 C), float32 at least.
 
@@ -139,10 +144,10 @@ class Cells(nn.Module):
 class ReadOut(nn.Module):
     """The states of each cell of the maps, at their places, beside the backbone's own features.
 
-    (B, F + cells C) as `features_and_cells` makes it gives (B, F + cells R), or (B, cells R) where `pooled` is
-    not set: the cells of `Cells` go through a `StateLayer` of width R, and the head that follows has weights of
-    its own for every cell. Of several maps each has an injection of its own into the one equilibrium, as A
-    has columns of its own for each: z = phi(W z + A1 x1 + A2 x2 + b). Options as `StateLayer`.
+    (B, F + cells C) as `features_and_cells` makes it gives (B, F + cells R), without `pooled` (B, cells R):
+    the cells of `Cells` go through a `StateLayer` of width R, and the head that follows has weights of its own
+    for every cell. Of several maps each has an injection of its own into the one equilibrium, as A has columns of
+    its own for each: z = phi(W z + A1 x1 + A2 x2 + b). Options as `StateLayer`.
 
     >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape
     torch.Size([3, 16])
@@ -174,8 +179,12 @@ class ReadingModel(TunedModel):
     """A method whose head may read maps from inside the backbone, by the options reading, at, grid, pooled.
 
     `reading` is the `Reading` that it has. With reading="auto" the options that are None are `open`, and
-    `settle` gives them values.
+    `settle` gives them values. has_states: what reads cells is a layer of `state_dim` states. both: a front
+    and a back map are asked for.
     """
+
+    has_states: bool = False
+    both: bool = False
 
     def take_reading(self, reading: str, at, grid, pooled, default: Sequence[int], **more: Any) -> None:
         """Take these options as given, and `default` places; `more` are options that are open beside them."""
@@ -224,7 +233,7 @@ class ReadingModel(TunedModel):
         return read(self.backbone, self.backbone.enter(images), self.reading, self.pool)
 
     def encoding(self) -> tuple:
-        return (read, self.pool, self.reading.at, self.reading.grid if self.reading.at else 0)
+        return encoding_of(self.pool, self.reading)
 
     def behind(self) -> nn.Module:
         return self.head if self.output_end is None else nn.Sequential(self.output_end, self.head)

@@ -116,7 +116,7 @@ class Grid:
                 "backbone": self.backbones[backbone],
                 "data": self.named(set_label),
                 "method": self.methods[label].method,
-                "options": options,
+                "options": available()[self.methods[label].method].known_before(options),
                 "train": {k: v for k, v in train.items() if k not in FREE_ON_RESUME and v != default[k]},
                 "seed": seed,
             }

@@ -1,39 +1,46 @@
 """Which maps a head reads, chosen from the training images alone: the candidates, their judging, the rule.
 
 Where to read and how finely depends on the task: early and place by place for strokes, from the middle for
-textures, late or nowhere but the pooled features for objects (docs/accuracy.md). So no reading is right for
-all, and the training images say which one is right for these.
+textures, late for objects (docs/accuracy.md). So no reading is right for all, and the training images say
+which one is right for these.
 
 Candidates. Three places, a third and two thirds of the way through a ViT and its last block, else the last
-three stages, and the last place together with either of the others; one map in 1, 2 or 4 cells a side, two
-maps in 1 or 2; each beside the pooled features and alone; and the pooled features alone. Options that are given are
-kept, whatever they are.
+three stages, and the last place together with either of the others (the front and the back map of one
+equilibrium); one map in 1, 2 or 4 cells a side, two maps in 1 or 2; each beside the pooled features and
+alone; and the pooled features alone. Then, at the reading taken, the widths `WIDTHS`. Options that are
+given are kept.
 
-Judging. The features of up to `MOST_IMAGES` training images are computed once, for all candidates in one pass.
-In stratified folds each candidate is trained on the others and predicts the held-out one: a linear head for
-the probe, for LION one step of its layer, z = tanh(A x + b), in front of the head, as the equilibrium differs
-from one step by less than readings do. All folds are trained at the same time, in `STEPS` steps of AdamW on
-`BATCH` images whatever the number of images, so that choosing costs the same few seconds for all. Wide maps are
-turned into their `PRINCIPAL` main directions first.
+Judging. The features of up to `MOST_IMAGES` training images are computed once, for all candidates in one
+pass. In stratified folds each candidate is trained on the others and predicts the held-out one: a linear
+head for the probe, for LION one step of its layer, z = tanh(A x + b), in front of the head, as the
+equilibrium differs from one step by less than readings do. All folds are trained at the same time, in
+`STEPS` steps of AdamW on `BATCH` images whatever the number of images, so choosing costs the same few
+seconds for all, and the same seed gives the same choice. Wide maps are turned into `PRINCIPAL` main
+directions first.
 
-Rule. The lowest held-out cross-entropy wins, after one temperature for each candidate: a head on many features
-is surer of itself than it may be, right or wrong, and that is not what is asked. Candidates whose loss is not
-above the lowest one by more than `SLACK` standard errors of their difference, image by image, count as equal;
-of equals the one with the fewest parameters is taken.
+Rule. The held-out cross-entropy decides, after one temperature for each candidate: a head on many features
+is surer of itself than it may be, right or wrong, and that is not what is asked. With few images the lowest
+loss is often luck. So one reading is expected beforehand, the middle place in 2 x 2 cells beside the
+features (for a probe, which has a weight for every channel of every cell, in one cell), and with it R = 32;
+the best of the others is taken where it is better by more than one standard error of the difference, image
+by image. What is expected, and that it is, was found on photographs (docs/accuracy.md).
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lion_fast.methods.reading import Reading, cells_of
+from lion_fast.methods.reading import Cells, Reading, cells_of, encoding_of
+from lion_fast.training.config import TrainConfig
+from lion_fast.training.features import FeatureStore
+from lion_fast.training.items import with_transform
 from lion_fast.training.order import derive_seed
 
 if TYPE_CHECKING:
@@ -45,43 +52,41 @@ FOLDS = 3
 STEPS, BATCH = 120, 64
 LR, DECAY = 5e-3, 0.3  # of LION's presets
 PRINCIPAL = 128
-SLACK = 0.5
 WIDTHS = (16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A reading and a width of states (None: none are trained)."""
-
-    reading: Reading
-    width: int | None
+TEMPERATURES = torch.logspace(-1.5, 1.0, 26)
 
 
 def places_of(backbone: "Backbone") -> tuple[int, ...]:
-    """An early, a middle and the last place of a backbone; of a shallow one, what it has of them."""
+    """An early, a middle and the last place of a backbone; a shallow one has fewer."""
     depth = len(backbone.map_widths)
-    if backbone.family == "vit":
-        found = {depth // 3, 2 * depth // 3, depth - 1}
-    else:
-        found = set(range(max(depth - 3, 0), depth))
-    return tuple(sorted(found))
+    vit = (depth // 3, 2 * depth // 3, depth - 1)
+    return tuple(sorted({*vit} if backbone.family == "vit" else {*range(max(depth - 3, 0), depth)}))
 
 
-def readings_of(model: "ReadingModel") -> list[Reading]:
+def readings_of(model: "ReadingModel", needs_map: bool = False) -> list[Reading]:
     """The readings that may be chosen for a model: those that agree with the options it was given."""
     own, places = model.reading, places_of(model.backbone)
-    last = places[-1]
-    at = [*((place,) for place in places), *((place, last) for place in places[:-1])]
+    at = [*((place,) for place in places), *((place, places[-1]) for place in places[:-1])]
     if "at" not in model.open:
         at = [own.at]
-    elif getattr(model, "both", False):
+    elif model.both:
         at = [pair for pair in at if len(pair) == 2] or [own.at]
     found = []
     for where, pooled in itertools.product(at, (True, False) if "pooled" in model.open else (own.pooled,)):
         grids = (1, 2, 4) if len(where) == 1 else (1, 2)
         found += [Reading(where, g, pooled) for g in (grids if "grid" in model.open else (own.grid,))]
-    free = {"at", "grid", "pooled"} <= set(model.open) and not getattr(model, "both", False)
-    return [Reading((), own.grid, True), *found] if free else found
+    free = {"at", "grid", "pooled"} <= set(model.open) and not (model.both or needs_map)
+    return [Reading((), own.grid), *found] if free else found
+
+
+def expected(model: "ReadingModel", readings: Sequence[Reading]) -> Reading:
+    """The reading that is taken where none is better by more than chance: the first in the rule's terms."""
+    middle, grid = places_of(model.backbone)[-2:][0], 2 if model.has_states else 1
+
+    def far(reading: Reading) -> tuple:
+        return reading.at != (middle,), middle not in reading.at, reading.grid != grid, not reading.pooled
+
+    return min(readings, key=far)
 
 
 class Everything(nn.Module):
@@ -93,7 +98,12 @@ class Everything(nn.Module):
         self.at = sorted({place for reading in readings for place in reading.at})
         self.grids = sorted({reading.grid for reading in readings if reading.at})
 
+    def encoding(self) -> tuple:
+        """What tells the output of `encode` apart, as `TunedModel.encoding` does."""
+        return (Everything, self.how, *self.at, None, *self.grids)
+
     def encode(self, images: Tensor) -> Tensor:
+        """(B, E), see `split`."""
         x = self.backbone.enter(images)
         if not self.at:
             return self.backbone.pool(self.backbone.body(x), self.how)
@@ -104,7 +114,7 @@ class Everything(nn.Module):
     def split(self, encoded: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """What `encode` gave to features (N, F) and cells (N, grid^2, C) by place and grid."""
         widths = self.backbone.map_widths
-        named = [(place, grid) for place in self.at for grid in self.grids]
+        named = list(itertools.product(self.at, self.grids))
         sizes = [grid**2 * widths[place] for place, grid in named]
         features, *cells = encoded.split([encoded.shape[1] - sum(sizes), *sizes], 1)
         return features, {
@@ -121,6 +131,18 @@ def encoded_for(features: Tensor, cells: Mapping[tuple[int, int], Tensor], readi
     return torch.cat([features, parts.flatten(1)], 1)
 
 
+def pieces(
+    features: Tensor, cells: Mapping[tuple[int, int], Tensor], reading: Reading
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a head reads, normed: features (N, F) and cells (N, n, C), each None where it reads none."""
+    widths = [cells[place, reading.grid].shape[2] for place in reading.at]
+    count = reading.grid**2 if widths else 0
+    split = Cells(features.shape[1], count, widths, reading.pooled).split(
+        encoded_for(features, cells, reading)
+    )
+    return (split[0] if reading.pooled else None), (split[1] if widths else None)
+
+
 def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
     """The fold of each item, int64 (N,): every class spread evenly, from a seed."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -131,7 +153,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def principal(cells: Tensor) -> tuple[Tensor, float]:
-    """Cells (N, n, C) in at most `PRINCIPAL` directions, and the factor that steps in them are to be longer by.
+    """Cells (N, n, C) in at most `PRINCIPAL` directions, and by what factor steps in them are to be longer.
 
     The directions are mixed at random, so that none is much larger than another, as no channel is.
     """
@@ -160,8 +182,8 @@ def held_out(
 ) -> Tensor:
     """Logits (N, K) of each image by the head that was trained without its fold.
 
-    features (N, F) and cells (N, n, C): what is read, normed; None where it is not. width: of the states, None
-    for a linear head. stretch: of `principal`.
+    features (N, F) and cells (N, n, C): what is read, normed; None where it is not. width: of the states,
+    None for a linear head. stretch: of `principal`.
     """
     draw = torch.Generator().manual_seed(seed)
     count = int(folds.max()) + 1
@@ -215,3 +237,109 @@ def held_out(
             for some in left.split(256):
                 found[some] = logits(some.expand(count, -1))[k]
     return found
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image (N,), at the temperature that is best for all of them together."""
+    return min(
+        (F.cross_entropy(logits * t, labels, reduction="none") for t in TEMPERATURES),
+        key=lambda found: found.mean().item(),
+    )
+
+
+def choose(
+    model: "ReadingModel",
+    images: Dataset,
+    store: FeatureStore,
+    config: TrainConfig,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Values for what is open in a model, from its training images, and how they were found; JSON-able.
+
+    images: As `fit` gets them. store: Takes the features of what is chosen, so that they are computed once.
+    config: Its seed decides folds and first values. reading: Options of `features.encode`.
+
+    "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that of the pooled features (None where they were no candidate), "candidates" are all with theirs, best first.
+    With fewer than four images nothing can be held out: an empty dict, for the defaults.
+    """
+    started = time.perf_counter()
+    if len(images) < 4:
+        return {}
+    readings = readings_of(model, needs_map=config.prune is not None)
+    everything = Everything(model, readings)
+    view, whole = with_transform(model, images), len(images) <= MOST_IMAGES
+    given = (images, view) if whole else tuple(Subset(x, few(images, config.seed)) for x in (images, view))
+    batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
+    made, seconds = store.features(everything, *given, batch, mixed_precision=precision, **reading)
+    features, cells = everything.split(made.tensors[0])
+    judge = _Judge(features, cells, made.tensors[1], model.num_classes, config.seed)
+    width = model.state_dim if model.has_states else None
+    found = {one: judge.losses(one, width) for one in readings}
+    taken = best_of(found, expected(model, readings))
+    if width is not None and "state_dim" in model.open and taken.at:
+        widths = {w: found[taken] if w == width else judge.losses(taken, w) for w in {*WIDTHS, width}}
+        width = best_of(widths, width)
+    if whole:
+        own = TensorDataset(encoded_for(features, cells, taken), made.tensors[1])
+        store.put((model, images, batch, precision, encoding_of(model.pool, taken)), own, seconds)
+    means = {one: loss.mean().item() for one, loss in found.items()}
+    place = "block" if model.backbone.family == "vit" else "stage"
+    return {
+        "at": list(taken.at),
+        "grid": taken.grid,
+        "pooled": taken.pooled,
+        "state_dim": width,
+        "words": taken.in_words(place),
+        "folds": judge.count,
+        "images": len(made),
+        "loss": means[taken],
+        "features_alone": next((means[one] for one in readings if not one.at), None),
+        "seconds": round(time.perf_counter() - started - seconds, 3),
+        "candidates": {one.in_words(place): round(means[one], 4) for one in sorted(means, key=means.get)},
+    }
+
+
+def best_of(found: Mapping[Any, Tensor], expected: Any) -> Any:
+    """What has the lowest mean loss, where it is lower by more than one standard error; else `expected`."""
+    best = min(found, key=lambda one: found[one].mean().item())
+    gain = found[expected] - found[best]
+    return best if gain.mean().item() > gain.std().item() / math.sqrt(len(gain)) else expected
+
+
+def few(images: Dataset, seed: int) -> list[int]:
+    """Indices of at most `MOST_IMAGES` items, every class in its share where the labels are known, sorted."""
+    parts = math.ceil(len(images) / MOST_IMAGES)
+    labels = getattr(images, "labels", None)
+    if labels is None:
+        return list(range(0, len(images), parts))
+    folds = stratified_folds(torch.as_tensor(labels), parts, derive_seed(seed, "few"))
+    return (folds == 0).nonzero().flatten().tolist()
+
+
+def in_words(chosen: Mapping[str, Any]) -> str:
+    """One line about a choice."""
+    alone = chosen["features_alone"]
+    against = "" if alone is None or not chosen["at"] else f" against {alone:.2f} for the features alone"
+    return f"reads {chosen['words']}; {chosen['folds']}-fold loss {chosen['loss']:.2f}{against}"
+
+
+class _Judge:
+    """Held-out losses of readings, on the same folds."""
+
+    def __init__(self, features: Tensor, cells: Mapping, labels: Tensor, classes: int, seed: int):
+        self.features, self.cells, self.labels, self.classes = features, cells, labels, classes
+        self.seed, self.count = derive_seed(seed, "judge"), min(FOLDS, len(labels) // 2)
+        self.folds = stratified_folds(labels, self.count, self.seed)
+        self._principal: dict[tuple, tuple[Tensor, float]] = {}
+
+    def losses(self, reading: Reading, width: int | None) -> Tensor:
+        """Of each image (N,). width: of states; None: a linear head."""
+        features, cells = pieces(self.features, self.cells, reading)
+        stretch = 1.0
+        if cells is not None and width is not None:
+            where = (reading.at, reading.grid)
+            if where not in self._principal:
+                self._principal[where] = principal(cells)
+            cells, stretch = self._principal[where]
+        given = (self.labels, self.classes, self.folds, width, stretch, self.seed)
+        return losses(held_out(features, cells, *given), self.labels)

@@ -45,18 +45,36 @@ class FeatureStore:
 
         view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
         """
-        precision = reading.get("mixed_precision", "no")
-        backbone = model.backbone
-        key = (id(dataset), id(backbone), backbone.weights_sha256, precision, batch_size, *model.encoding())
+        given = (model, dataset, batch_size, reading.get("mixed_precision", "no"), model.encoding())
+        key = self._key(*given)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
         if key not in self._found:
             started = time.perf_counter()
             made = encode(model, view, batch_size, **reading)
             self._found[key] = (dataset, model.backbone, made, time.perf_counter() - started)
+        self._keep(key)
+        return self._found[key][2:]
+
+    def put(self, given: tuple, made: TensorDataset, seconds: float) -> None:
+        """Keep features that were made elsewhere, in so many seconds.
+
+        given: model, data set, batch size, precision, and the `encoding` that the model will have.
+        """
+        key = self._key(*given)
+        self._found[key] = (given[1], given[0].backbone, made, seconds)
+        self._keep(key)
+
+    @staticmethod
+    def _key(
+        model: "TunedModel", dataset: Dataset, batch_size: int, precision: str, encoding: tuple
+    ) -> tuple:
+        backbone = model.backbone
+        return id(dataset), id(backbone), backbone.weights_sha256, precision, batch_size, *encoding
+
+    def _keep(self, key: tuple) -> None:
         self._found.move_to_end(key)
         while len(self._found) > self.limit or (len(self._found) > 1 and self._bytes() > MEMORY_LIMIT):
             self._found.popitem(last=False)
-        return self._found[key][2:]
 
     def _bytes(self) -> int:
         return sum(t.nbytes for _, _, features, _ in self._found.values() for t in features.tensors)

@@ -26,6 +26,8 @@ class FitResult:
         device: Device type.
         processes: Processes that took part.
         pruning: What was kept, as `RobustPruner.report` says it; None where nothing was pruned.
+        chosen: What was open in the model and how it was chosen, as `choosing.choose` says it; None where
+            nothing was.
     """
 
     history: list[dict]
@@ -40,6 +42,7 @@ class FitResult:
     device: str
     processes: int
     pruning: dict | None = None
+    chosen: dict | None = None
 
     def to_dict(self) -> dict:
         """JSON-able."""
@@ -69,4 +72,5 @@ def finish(setup: Setup, state: State, stopped: bool, memory: PeakMemory) -> Fit
         device=setup.accelerator.device.type,
         processes=setup.accelerator.num_processes,
         pruning=pruner.report() if pruner is not None else None,
+        chosen=model.chosen,
     )

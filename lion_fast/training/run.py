@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lion_fast.errors import CheckpointError, WriteError, check_kind, check_path
-from lion_fast.files import output_folder
-from lion_fast.training import checkpoints
+from lion_fast.files import output_folder, say_once
+from lion_fast.training import checkpoints, choosing
 from lion_fast.training.accelerator import make_accelerator
 from lion_fast.training.checks import check_run, name_classes
 from lion_fast.training.config import TrainConfig
@@ -30,7 +30,7 @@ from lion_fast.training.result import FitResult, finish
 from lion_fast.training.setup import Setup, set_up
 from lion_fast.training.state import State, Sums, fingerprint, pack, unpack
 from lion_fast.training.step import take_step
-from lion_fast.training.stop import Interrupted, Interruption, Leave, TrainingError
+from lion_fast.training.stop import Interrupted, Interruption, Leave, TrainingError, quiet_worker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,12 +95,15 @@ def fit(
             identity = fingerprint(model, splits, config)
             checkpoint = _open_output(out_dir, resume, identity, model, accelerator)
             seed_everything(derive_seed(config.seed, "start"))
+            leave = interruption.leave_if_asked
             with PeakMemory(accelerator.device) as memory:
-                setup = set_up(
-                    model, splits, config, accelerator, store, progress=bar, check=interruption.leave_if_asked
-                )
+                chosen = _settle(model, splits, config, store, checkpoint, accelerator, bar, leave)
+                if main and chosen and checkpoint is None and progress is not False:
+                    say_once(choosing.in_words(chosen))
+                setup = set_up(model, splits, config, accelerator, store, progress=bar, check=leave)
                 if checkpoint is None:
-                    state = State(Sums(accelerator.device), seconds=setup.items.seconds)
+                    seconds = setup.items.seconds + chosen.get("seconds", 0.0)
+                    state = State(Sums(accelerator.device), seconds=seconds)
                 else:
                     state = unpack(setup, checkpoint)
                 lines = main and progress is None and not bar
@@ -108,6 +111,26 @@ def fit(
                     run = _Run(setup, state, logs, interruption, out_dir / checkpoints.FOLDER, identity)
                     stopped = run.train()
             return finish(setup, state, stopped, memory)
+
+
+def _settle(model, splits, config, store, checkpoint, accelerator, bar, leave) -> dict:
+    """Give what is open in the model its values, the checkpoint's where there is one; how they were found."""
+    if not model.open:
+        return {}
+    chosen = checkpoint.state.get("chosen") if checkpoint is not None else None
+    model.to(accelerator.device)
+    if chosen is None and accelerator.is_main_process:
+        how = {"progress": bar, "check": leave, "worker_init_fn": quiet_worker}
+        how["num_workers"] = config.num_workers
+        chosen = choosing.choose(model, splits.train, store, config, **how)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (chosen,) = broadcast_object_list([chosen])
+    values = {name: chosen[name] for name in ("at", "grid", "pooled", "state_dim") if name in chosen}
+    model.settle(values, derive_seed(config.seed, "settle"))
+    model.chosen = chosen
+    return chosen
 
 
 def _open_output(
@@ -214,7 +237,7 @@ class _Run:
         self._check_finite()
         tensors, told = pack(self.setup, self.state)
         if self.setup.accelerator.is_main_process:
-            told["fingerprint"] = self.identity
+            told |= {"fingerprint": self.identity, "chosen": self.setup.model.chosen}
             checkpoints.write_checkpoint(self.folder, self.state.step, tensors, told)
         self.setup.accelerator.wait_for_everyone()
         return self.folder / f"step-{self.state.step:08d}"

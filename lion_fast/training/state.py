@@ -173,7 +173,7 @@ def fingerprint(model: "TunedModel", splits: "Splits", config: TrainConfig) -> d
     backbone = model.backbone
     return {
         "method": model.method,
-        "options": _plain(model.options),
+        "options": _plain(model.known_before(model.options)),
         "num_classes": model.num_classes,
         "backbone": {
             "name": backbone.name,
