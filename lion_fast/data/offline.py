@@ -16,6 +16,7 @@ import numpy as np
 from lion_fast import files
 from lion_fast.data.images import ArrayImages, FileImages, ImageSet
 from lion_fast.data.sources import Raw
+from lion_fast.data.structured import STRUCTURED
 from lion_fast.errors import DataError, WeightsError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -256,4 +257,5 @@ OFFLINE: dict[str, Callable[[Path], Raw]] = {
     "mnist-5k": mnist_5k,
     "elpv": elpv,
     "digits": digits,
+    **STRUCTURED,
 }
