@@ -60,7 +60,7 @@ def _sprites(stream: _Stream, there: np.ndarray, shape: np.ndarray) -> np.ndarra
         (round_ <= radius * radius) & (3 * round_ > radius * radius),
         x + y <= radius,
     ]
-    drawn = np.select([shape[..., None, None] == k for k in range(len(SHAPES))], masks)
+    drawn = np.select([shape[..., None, None] == k for k in range(len(SHAPES))], masks, False)
     drawn &= there[..., None, None]
     pixels = np.where(drawn[..., None], colours[:, :, None, None], back[:, :, None, None])
     pixels = pixels.reshape(IMAGES, CELLS, CELLS, CELL, CELL, 3).swapaxes(2, 3)
