@@ -54,7 +54,10 @@ setup(
     python_requires=">=3.10",
     packages=[*LION_FAST, "lion_kernels"],
     package_dir={"lion_fast": "lion_fast", "lion_kernels": "kernels/lion_kernels"},
-    package_data={"lion_fast": ["py.typed", "**/*.json"], "lion_kernels": ["py.typed", "*.json"]},
+    package_data={
+        "lion_fast": ["py.typed", "**/*.json", "data/lists/*.csv"],
+        "lion_kernels": ["py.typed", "*.json"],
+    },
     install_requires=["torch>=2.6", *TRAIN],
     extras_require={**EXTRAS, "dev": [*DEV, *(need for extra in EXTRAS.values() for need in extra)]},
     entry_points={"console_scripts": ["lion-fast=lion_fast.commands.main:main"]},

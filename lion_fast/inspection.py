@@ -14,7 +14,7 @@ from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.pixel import PixelEnd, conv_norm_bound
 from lion_fast.equilibrium.states import StateLayer
 from lion_fast.methods import TunedModel
-from lion_fast.methods.read_out import ReadOut
+from lion_fast.methods.reading import ReadOut
 from lion_fast.pruning import count_parameters
 from lion_kernels.reference import ACTIVATIONS
 

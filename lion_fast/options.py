@@ -35,6 +35,8 @@ CHECK = ("header", "decode", "none")
 RECORD = "split.csv"
 # Which images count as one that is there twice.
 DUPLICATES = ("content", "near", "none")
+# Of a class with fewer training images than `n_per_class`: an error, or all there are.
+SCARCE = ("error", "all")
 PRECISIONS = ("no", "bf16", "fp16")
 GRANULARITIES = ("element", "unit", "block", "2:4")
 CRITERIA = ("saliency", "magnitude", "random")

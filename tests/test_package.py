@@ -43,8 +43,10 @@ def test_wheel_has_exactly_the_two_packages(wheel):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"lion_fast", "lion_kernels"}
     assert {"lion_fast/py.typed", "lion_kernels/py.typed", "lion_kernels/ops.py"} <= set(names)
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "lion_fast").rglob("*.py")}
-    assert modules <= set(names), "a module is missing from the wheel"
+    files = {
+        str(p.relative_to(ROOT)) for kind in ("py", "csv") for p in (ROOT / "lion_fast").rglob(f"*.{kind}")
+    }
+    assert files <= set(names), "a module or a list is missing from the wheel"
 
 
 def test_wheel_works_where_it_is_installed(wheel, tmp_path):

@@ -12,7 +12,7 @@ Every method sees the same three stages, and their composition is timm's own for
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -273,24 +273,33 @@ class Backbone(nn.Module):
             return (self.width_out,) * len(self.model.blocks)
         return tuple(stage["num_chs"] for stage in self.model.feature_info)
 
-    @works_for_first
     def body_and_map(self, x: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """`body(x)`, and the map (B, H, W, C) that left block or stage `at` on the way, C = `map_widths[at]`.
+        """`body_and_maps` with one place and its map."""
+        y, (found,) = self.body_and_maps(x, (at,))
+        return y, found
 
-        A ViT's map holds its patch tokens behind block `at`, without prefix tokens and norm; a Swin's is what
-        stage `at` gives, a CNN's the same by timm's `feature_info`.
+    @works_for_first
+    def body_and_maps(self, x: Tensor, at: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """`body(x)`, and the maps (B, H, W, C) that left the blocks or stages `at` on the way.
+
+        In the order of `at`, C of each = `map_widths[at]`. A ViT's map holds its patch tokens behind the
+        block, without prefix tokens and norm; a Swin's is what the stage gives, a CNN's the same by timm's
+        `feature_info`.
         """
-        check_whole("at", at, 0, len(self.map_widths) - 1)
+        for place in at:
+            check_whole("at", place, 0, len(self.map_widths) - 1)
         model = self.model
         if self.family == "cnn":
             # counted from the end: a ConvNeXt of timm before 1.0.16 counts its stem too
-            y, maps = model.forward_intermediates(x, indices=[at - len(self.map_widths)])
-            return y.permute(0, 2, 3, 1), maps[0].permute(0, 2, 3, 1)
-        found = x
+            order = sorted(at)
+            y, maps = model.forward_intermediates(x, indices=[i - len(self.map_widths) for i in order])
+            return y.permute(0, 2, 3, 1), [maps[order.index(i)].permute(0, 2, 3, 1) for i in at]
+        found = {}
         for i, block in enumerate(model.blocks if self.family == "vit" else model.layers):
             x = block(x)
-            found = x if i == at else found
-        return model.norm(x), self.map_of(found) if self.family == "vit" else found
+            if i in at:
+                found[i] = self.map_of(x) if self.family == "vit" else x
+        return model.norm(x), [found[i] for i in at]
 
     def map_of(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, D) of a ViT to the map (B, H, W, D) of its patches, without prefix tokens."""

@@ -139,6 +139,14 @@ class FileImages:
         return self.paths[i]
 
 
+class CutOuts(FileImages):
+    """Images on disk that are padded with white to squares, the picture in the centre."""
+
+    def open(self, i: int) -> Image.Image:
+        image = super().open(i)
+        return ImageOps.pad(image, (max(image.size),) * 2, color="white")
+
+
 class ArrayImages:
     """Images in memory: uint8, (N, H, W) grey or (N, H, W, 3) RGB.
 
@@ -172,8 +180,11 @@ class ImageSet(Dataset):
     store: `FileImages` or `ArrayImages`, shared by subsets. labels: int64 (N,) in 0..K-1.
     classes: the K class names. names: an identifier of each item (path relative to the source, or
     "train/17"). transform: called with the PIL RGB image; None returns that image itself.
+    groups: of each item, what it belongs to: a split keeps the items of a group together. domains: of each
+    item, where it comes from. None where nothing is known.
 
-    `.labels` LongTensor (N,), `.classes` list of str, `.names` list of str.
+    `.labels` LongTensor (N,), `.classes` list of str, `.names` list of str; `.groups`, `.domains` lists of
+    str or None.
 
     >>> import numpy as np
     >>> from lion_fast.data import ArrayImages, ImageSet
@@ -189,10 +200,14 @@ class ImageSet(Dataset):
         classes: Sequence[str],
         names: Sequence[str] | None = None,
         transform: Callable[[Image.Image], Any] | None = None,
+        groups: Sequence[str] | None = None,
+        domains: Sequence[str] | None = None,
     ):
         self.labels = as_labels(labels).clone()
         self.classes = [str(c) for c in classes]
         self.names = [str(n) for n in (range(len(store)) if names is None else names)]
+        self.groups = None if groups is None else [str(g) for g in groups]
+        self.domains = None if domains is None else [str(d) for d in domains]
         self.transform = transform
         self._store = store
         self._where = torch.arange(len(store))
@@ -202,6 +217,9 @@ class ImageSet(Dataset):
             raise DataError(
                 f"{len(store)} images, {len(self.labels)} labels and {len(self.names)} names must be as many"
             )
+        for what, of in (("groups", self.groups), ("domains", self.domains)):
+            if of is not None and len(of) != len(store):
+                raise DataError(f"{len(store)} images and {len(of)} {what} must be as many")
         if len(store) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise DataError(
                 f"labels must lie in 0..{len(self.classes) - 1} for {len(self.classes)} classes; "
@@ -235,6 +253,9 @@ class ImageSet(Dataset):
         new = copy.copy(self)
         new.labels, new._where, new.classes = self.labels[indices], self._where[indices], list(self.classes)
         new.names, new.transform = [self.names[i] for i in indices.tolist()], transform
+        for name in ("groups", "domains"):
+            of = getattr(self, name)
+            setattr(new, name, None if of is None else [of[i] for i in indices.tolist()])
         return new
 
     @classmethod
@@ -244,13 +265,16 @@ class ImageSet(Dataset):
             return sets[0].with_transform(None)
         stored = [one for images in sets for one in images.stored()]
         if all(isinstance(one, str) for one in stored):
-            store: FileImages | ArrayImages = FileImages(stored)
+            store: FileImages | ArrayImages = type(sets[0]._store)(stored)
         else:
             there = np.array([one is not None for one in stored])
             blank = np.zeros_like(next(one for one in stored if one is not None))
             store = ArrayImages(np.stack([blank if one is None else one for one in stored]), there)
-        names = [name for images in sets for name in images.names]
-        return cls(store, torch.cat([images.labels for images in sets]), sets[0].classes, names)
+        known = {}
+        for name in ("names", "groups", "domains"):
+            lists = [getattr(images, name) for images in sets]
+            known[name] = None if None in lists else [one for of in lists for one in of]
+        return cls(store, torch.cat([images.labels for images in sets]), sets[0].classes, **known)
 
     def counts(self) -> dict[str, int]:
         """Number of items of each class, in class order; classes without items included."""

@@ -9,11 +9,13 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lion_fast import files
+from lion_fast.data.colour import COLOUR, read_colour
 from lion_fast.data.images import ArrayImages, FileImages, ImageSet
 from lion_fast.data.sources import Raw
 from lion_fast.data.structured import STRUCTURED
@@ -258,4 +260,5 @@ OFFLINE: dict[str, Callable[[Path], Raw]] = {
     "elpv": elpv,
     "digits": digits,
     **STRUCTURED,
+    **{name: partial(read_colour, name) for name in COLOUR},
 }

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,12 +37,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class Item:
-    """One listed image: its file, its name in reports, its label as written, its split."""
+    """One listed image: its file, its name in reports, its label as written, its split, group and domain."""
 
     path: Path
     name: str
     label: str
     split: str = "all"
+    group: str | None = None
+    domain: str | None = None
 
 
 @dataclass
@@ -135,7 +138,7 @@ def _is_part(folder: Path) -> bool:
 
 
 def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
-    """A table with the columns path, label and, if wanted, split; paths relative to the file's folder."""
+    """A table of path, label and, if wanted, split, group, domain; paths relative to the file's folder."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -151,7 +154,7 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
         raise DataError(
             f"{path} lacks the column(s) {', '.join(missing)}; its first line gives "
             f"{', '.join(columns) or 'nothing'}. "
-            "Expected a comma-separated first line: path,label or path,label,split"
+            "Expected a comma-separated first line: path,label and, if wanted, split, group, domain"
         )
     if not rows:
         raise DataError(f"{path} lists no images below its first line")
@@ -159,16 +162,17 @@ def read_csv(path: Path, classes: Sequence[str] | None) -> Listed:
     for line, row in rows:
         if any(row.pop(None, ())):
             raise DataError(f"{path}, line {line}: more cells than columns; a comma in a name needs quotes")
-        name, label = ((row[c] or "").strip() for c in ("path", "label"))
-        if not name or not label:
-            raise DataError(f"{path}, line {line}: the {'path' if not name else 'label'} is empty")
+        known = {c: (row[c] or "").strip() for c in ("path", "label", "group", "domain") if c in columns}
+        if empty := [column for column, cell in known.items() if not cell]:
+            raise DataError(f"{path}, line {line}: the {empty[0]} is empty")
+        name = known.pop("path")
         split = "all"
         if "split" in columns:
             written = (row["split"] or "").strip()
             if written.lower() not in SPLIT_NAMES:
                 raise DataError(f"{path}, line {line}: split must be train, val or test; got {written!r}")
             split = SPLIT_NAMES[written.lower()]
-        items.append(Item(path.parent / name, name, label, split))
+        items.append(Item(path.parent / name, name, split=split, **known))
     return Listed(*number_labels(items, path, classes), {"kind": "CSV"})
 
 
@@ -273,10 +277,19 @@ def collect(
             raise DataError(
                 f"no image of the {split} split of {source} can be read: {some(i['file'] for i in skipped)}"
             )
-        labels = [index[i.label] for i in chosen]
-        parts[split] = ImageSet(FileImages([i.path for i in chosen]), labels, names, [i.name for i in chosen])
+        parts[split] = ImageSet(
+            FileImages([i.path for i in chosen]),
+            [index[i.label] for i in chosen],
+            names,
+            [i.name for i in chosen],
+            groups=None if chosen[0].group is None else [i.group for i in chosen],
+            domains=None if chosen[0].domain is None else [i.domain for i in chosen],
+        )
     if not parts:
         raise DataError(f"{source} holds no images")
+    stand = {(item.group, item.split) for item in items if item.group is not None}
+    if twice := sorted(group for group, n in Counter(group for group, _ in stand).items() if n > 1):
+        raise DataError(f"{source} has {len(twice)} group(s) in more than one split: {some(twice)}")
     if classes is None:
         first = parts[splits[0]].counts()
         absent = [name for name, count in first.items() if not count]

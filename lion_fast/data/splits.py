@@ -19,7 +19,7 @@ from lion_fast.data.record import PARTS, WORDS, Record, fingerprint, read_record
 from lion_fast.data.sources import SHOWN, Raw, check_classes, collect, read_csv, read_folder, some
 from lion_fast.errors import DataError, OptionError, check_choice, check_number, check_seed, one_line
 from lion_fast.files import cache_dir, say_once
-from lion_fast.options import CHECK, DUPLICATES
+from lion_fast.options import CHECK, DUPLICATES, SCARCE
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,12 @@ def load_data(
     test: float = 0.2,
     seed: int = 0,
     n_per_class: int | None = None,
+    scarce: str = "error",
     imbalance: float | None = None,
     n_train: int | None = None,
     n_val: int | None = None,
     n_test: int | None = None,
+    domain: str | None = None,
     classes: Sequence[str] | None = None,
     check: str = "header",
     strict: bool = False,
@@ -74,16 +76,23 @@ def load_data(
 
     source: a folder with one sub-folder per class, directly or inside train/, val/ and test/; a VTAB-1k
     task folder (train800.txt, ...); an FGVC folder (train.json, test.json; or the published lists of CUB,
-    NABirds and Stanford Dogs); a CSV file with the columns path,label[,split], paths relative to its own
-    folder; or one of "fashion-mnist", "mnist-5k", "elpv", "digits".
+    NABirds and Stanford Dogs); a CSV file with the columns path,label[,split][,group][,domain], paths
+    relative to its own folder; or one of `lion_fast.data.OFFLINE`: "fashion-mnist", "mnist-5k", "elpv",
+    "digits", "deepsky5", "furniture10", "ifct9", "tux", "emoji", "openclipart22".
 
     val, test: share of the images when the source has no such split, stratified and seeded; 0 for
     none. A source with its own train and test split gives `val` from its training images; one with train
     and val but no test gets no test split. Of a VTAB-1k task, `val` = 0 takes the 1,000 images of
     train800val200.txt, and `test` = 0 opens no test image.
-    n_train, n_val, n_test: exact sizes instead, stratified (they shorten an existing split).
-    n_per_class: keep so many training images of each class. imbalance: keep a long tail of the
+    Where a source says which images belong together, these are whole groups of about as many images: no
+    group stands in two parts.
+    n_train, n_val, n_test: exact sizes instead, stratified (they shorten an existing split). Of whole groups
+    as near as they allow.
+    n_per_class: keep so many training images of each class; scarce: of a class that has fewer, "all" keeps
+    all there are and "error" raises. imbalance: keep a long tail of the
     training images, class k of K with n_max * imbalance^(-k / (K - 1)). Neither touches val or test.
+    domain: take train and val from the images of this domain, and test from those of all others. Of the
+    groups that lie in both, the share `test` is set aside for testing.
     seed: of every draw. The same seed gives the same items whatever the machine.
     classes: names in the order wanted; labels meet them by name, and one that is not among them is an
     error. Where none of them is an integer, integer labels count them from 0. Default: sorted as found.
@@ -117,35 +126,42 @@ def load_data(
         raise OptionError("n_per_class sets the size of every class: give it without imbalance and n_train")
 
     check_choice("duplicates", duplicates, DUPLICATES)
+    check_choice("scarce", scarce, SCARCE)
     reading = {"check": check, "strict": strict, "classes": classes, "cache": cache}
     if record is not None:
-        sizes = {"n_train": n_train, "n_val": n_val, "n_test": n_test}
+        sizes = {"n_train": n_train, "n_val": n_val, "n_test": n_test, "domain": domain}
         if drawn := given + [name for name, size in sizes.items() if size is not None]:
             raise OptionError(f"a record says which images there are: give it without {', '.join(drawn)}")
         return _load_recorded(source, record, needed, duplicates, reading)
     raw = _read(source, val=val, test=test, **reading)
-    parts = dict(raw.parts)
-    made = []
+    parts, made = dict(raw.parts), []
+    if domain is not None:
+        parts, told = _of_domain(source, parts, domain, test, _stream(seed, "domain"))
+        made.append(told)
     if "all" in parts:
         rest = parts.pop("all")
         wanted = (("test", test, n_test), ("val", val, n_val))
         total = len(rest)
     else:
         rest = parts.pop("train")
-        wanted = (("val", val, n_val),) if "val" not in parts and "test" in parts else ()
+        shared_out = "all" in raw.parts
+        wanted = (("val", val, n_val),) if "val" not in parts and ("test" in parts or shared_out) else ()
         total = len(rest)
-        made.append(f"{', '.join(['train', *parts])} as the source has them")
+        if not shared_out:
+            made.append(f"{', '.join(['train', *parts])} as the source has them")
         for name, size in (("val", n_val), ("test", n_test)):
             if size is not None and name in parts:
                 parts[name] = parts[name].subset(draw_total(parts[name].labels, size, _stream(seed, name)))
                 made.append(f"{name} shortened to {size}, stratified")
+    by = "stratified by class" + (" in whole groups" if rest.groups is not None else "")
     for name, share, size in wanted:
         if size is not None:
-            drawn = draw_total(rest.labels, size, _stream(seed, name))
-            made.append(f"{name}: {size} images, stratified by class")
+            drawn = draw_total(rest.labels, size, _stream(seed, name), rest.groups)
+            asked = f" of {size} asked for" if len(drawn) != size else ""
+            made.append(f"{name}: {len(drawn)} images{asked}, {by}")
         elif share:
-            drawn = draw_fraction(rest.labels, share * total / len(rest), _stream(seed, name))
-            made.append(f"{name}: {share:g} of {total} images, stratified by class")
+            drawn = draw_fraction(rest.labels, share * total / len(rest), _stream(seed, name), rest.groups)
+            made.append(f"{name}: {share:g} of {total} images, {by}")
         else:
             continue
         if len(drawn) == len(rest):
@@ -155,16 +171,21 @@ def load_data(
         if len(drawn):
             parts[name] = rest.subset(drawn)
         else:
-            _say(source, f"there is no {name} part: no class has a second image that could go to it")
+            _say(
+                source, f"there is no {name} part: no class has a second image, or group, that could go to it"
+            )
         rest = rest.subset(keep.nonzero().flatten())
     draw = "all training images"
     if n_train is not None:
         rest = rest.subset(draw_total(rest.labels, n_train, _stream(seed, "train")))
         draw = f"{n_train} training images, stratified by class"
     if n_per_class is not None:
-        _all_present(rest, "n_per_class")
-        rest = rest.subset(draw_per_class(rest.labels, n_per_class, seed))
+        if scarce == "error":
+            _all_present(rest, "n_per_class")
+        rest = rest.subset(draw_per_class(rest.labels, n_per_class, seed, scarce))
+        few = [f"{name} ({n})" for name, n in rest.counts().items() if n < n_per_class]
         draw = f"{n_per_class} training images of each class"
+        draw += f"; all there are of {', '.join(few)}" if few else ""
     if imbalance is not None:
         _all_present(rest, "imbalance")
         rest = rest.subset(draw_long_tail(rest.labels, imbalance, seed))
@@ -182,6 +203,49 @@ def load_data(
         "draw": draw,
     }
     return _described(source, sets, raw, raw.classes, told, duplicates, strict, unused)
+
+
+def _of_domain(
+    source: object, parts: dict[str, ImageSet], domain: str, test: float, seed: int
+) -> tuple[dict[str, ImageSet], str]:
+    """Training (and validation) images of one domain, test images of the others; and that in words.
+
+    Of a source without parts, what lies in both, by group, is shared out: a `test` share of these groups is
+    for testing and the others are for training.
+    """
+    known = sorted({d for images in parts.values() for d in images.domains or ()})
+    if not known:
+        raise OptionError(f"{source} has no domains: domain= needs a set or a CSV file that names them")
+    check_choice("domain", domain, known)
+    inside = {part: torch.tensor([d == domain for d in images.domains]) for part, images in parts.items()}
+    if "all" not in parts:
+        chosen = {part: inside[part] ^ (part == "test") for part in parts}
+        told = f"train and val of {domain}, test of the other domains"
+    else:
+        images, here = parts["all"], inside["all"]
+        groups = images.groups or list(range(len(images)))
+        lies = here.tolist()
+        both = {g for g, h in zip(groups, lies, strict=True) if h}
+        both &= {g for g, h in zip(groups, lies, strict=True) if not h}
+        shared = torch.tensor([g in both for g in groups])
+        candidates = (here & shared).nonzero().flatten()
+        if test and len(candidates):
+            of = [groups[i] for i in candidates.tolist()]
+            drawn = candidates[draw_fraction(images.labels[candidates], test, seed, of)]
+            aside = {groups[i] for i in drawn.tolist()}
+        else:
+            aside = set()
+        tested = torch.tensor([g in aside for g in groups])
+        chosen = {"train": here & ~tested, "test": ~here & (tested | ~shared)}
+        told = (
+            f"train and val of {domain}, test of the other domains: {len(aside)} of the {len(both)} groups "
+            f"that lie in both, and all groups that are not in {domain}"
+        )
+        parts = {"train": images, "test": images}
+    found = {part: images.subset(chosen[part].nonzero().flatten()) for part, images in parts.items()}
+    if not len(found["train"]):
+        raise DataError(f"{source} has no training image of the domain {domain!r}")
+    return {part: images for part, images in found.items() if len(images)}, told
 
 
 def _load_recorded(

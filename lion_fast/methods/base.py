@@ -70,7 +70,7 @@ def method_options(cls: type["TunedModel"]) -> dict[str, Any]:
     """The options of a method and their defaults: the keyword-only arguments along its bases.
 
     >>> method_options(available()["probe"])
-    {'pool': 'backbone', 'head_bias': True, 'grid': None}
+    {'pool': 'backbone', 'head_bias': True, 'reading': 'fixed', 'at': None, 'grid': None, 'pooled': None}
     """
     return {name: p.default for name, p in _parameters(cls).items()}
 
@@ -121,6 +121,8 @@ class TunedModel(nn.Module):
     method: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for lists; the first of the module's description where empty
     families: ClassVar[tuple[str, ...]] = ("vit", "swin", "cnn")
+    # options that `fit` has to choose by the training images; while one is, its default stands in for it
+    open: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -155,22 +157,34 @@ class TunedModel(nn.Module):
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
+        self.chosen: dict[str, Any] | None = (
+            None  # how open options were chosen, as `training.choosing` says it
+        )
         self.pool = pool
         self.options: dict[str, Any] = {}
         self.record(pool=pool, head_bias=head_bias)
-        self.head = self.new_head(backbone.pooled_width(pool), head_bias)
+        self.head = self.new_head(backbone.pooled_width(pool))
 
-    def new_head(self, width: int, bias: bool) -> nn.Linear:
+    def new_head(self, width: int) -> nn.Linear:
         """A head on features of that width, with its first values."""
-        head = nn.Linear(width, self.num_classes, bias=bias)
+        head = nn.Linear(width, self.num_classes, bias=self.options["head_bias"])
         nn.init.trunc_normal_(head.weight, std=0.02)
-        if bias:
+        if head.bias is not None:
             nn.init.zeros_(head.bias)
         return head
 
     def record(self, **options) -> None:
         """Note options as given, in a form JSON keeps; they rebuild the model from a saved adapter."""
         self.options.update({k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
+
+    def settle(self, chosen: Mapping[str, Any], seed: int) -> None:
+        """Take these values of `open` options, and draw what depends on them anew from the seed."""
+        raise OptionError(f"method {self.method} leaves nothing open")
+
+    @classmethod
+    def known_before(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as a row's key has them: without later ones where these change nothing."""
+        return dict(options)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to what `behind` reads, (B, E); the frozen backbone here."""
@@ -294,6 +308,7 @@ class TunedModel(nn.Module):
             "format_version": FORMAT_VERSION if compacted or pruned else 1,
             "method": self.method,
             "options": self.options,
+            **({"chosen": self.chosen} if self.chosen else {}),
             "num_classes": self.num_classes,
             "classes": self.classes,
             "parameters": {"method": counts["dense"], "with_head": counts["with_head"]}

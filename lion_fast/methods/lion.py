@@ -1,11 +1,12 @@
-"""LION: equilibria on a map from inside a frozen backbone, or (form="residual") a layer at each end.
+"""LION: an equilibrium on maps from inside a frozen backbone, or (form="residual") a layer at each end.
 
 Source: Wang et al., "LION: Implicit Vision Prompt Tuning", AAAI 2024, arXiv 2303.09992, as this project
 reads it (docs/mathematics.md); the variant "states" is this project's own (docs/accuracy.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,11 +14,13 @@ from lion_fast.equilibrium.layer import LionLayer
 from lion_fast.equilibrium.pixel import PixelEnd
 from lion_fast.equilibrium.solve import OPTIONS, SolveInfo, SolveOptions, takes_solve_options
 from lion_fast.errors import OptionError, check_choice, check_whole
-from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import FINEST, GRID, WIDEST, ReadOut, features_and_cells, map_place
+from lion_fast.methods.base import register
+from lion_fast.methods.reading import WIDEST, Cells, ReadingModel, ReadOut, map_place, read
 
 ENDS = ("input", "output")
 VARIANTS = ("states", "residual")
+FRONTS = ("map", "residual")
+STATE_DIM = 32
 
 
 class _Behind(nn.Module):
@@ -33,29 +36,40 @@ class _Behind(nn.Module):
 
 
 @register("lion")
-class LionModel(TunedModel):
-    """enter -> input end -> frozen blocks and norm -> output end -> head.
+class LionModel(ReadingModel):
+    """Maps of the frozen blocks -> one equilibrium -> head; or a layer at each end of the blocks.
 
-    form="states", the default: the head reads the backbone's own features and, cell by cell of a coarse
-    map from inside the backbone, the states of an equilibrium (`ReadOut`). It trains
-    R C + R^2 + R numbers for a map of C channels. Nothing in front of the output end is trained unless
-    `ends` asks for it, so `fit` runs the backbone once over the images and no gradient passes through it.
+    form="states", the default: the head reads the states of an equilibrium, cell by cell of one or two coarse
+    maps from inside the backbone, and the backbone's own features (`ReadOut`). It trains R C + R^2 + R
+    numbers for maps of C channels. Nothing in front of the output end is trained, so `fit` runs the
+    backbone once over the images and no gradient passes through it. Which maps, in how many cells, beside the
+    features or alone, and how many states: reading="auto" has `fit` choose it by cross-validation on the
+    training images (`lion_fast.training.choosing`). The pooled features alone may be the best; then a linear
+    head on them, normed, is all that is trained.
 
     form="residual", LION as its public text describes it: both ends are `LionLayer`s that add to tokens
     of the backbone's own widths (ViT tokens with position embedding and prefix tokens, Swin's channels-last
     maps, the last feature map of a CNN), and the head pools as the backbone does. One end of width D with
     state width R trains 2 R D + R^2 + R + D numbers (tied: no R^2).
 
-    The input end is the same in both variants. On a CNN it works on pixels: `PixelEnd`, a convolutional
-    equilibrium of `pixel_channels` channels, always free and in torch.
+    ends=("input", "output") of "states" means a front and a back map into one equilibrium, each with an
+    injection of its own: z = phi(W z + A1 x_front + A2 x_back + b). With front="residual" the input end is
+    instead a layer that adds to the tokens in front of the blocks, as in form="residual". On a CNN it works
+    on pixels: `PixelEnd`, a convolutional equilibrium of `pixel_channels` channels, always free and in torch.
 
     Args:
         form: the variant, "states" or "residual".
-        state_dim: state width R.
+        reading: "auto": what of `at`, `grid`, `pooled` and `state_dim` is not given, `fit` chooses, and until
+            then the values of "fixed" stand in; "fixed": what is not given has its default. "states" only, and
+            nothing is chosen beside a residual input end.
+        state_dim: state width R; None: 32.
         ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
-        at: the block (ViT) or stage (Swin, CNN) behind which "states" takes its map, from 0; None:
-            `map_place`, a third of the way through a ViT.
-        grid: cells of that map along each side; more than the map has are filled by repeating.
+        front: what the input end of "states" is, "map" or "residual"; None: "map" beside an output end.
+        at: the block (ViT) or stage (Swin, CNN), from 0, behind which "states" takes its map, or several,
+            or an empty list for the pooled features alone; None: `map_place`, a third of the way through a
+            ViT, and with both ends the last place too.
+        grid: cells of a map along each side, more than it has are filled by repeating; None: 4.
+        pooled: whether the head reads the pooled features too; None: it does.
         recurrence: "free" or "tied" ("residual" only).
         activation: None: tanh for "states", relu for "residual".
         gamma, damping, max_iter, tol, backward, neumann_terms, backend, on_failure: see `LionLayer`.
@@ -77,15 +91,17 @@ class LionModel(TunedModel):
         num_classes: int,
         *,
         form: str = "states",
-        state_dim: int = 32,
+        reading: str = "auto",
+        state_dim: int | None = None,
         ends: str | Sequence[str] | None = None,
-        at: int | None = None,
-        grid: int = GRID,
+        front: str | None = None,
+        at: int | Sequence[int] | None = None,
+        grid: int | None = None,
+        pooled: bool | None = None,
         recurrence: str = "free",
         activation: str | None = None,
         gamma: float = 0.8,
         pixel_channels: int = 8,
-        head_bias: bool = True,
         **options,
     ):
         check_choice("form", form, VARIANTS)
@@ -95,61 +111,110 @@ class LionModel(TunedModel):
                 f'recurrence {recurrence!r} needs form="residual": states have no read-out to tie'
             )
         solve = SolveOptions(**{name: options.pop(name) for name in OPTIONS if name in options})
-        super().__init__(backbone, num_classes, head_bias=head_bias, **options)
+        super().__init__(backbone, num_classes, **options)
         backbone = self.backbone
         ends = (("output",) if states else ENDS) if ends is None else ends
         ends = tuple(ends) if isinstance(ends, (tuple, list)) else (ends,)
         if not ends or any(end not in ENDS for end in ends) or len(set(ends)) < len(ends):
             raise OptionError(f'ends must be "input", "output" or both; got {ends!r}')
-        reads_states = states and "output" in ends
+        if front is None:
+            front = "map" if states and "output" in ends else "residual"
+        check_choice("front", front, FRONTS)
+        if front == "map" and not (states and "output" in ends):
+            raise OptionError('front="map" needs form="states" and the output end')
+        self.form, self.reads_states = form, states and "output" in ends
+        adds = "input" in ends and front == "residual"
+        place = map_place(backbone)
+        both = "input" in ends and front == "map"
+        default = (place, len(backbone.map_widths) - 1) if both else (place,)
+        reading = "fixed" if adds else reading
+        if state_dim is not None:
+            check_whole("state_dim", state_dim, most=WIDEST)
+        self.take_reading(reading, at, grid, pooled, default, state_dim=state_dim)
+        if not self.reads_states:
+            self.open = ()
+            self.record(at=at, grid=self.reading.grid)
+        check_whole("pixel_channels", pixel_channels, most=WIDEST)
+        self.both = both
         if activation is None:
             activation = "tanh" if states else "relu"
         solve = {"activation": activation, "gamma": gamma, **asdict(solve)}
-        layer = {**solve, "state_dim": state_dim}
-        check_whole("grid", grid, most=FINEST)
-        check_whole("state_dim", state_dim, most=WIDEST)
-        check_whole("pixel_channels", pixel_channels, most=WIDEST)
-        if at is not None:
-            check_whole("at", at, 0, len(backbone.map_widths) - 1)
-        self.form, self.grid = form, grid
-        self.at = map_place(backbone) if at is None and reads_states else at
-        self.record(form=form, ends=ends, at=self.at, grid=grid, recurrence=recurrence)
-        self.record(pixel_channels=pixel_channels, **layer)
+        self.state_dim, self.solve = state_dim or STATE_DIM, solve
+        self.record(form=form, ends=ends, front=front, recurrence=recurrence)
+        self.record(pixel_channels=pixel_channels, **solve)
+        self.record(state_dim=None if "state_dim" in self.open else self.state_dim)
         self.input_end: nn.Module | None = None
-        self.output_end: nn.Module | None = None
-        if "input" in ends:
+        layer = {**solve, "state_dim": self.state_dim}
+        if adds:
             if backbone.family == "cnn":
-                check_whole("pixel_channels", pixel_channels)
                 own = {name: value for name, value in solve.items() if name != "backend"}
                 self.input_end = PixelEnd(backbone.width_in, pixel_channels, **own)
             else:
                 self.input_end = LionLayer(backbone.width_in, recurrence=recurrence, **layer)
         if "output" in ends and not states:
             self.output_end = LionLayer(backbone.width_out, recurrence=recurrence, **layer)
-        if reads_states:
-            widths = backbone.map_widths
-            self.output_end = ReadOut(backbone.pooled_width(self.pool), grid * grid, widths[self.at], **layer)
-            self.head = self.new_head(self.output_end.out_features, head_bias)
         self._info: dict[str, SolveInfo] = {}
+        if self.reads_states:
+            self.build()
+
+    @property
+    def grid(self) -> int:
+        """Cells of a map along each side."""
+        return self.reading.grid
+
+    @property
+    def at(self) -> int | tuple[int, ...] | None:
+        """The place that "states" reads, or the places; None where it reads none."""
+        if not self.reads_states:
+            return None
+        return self.reading.at[0] if len(self.reading.at) == 1 else self.reading.at
+
+    def build(self) -> None:
+        widths = self.read_widths()
+        if self.reading.at:
+            self.output_end = ReadOut(*widths[:3], self.state_dim, widths[3], **self.solve)
+        else:
+            self.output_end = Cells(*widths)
+        self.head = self.new_head(self.output_end.out_features)
+
+    def settle(self, chosen: Mapping[str, Any], seed: int) -> None:
+        self.state_dim = chosen.get("state_dim") or self.state_dim
+        self.record(state_dim=self.state_dim)
+        super().settle({name: value for name, value in chosen.items() if name != "state_dim"}, seed)
+
+    @classmethod
+    def known_before(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(options)
+        if found.get("form") == "residual" or found.get("front") == "residual":
+            found.pop("reading", None)
+            found.pop("front", None)
+        elif found.setdefault("reading", "auto") == "fixed":
+            del found["reading"]
+        if "front" not in found and len(found.get("ends") or ()) == 2 and options.get("front") != "residual":
+            found |= {"front": "map"} if found.get("form") != "residual" else {}
+        return found
 
     def encode(self, images: Tensor) -> Tensor:
         x = self._end("input", self.backbone.enter(images))
-        if isinstance(self.output_end, ReadOut):
-            y, maps = self.backbone.body_and_map(x, self.at)
-            return features_and_cells(self.backbone.pool(y, self.pool), maps, self.grid)
+        if self.reads_states:
+            return read(self.backbone, x, self.reading, self.pool)
         return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
 
     def encoding(self) -> tuple:
-        return (*super().encoding(), self.form, self.at, self.grid)
+        if self.reads_states and self.input_end is None:
+            return super().encoding()
+        return (type(self).encode, self.pool, self.form, self.reading)
 
     def behind(self) -> nn.Module:
         if isinstance(self.output_end, ReadOut):
             return _Behind(self.output_end, self.head, self._info).train(self.training)
-        return self.head
+        return super().behind() if self.reads_states else self.head
 
     def features(self, images: Tensor) -> Tensor:
         encoded = self.encode(images)
-        return self._end("output", encoded) if isinstance(self.output_end, ReadOut) else encoded
+        if isinstance(self.output_end, ReadOut):
+            return self._end("output", encoded)
+        return self.output_end(encoded) if self.reads_states else encoded
 
     def _end(self, name: str, x: Tensor) -> Tensor:
         end = self.input_end if name == "input" else self.output_end

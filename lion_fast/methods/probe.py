@@ -1,21 +1,25 @@
 """Linear probe: the frozen backbone, and a head."""
 
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from lion_fast.errors import check_whole
 from lion_fast.methods.base import TunedModel, register
-from lion_fast.methods.read_out import FINEST, Cells, features_and_cells, map_place
+from lion_fast.methods.reading import Cells, ReadingModel, map_place
 
 
 @register("probe")
-class Probe(TunedModel):
+class Probe(ReadingModel):
     """The head alone is trained, on the features of the frozen backbone: K (F + 1) numbers.
 
-    With `grid`, the head also reads the map that LION's default variant reads, every channel of every cell:
-    K (F + g^2 C + 1) numbers for a map of C channels. What is left of LION's gain beside it is the states'.
+    With `grid` or `at` the head also reads a map from inside, every channel of every cell: K (F + g^2 C + 1)
+    numbers for a map of C channels. What is left of LION's gain beside the same reading is the states'.
 
     Args:
-        grid: cells along each side of a map from inside the backbone; None: no map.
+        reading: "fixed", or "auto": what of the next three is not given, `fit` chooses by cross-validation on
+            the training images (`lion_fast.training.choosing`).
+        at: the block (ViT) or stage (Swin, CNN), from 0, behind which a map is taken, or several; None: no map,
+            with `grid` `map_place`.
+        grid: cells along each side of a map; None: 4.
+        pooled: whether the head reads the pooled features; None: it does.
         pool, head_bias: see `TunedModel`.
 
     >>> from lion_fast import load_backbone
@@ -25,29 +29,23 @@ class Probe(TunedModel):
     """
 
     def __init__(
-        self, backbone, num_classes: int, *, grid: int | None = None, head_bias: bool = True, **options
+        self,
+        backbone,
+        num_classes: int,
+        *,
+        reading: str = "fixed",
+        at: int | Sequence[int] | None = None,
+        grid: int | None = None,
+        pooled: bool | None = None,
+        **options,
     ):
-        super().__init__(backbone, num_classes, head_bias=head_bias, **options)
-        self.grid, self.cells = grid, None
-        self.record(grid=grid)
-        if grid is not None:
-            check_whole("grid", grid, most=FINEST)
-            at = map_place(self.backbone)
-            self.cells = Cells(self.backbone.pooled_width(self.pool), grid**2, self.backbone.map_widths[at])
-            self.head = self.new_head(self.cells.out_features, head_bias)
+        super().__init__(backbone, num_classes, **options)
+        reads = grid is not None or pooled is not None
+        self.take_reading(reading, at, grid, pooled, (map_place(self.backbone),) if reads else ())
+        if self.reading.at:
+            self.build()
 
-    def encode(self, images: Tensor) -> Tensor:
-        if self.cells is None:
-            return super().encode(images)
-        y, maps = self.backbone.body_and_map(self.backbone.enter(images), map_place(self.backbone))
-        return features_and_cells(self.backbone.pool(y, self.pool), maps, self.grid)
-
-    def encoding(self) -> tuple:
-        return (*super().encoding(), self.grid)
-
-    def behind(self) -> nn.Module:
-        return self.head if self.cells is None else nn.Sequential(self.cells, self.head)
-
-    def features(self, images: Tensor) -> Tensor:
-        encoded = self.encode(images)
-        return encoded if self.cells is None else self.cells(encoded)
+    def build(self) -> None:
+        self.output_end = Cells(*self.read_widths()) if self.reading.at else None
+        width = self.backbone.pooled_width(self.pool)
+        self.head = self.new_head(width if self.output_end is None else self.output_end.out_features)

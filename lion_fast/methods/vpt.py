@@ -16,7 +16,7 @@ from lion_fast.methods.base import MOST, TunedModel, register
 from lion_fast.methods.noise import dropout
 from lion_fast.methods.prefix import KV, PrefixCache
 from lion_fast.methods.prompts import carry_prompts, drawn, prefix_of, prompt_bound
-from lion_fast.methods.read_out import GRID, WIDEST, ReadOut, features_and_cells, map_place
+from lion_fast.methods.reading import GRID, WIDEST, ReadOut, features_and_cells, map_place
 from lion_fast.methods.vpt_border import PixelBorder
 from lion_fast.options import sides
 
@@ -76,10 +76,9 @@ class VPT(PrefixCache, TunedModel):
         form: str | None = None,
         prompt_pooling: bool = False,
         state_dim: int | None = None,
-        head_bias: bool = True,
         **options,
     ):
-        super().__init__(backbone, num_classes, head_bias=head_bias, **options)
+        super().__init__(backbone, num_classes, **options)
         backbone = self.backbone
         cnn = backbone.family == "cnn"
         if depth is None:
@@ -138,7 +137,7 @@ class VPT(PrefixCache, TunedModel):
             check_whole("state_dim", state_dim, most=WIDEST)
             width = backbone.pooled_width(self.pool)
             self.output_end = ReadOut(width, GRID * GRID, backbone.width_out, state_dim)
-            self.head = self.new_head(self.output_end.out_features, head_bias)
+            self.head = self.new_head(self.output_end.out_features)
         bound = prompt_bound(backbone)
 
         if backbone.family == "vit":

@@ -12,6 +12,7 @@ from lion_fast.options import (
     CHECK,
     DUPLICATES,
     RESIZE,
+    SCARCE,
     Options,
     documented,
     dump_yaml,
@@ -36,15 +37,27 @@ READING = ("check", "strict", "duplicates", "cache")
 class DataSettings(Options):
     """Which images a run has, and how they are split; see `lion_fast.data.load_data`."""
 
-    data: str | None = setting(None, "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits")
+    data: str | None = setting(
+        None,
+        "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits, deepsky5, furniture10, ifct9, "
+        "tux, emoji, openclipart22",
+    )
     val: float = setting(0.2, "share of validation images where the data has no such split", least=0, below=1)
     test: float = setting(0.2, "share of test images where the data has no such split", least=0, below=1)
     n_train: int | None = setting(None, "training images, stratified", default_is="all")
     n_val: int | None = setting(None, "validation images, stratified", default_is="by val")
     n_test: int | None = setting(None, "test images, stratified", default_is="by test")
     n_per_class: int | None = setting(None, "training images per class (few-shot)", default_is="all")
+    scarce: str = setting(
+        "error",
+        "a class with fewer training images than n_per_class: an error, or all it has",
+        choices=SCARCE,
+    )
     imbalance: float | None = setting(
         None, "long tail: largest over smallest class of the training images", default_is="as they are"
+    )
+    domain: str | None = setting(
+        None, "train and validate on this domain of the data, test on its others", default_is="all alike"
     )
     data_seed: int | None = setting(
         None, "seed of splits and draws", default_is="seed", least=-(2**63), most=2**64 - 1

@@ -124,7 +124,17 @@ def test_lists(data):
     path = st.sampled_from([f"{world()}/images/class0/00{i}.png" for i in range(6)]) | TEXTS
     rows = data.draw(st.lists(st.tuples(path, cell, cell), max_size=4))
     header = data.draw(
-        st.sampled_from(["path,label", "path,label,split", "label,path", "path", "", "path,path,label"])
+        st.sampled_from(
+            [
+                "path,label",
+                "path,label,split",
+                "label,path",
+                "path",
+                "",
+                "path,path,label",
+                "path,label,group",
+            ]
+        )
     )
     good = (world() / "list.csv").read_text().replace("images/", f"{world()}/images/")
     text = header + "\n" + "\n".join(",".join(row) for row in rows)

@@ -92,7 +92,9 @@ def good_calls() -> dict:
                 "test": 0.2,
                 "seed": 0,
                 "n_per_class": None,
+                "scarce": "error",
                 "imbalance": None,
+                "domain": None,
             }
             | {
                 "n_train": None,

@@ -17,7 +17,7 @@ from lion_fast.equilibrium.states import StateLayer
 from lion_fast.errors import BackboneError, OptionError
 from lion_fast.inspection import ends, measure_ends, parameter_counts
 from lion_fast.methods import LionModel, create
-from lion_fast.methods.read_out import ReadOut, features_and_cells, map_place
+from lion_fast.methods.reading import ReadOut, features_and_cells, map_place
 from lion_fast.pruning import compact, compact_model, describe_storage, prune_once
 from lion_fast.training import TrainConfig, fit
 
