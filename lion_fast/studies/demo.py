@@ -44,7 +44,6 @@ def _grid(name: str, img_size: int, images: Mapping[str, Any], vpt: Mapping[str,
             "VPT-deep": {"method": "vpt", "options": {"depth": "deep", "length": 10}, "train": vpt},
             "LION": {
                 "method": "lion",
-                "options": {"state_dim": 32},
                 "train": {"lr": 5e-3, "lr_head": 5e-3, "weight_decay": 0.3, "epochs": 40},
             },
         },
@@ -68,10 +67,10 @@ PLOTS = ("accuracy_over_epochs.png", "accuracy_against_parameters.png", "solver.
 TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03, on both
 sets. LION's rate and decay are those of its presets, chosen on validation images of other draws
-(docs/accuracy.md). VPT-deep's rate is on MNIST the best of four on 16 images of each class there, and on colour
-pictures the best of 0.003, 0.01 and 0.03 on the furniture's validation images of seed 0; it trains for 8 and 15
-epochs. The probe and LION's default variant train on features that are computed once, so an epoch costs them
-little and they have 40. Each keeps the epoch that is best on the validation images.
+(docs/accuracy.md). VPT-deep's rate is on MNIST the best of four on 16 images of each class there, and on
+colour pictures the best of 0.003, 0.01 and 0.03 on the furniture's validation images of seed 0; it trains for
+8 and 15 epochs. The probe and LION's default variant train on features that are computed once, so an epoch
+costs them little and they have 40. Each keeps the epoch that is best on the validation images.
 """
 
 
