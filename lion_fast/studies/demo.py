@@ -64,6 +64,7 @@ def colour(name: str, source: str | os.PathLike, **sizes: int) -> dict[str, Any]
 
 SETS = ("mnist-5k", "furniture", "pictures")
 PLOTS = ("accuracy_over_epochs.png", "accuracy_against_parameters.png", "solver.png")
+READS = ("at", "grid", "pooled", "state_dim")
 TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03, on both
 sets. LION's rate and decay are those of its presets, chosen on validation images of other draws
@@ -139,7 +140,7 @@ def _run(out: Path, seed: int, progress: bool, quiet: bool, grids: Sequence[Mapp
     histories = {name: {m: _csv(out / name / m / "metrics.csv") for m in labels} for name in homes}
     plots.accuracy_over_epochs(histories, over_epochs, labels=labels)
     steps = {name: _csv(out / name / "lion" / "steps.csv") for name in homes if "lion" in labels}
-    if solves := {name: some for name, some in steps.items() if "output_iterations" in some[0]}:
+    if solves := {name: some for name, some in steps.items() if some[0].get("output_iterations")}:
         plots.solver_over_training(solves, solver, tol=1e-4)
     about = [
         _about(one, home.splits("final", name, seed).description, found[name])
@@ -255,10 +256,12 @@ def _about(results: Results, about: Mapping[str, Any], rows: Sequence[Mapping[st
     sizes, weights = about["sizes"], rows[0]["backbone_settings"]
     estimates = [results.estimate(row["backbone"], row["set"], row["label"]) for row in rows]
     half = max((e.high - e.low) / 2 for e in estimates)
+    options = next((row["options"] for row in rows if row["method"] == "lion"), {})
+    reads = ", ".join(f"{name} {options[name]}" for name in READS if options.get(name) is not None)
     return f"""- {rows[0]["set"]} ({about["source"]}), at {weights["img_size"]} px: {about["draw"]};
   {about["split"]}.
   {sizes["train"]} training, {sizes["val"]} validation and {sizes["test"]} test images, which give an
-  accuracy to about {half:.3f} (95 %): smaller differences say nothing."""
+  accuracy to about {half:.3f} (95 %): smaller differences say nothing. LION's reading: {reads}."""
 
 
 def _report(
