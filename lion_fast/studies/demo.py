@@ -59,7 +59,7 @@ def strokes() -> dict[str, Any]:
 def colour(name: str, source: str | os.PathLike, **sizes: int) -> dict[str, Any]:
     """The grid of colour pictures."""
     images = {"source": str(source), "n_per_class": 10, **sizes}
-    return _grid(name, 112, images, {"lr": 3e-2, "epochs": 15, "batch_size": 16})
+    return _grid(name, 112, images, {"lr": 1e-2, "epochs": 15, "batch_size": 16})
 
 
 SETS = ("mnist-5k", "furniture", "pictures")
