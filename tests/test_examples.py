@@ -1,5 +1,6 @@
 """The examples run as they stand; the one that downloads runs on a folder and a small backbone instead."""
 
+import csv
 import os
 import re
 import subprocess
@@ -45,3 +46,30 @@ def test_example(path, tmp_path):
     done = subprocess.run(command, env=environment, **how)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_every_picture_of_the_furniture_is_credited():
+    """Creative Commons licences ask for the creator, the title, the licence and where it came from."""
+    folder = ROOT / "examples/furniture"
+    credits = (folder / "CREDITS.md").read_text(encoding="utf-8")
+    with open(folder / "furniture.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all(cell.strip() for row in rows for cell in row.values())
+    assert sorted(row["path"] for row in rows) == sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*.png")
+    )
+    for row in rows:
+        whose = re.match(
+            "(scopia|kator-legaz|reallusion|blend-swap-by|blend-swap-zero)-", Path(row["path"]).name
+        )
+        (line,) = [line for line in credits.splitlines() if f"`*/{whose[1]}-*.png`" in line]
+        count = sum(f"/{whose[1]}-" in other["path"] for other in rows)
+        assert f"png`, {count} |" in line
+        licences = {
+            "CC-BY-3.0": "3.0 Unported |",
+            "CC-BY-3.0-US": "3.0 United States |",
+            "CC0-1.0": "Zero 1.0",
+        }
+        assert licences[row["licence"]] in line
+        assert not whose[1].startswith("blend-swap") or f"{row['creator']}" in credits
+    assert sum(p.stat().st_size for p in folder.rglob("*")) < 3_000_000

@@ -18,6 +18,7 @@ from lion_fast import files
 from lion_fast.data.colour import COLOUR, read_colour
 from lion_fast.data.images import ArrayImages, FileImages, ImageSet
 from lion_fast.data.sources import Raw
+from lion_fast.data.structured import STRUCTURED
 from lion_fast.errors import DataError, WeightsError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -258,5 +259,6 @@ OFFLINE: dict[str, Callable[[Path], Raw]] = {
     "mnist-5k": mnist_5k,
     "elpv": elpv,
     "digits": digits,
+    **STRUCTURED,
     **{name: partial(read_colour, name) for name in COLOUR},
 }
