@@ -60,8 +60,8 @@ class LionModel(ReadingModel):
     Args:
         form: the variant, "states" or "residual".
         reading: "auto": what of `at`, `grid`, `pooled` and `state_dim` is not given, `fit` chooses; until
-            then the values of "fixed" stand in. "fixed": what is not given has its default. "states" only, and
-            nothing is chosen beside a residual input end.
+            then it is as with "fixed", where what is not given has its default. "states" only, and nothing is
+            chosen beside a residual input end.
         state_dim: state width R; None: 32.
         ends: "input", "output" or both; None: the output end alone for "states", both for "residual".
         front: what the input end of "states" is, "map" or "residual"; None: "map" beside an output end.

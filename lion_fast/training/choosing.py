@@ -39,7 +39,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lion_fast.methods.reading import Cells, Reading, cells_of, encoding_of
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeatureStore
+from lion_fast.training.features import FeaturesTooLarge, FeatureStore
 from lion_fast.training.items import with_transform
 from lion_fast.training.order import derive_seed
 
@@ -259,8 +259,9 @@ def choose(
     images: As `fit` gets them. store: Takes the features of what is chosen, so that they are computed once.
     config: Its seed decides folds and first values. reading: Options of `features.encode`.
 
-    "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that of the pooled features (None where they were no candidate), "candidates" are all with theirs, best first.
-    With fewer than four images nothing can be held out: an empty dict, for the defaults.
+    "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that
+    of the pooled features (None where they were no candidate), "candidates" are all with theirs, best first.
+    An empty dict, for the defaults, with fewer than four images, or where the maps do not fit into memory.
     """
     started = time.perf_counter()
     if len(images) < 4:
@@ -270,7 +271,10 @@ def choose(
     view, whole = with_transform(model, images), len(images) <= MOST_IMAGES
     given = (images, view) if whole else tuple(Subset(x, few(images, config.seed)) for x in (images, view))
     batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
-    made, seconds = store.features(everything, *given, batch, mixed_precision=precision, **reading)
+    try:
+        made, seconds = store.features(everything, *given, batch, mixed_precision=precision, **reading)
+    except FeaturesTooLarge:
+        return {}
     features, cells = everything.split(made.tensors[0])
     judge = _Judge(features, cells, made.tensors[1], model.num_classes, config.seed)
     width = model.state_dim if model.has_states else None
