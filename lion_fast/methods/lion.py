@@ -204,8 +204,11 @@ class LionModel(ReadingModel):
             return read(self.backbone, x, self.reading, self.pool)
         return self.backbone.pool(self._end("output", self.backbone.body(x)), self.pool)
 
+    def reads_backbone(self) -> bool:
+        return self.has_states and self.input_end is None
+
     def encoding(self) -> tuple:
-        if self.has_states and self.input_end is None:
+        if self.reads_backbone():
             return super().encoding()
         return (type(self).encode, self.pool, self.form, self.reading)
 

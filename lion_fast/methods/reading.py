@@ -1,5 +1,6 @@
 """What a head reads of a frozen backbone: its pooled features, coarse maps from inside it, or both."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lion_fast.methods.base import TunedModel
 
 READINGS = ("auto", "fixed")
 GRID = 4  # cells of a map along each side, by default
+GRIDS = (1, 2, 4)  # those that are chosen among
 FINEST, WIDEST = 256, 8192  # cells along a side, width of states: above them an option is a slip
 
 
@@ -53,6 +55,13 @@ def map_place(backbone: Backbone) -> int:
     """
     depth = len(backbone.map_widths)
     return depth // 3 if backbone.family == "vit" else max(depth - 2, 0)
+
+
+def places_of(backbone: Backbone) -> tuple[int, ...]:
+    """An early, a middle and the last place of a backbone, to choose among; a shallow one has fewer."""
+    depth = len(backbone.map_widths)
+    vit = (depth // 3, 2 * depth // 3, depth - 1)
+    return tuple(sorted({*vit} if backbone.family == "vit" else {*range(max(depth - 3, 0), depth)}))
 
 
 def fixed_reading(
@@ -112,6 +121,46 @@ def cells_of(maps: Tensor, grid: int) -> Tensor:
     return F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2).to(dtype), grid).flatten(2).transpose(1, 2)
 
 
+class Everything(nn.Module):
+    """Images to the pooled features and the cells of several maps at several grids, side by side.
+
+    One pass over the backbone for all readings of these places and grids: see `split`.
+    """
+
+    def __init__(self, backbone: Backbone, pool: str, at: Sequence[int], grids: Sequence[int]):
+        super().__init__()
+        self.backbone, self.how, self.at, self.grids = backbone, pool, tuple(at), tuple(grids)
+
+    def encoding(self) -> tuple:
+        """What tells the output of `encode` apart, as `TunedModel.encoding` does."""
+        return (Everything, self.how, self.at, self.grids)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to (B, E)."""
+        y, maps = self.backbone.body_and_maps(self.backbone.enter(images), self.at)
+        cells = [cells_of(one, grid).flatten(1) for one in maps for grid in self.grids]
+        return torch.cat([self.backbone.pool(y, self.how).to(cells[0].dtype), *cells], 1)
+
+    def split(self, encoded: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+        """What `encode` gave to features (N, F) and cells (N, grid^2, C) by place and grid."""
+        named = list(itertools.product(self.at, self.grids))
+        widths = self.backbone.map_widths
+        sizes = [grid**2 * widths[place] for place, grid in named]
+        features, *cells = encoded.split([encoded.shape[1] - sum(sizes), *sizes], 1)
+        return features, {
+            (place, grid): part.unflatten(1, (grid**2, widths[place]))
+            for (place, grid), part in zip(named, cells, strict=True)
+        }
+
+
+def encoded_for(features: Tensor, cells: Mapping[tuple[int, int], Tensor], reading: Reading) -> Tensor:
+    """What `read` gives for a reading, out of `Everything.split`."""
+    if not reading.at:
+        return features
+    parts = torch.cat([cells[place, reading.grid] for place in reading.at], 2)
+    return torch.cat([features, parts.flatten(1)], 1)
+
+
 class Cells(nn.Module):
     """What `features_and_cells` makes, with features and each map's cells normed; no parameters.
 
@@ -145,8 +194,8 @@ class ReadOut(nn.Module):
     """The states of each cell of the maps, at their places, beside the backbone's own features.
 
     (B, F + cells C) as `features_and_cells` makes it gives (B, F + cells R), without `pooled` (B, cells R).
-    The cells of `Cells` go through a `StateLayer` of width R, and the head that follows has weights of its own
-    for every cell. Of several maps each has an injection of its own into the one equilibrium, as A has
+    The cells of `Cells` go through a `StateLayer` of width R, and the head that follows has weights of its
+    own for every cell. Of several maps each has an injection of its own into the one equilibrium, as A has
     columns of its own for each: z = phi(W z + A1 x1 + A2 x2 + b). Options as `StateLayer`.
 
     >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape
@@ -229,11 +278,20 @@ class ReadingModel(TunedModel):
         self.to(place.device)
         self.train(self.training)
 
+    def reads_backbone(self) -> bool:
+        """Whether nothing of the method's own is in front of what is read."""
+        return True
+
     def encode(self, images: Tensor) -> Tensor:
         return read(self.backbone, self.backbone.enter(images), self.reading, self.pool)
 
     def encoding(self) -> tuple:
         return encoding_of(self.pool, self.reading)
+
+    def everything(self) -> Everything:
+        """What this reading and all that could be chosen are cut from."""
+        at, grids = {*places_of(self.backbone), *self.reading.at}, {*GRIDS, self.reading.grid}
+        return Everything(self.backbone, self.pool, sorted(at), sorted(grids))
 
     def behind(self) -> nn.Module:
         return self.head if self.output_end is None else nn.Sequential(self.output_end, self.head)

@@ -35,32 +35,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset
 
-from lion_fast.methods.reading import Cells, Reading, cells_of, encoding_of
+from lion_fast.methods.reading import GRIDS, Cells, Reading, encoded_for, places_of
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeaturesTooLarge, FeatureStore
+from lion_fast.training.features import MOST_IMAGES, FeaturesTooLarge, FeatureStore
 from lion_fast.training.items import with_transform
 from lion_fast.training.order import derive_seed
 
 if TYPE_CHECKING:
-    from lion_fast.backbones import Backbone
     from lion_fast.methods.reading import ReadingModel
 
-MOST_IMAGES = 500
 FOLDS = 3
 STEPS, BATCH = 120, 64
 LR, DECAY = 5e-3, 0.3  # of LION's presets
 PRINCIPAL = 128
 WIDTHS = (16, 32, 64)
 TEMPERATURES = torch.logspace(-1.5, 1.0, 26)
-
-
-def places_of(backbone: "Backbone") -> tuple[int, ...]:
-    """An early, a middle and the last place of a backbone; a shallow one has fewer."""
-    depth = len(backbone.map_widths)
-    vit = (depth // 3, 2 * depth // 3, depth - 1)
-    return tuple(sorted({*vit} if backbone.family == "vit" else {*range(max(depth - 3, 0), depth)}))
 
 
 def readings_of(model: "ReadingModel", needs_map: bool = False) -> list[Reading]:
@@ -73,7 +64,7 @@ def readings_of(model: "ReadingModel", needs_map: bool = False) -> list[Reading]
         at = [pair for pair in at if len(pair) == 2] or [own.at]
     found = []
     for where, pooled in itertools.product(at, (True, False) if "pooled" in model.open else (own.pooled,)):
-        grids = (1, 2, 4) if len(where) == 1 else (1, 2)
+        grids = GRIDS if len(where) == 1 else GRIDS[:2]
         found += [Reading(where, g, pooled) for g in (grids if "grid" in model.open else (own.grid,))]
     free = {"at", "grid", "pooled"} <= set(model.open) and not (model.both or needs_map)
     return [Reading((), own.grid), *found] if free else found
@@ -87,48 +78,6 @@ def expected(model: "ReadingModel", readings: Sequence[Reading]) -> Reading:
         return reading.at != (middle,), middle not in reading.at, reading.grid != grid, not reading.pooled
 
     return min(readings, key=far)
-
-
-class Everything(nn.Module):
-    """Images to the pooled features and the cells of all maps that some readings ask for, side by side."""
-
-    def __init__(self, model: "ReadingModel", readings: list[Reading]):
-        super().__init__()
-        self.backbone, self.how = model.backbone, model.pool
-        self.at = sorted({place for reading in readings for place in reading.at})
-        self.grids = sorted({reading.grid for reading in readings if reading.at})
-
-    def encoding(self) -> tuple:
-        """What tells the output of `encode` apart, as `TunedModel.encoding` does."""
-        return (Everything, self.how, *self.at, None, *self.grids)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, E), see `split`."""
-        x = self.backbone.enter(images)
-        if not self.at:
-            return self.backbone.pool(self.backbone.body(x), self.how)
-        y, maps = self.backbone.body_and_maps(x, self.at)
-        cells = [cells_of(one, grid).flatten(1) for one in maps for grid in self.grids]
-        return torch.cat([self.backbone.pool(y, self.how).to(cells[0].dtype), *cells], 1)
-
-    def split(self, encoded: Tensor) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
-        """What `encode` gave to features (N, F) and cells (N, grid^2, C) by place and grid."""
-        widths = self.backbone.map_widths
-        named = list(itertools.product(self.at, self.grids))
-        sizes = [grid**2 * widths[place] for place, grid in named]
-        features, *cells = encoded.split([encoded.shape[1] - sum(sizes), *sizes], 1)
-        return features, {
-            (place, grid): part.unflatten(1, (grid**2, widths[place]))
-            for (place, grid), part in zip(named, cells, strict=True)
-        }
-
-
-def encoded_for(features: Tensor, cells: Mapping[tuple[int, int], Tensor], reading: Reading) -> Tensor:
-    """What `methods.reading.read` gives for a reading, out of `Everything.split`."""
-    if not reading.at:
-        return features
-    parts = torch.cat([cells[place, reading.grid] for place in reading.at], 2)
-    return torch.cat([features, parts.flatten(1)], 1)
 
 
 def pieces(
@@ -256,7 +205,7 @@ def choose(
 ) -> dict[str, Any]:
     """Values for what is open in a model, from its training images, and how they were found; JSON-able.
 
-    images: As `fit` gets them. store: Takes the features of what is chosen, so that they are computed once.
+    images: As `fit` gets them. store: Keeps the features, so that they are computed once.
     config: Its seed decides folds and first values. reading: Options of `features.encode`.
 
     "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that
@@ -267,15 +216,14 @@ def choose(
     if len(images) < 4:
         return {}
     readings = readings_of(model, needs_map=config.prune is not None)
-    everything = Everything(model, readings)
     view, whole = with_transform(model, images), len(images) <= MOST_IMAGES
     given = (images, view) if whole else tuple(Subset(x, few(images, config.seed)) for x in (images, view))
     batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
     try:
-        made, seconds = store.features(everything, *given, batch, mixed_precision=precision, **reading)
+        made, seconds = store.everything(model, *given, batch, mixed_precision=precision, **reading)
     except FeaturesTooLarge:
         return {}
-    features, cells = everything.split(made.tensors[0])
+    features, cells = model.everything().split(made.tensors[0])
     judge = _Judge(features, cells, made.tensors[1], model.num_classes, config.seed)
     width = model.state_dim if model.has_states else None
     found = {one: judge.losses(one, width) for one in readings}
@@ -283,9 +231,6 @@ def choose(
     if width is not None and "state_dim" in model.open and taken.at:
         widths = {w: found[taken] if w == width else judge.losses(taken, w) for w in {*WIDTHS, width}}
         width = best_of(widths, width)
-    if whole:
-        own = TensorDataset(encoded_for(features, cells, taken), made.tensors[1])
-        store.put((model, images, batch, precision, encoding_of(model.pool, taken)), own, seconds)
     means = {one: loss.mean().item() for one, loss in found.items()}
     place = "block" if model.backbone.family == "vit" else "stage"
     return {

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from lion_fast.errors import LionError
+from lion_fast.methods.reading import ReadingModel, encoded_for
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.items import collate, read
 from lion_fast.training.metrics import autocast, evaluating
@@ -17,6 +18,8 @@ from lion_fast.training.metrics import autocast, evaluating
 if TYPE_CHECKING:
     from lion_fast.methods import TunedModel
 
+# Of so many images, everything that a head may read is kept: what is read otherwise needs no further pass.
+MOST_IMAGES = 500
 # Bytes of features that a run keeps; with more, the frozen part computes in every epoch.
 MEMORY_LIMIT = 4 * 2**30
 
@@ -43,8 +46,25 @@ class FeatureStore:
     ) -> tuple[TensorDataset, float]:
         """Those of a data set, encoded where they are not there yet, and the seconds that took.
 
-        view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`.
+        view: `dataset` as the model reads it, (image tensor, label). reading: options of `encode`. Of up to
+        `MOST_IMAGES` images they are cut from `everything`, which models that read other maps share.
         """
+        if isinstance(model, ReadingModel) and model.reads_backbone() and len(dataset) <= MOST_IMAGES:
+            whole, seconds = self.everything(model, dataset, view, batch_size, **reading)
+            encoded, labels = whole.tensors
+            parts = model.everything().split(encoded)
+            return TensorDataset(encoded_for(*parts, model.reading), labels), seconds
+        return self._features(model, dataset, view, batch_size, **reading)
+
+    def everything(
+        self, model: ReadingModel, dataset: Dataset, view: Dataset, batch_size: int, **reading
+    ) -> tuple[TensorDataset, float]:
+        """As `features`, of `ReadingModel.everything`."""
+        return self._features(model.everything(), dataset, view, batch_size, **reading)
+
+    def _features(
+        self, model, dataset: Dataset, view: Dataset, batch_size: int, **reading
+    ) -> tuple[TensorDataset, float]:
         given = (model, dataset, batch_size, reading.get("mixed_precision", "no"), model.encoding())
         key = self._key(*given)
         # an id may be that of an object that is gone: what is kept keeps its objects, so these are the same
