@@ -68,7 +68,7 @@ def test_the_notebook(tmp_path, monkeypatch):
     kept = [output for cell in code for output in cell.outputs]
     assert kept and all(output.get("name") != "stderr" for output in kept)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(book, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
     assert shown.count("image/png") == 4 and shown.count("text/markdown") == 3
     assert (tmp_path / "runs/photographs/adapter/adapter.safetensors").is_file()
