@@ -40,7 +40,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from lion_fast.methods.reading import Cells, Reading, cells_of, encoding_of
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import FeaturesTooLarge, FeatureStore
-from lion_fast.training.items import with_transform
+from lion_fast.training.items import check_labels, with_transform
 from lion_fast.training.order import derive_seed
 
 if TYPE_CHECKING:
@@ -261,7 +261,8 @@ def choose(
 
     "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that
     of the pooled features (None where they were no candidate), "candidates" are all with theirs, best first.
-    An empty dict, for the defaults, with fewer than four images, or where the maps do not fit into memory.
+    An empty dict, for the defaults, with fewer than four images, or where the maps do not fit into memory or
+    are not finite, which training tells. Raises `DataError` for labels out of range.
     """
     started = time.perf_counter()
     if len(images) < 4:
@@ -274,6 +275,9 @@ def choose(
     try:
         made, seconds = store.features(everything, *given, batch, mixed_precision=precision, **reading)
     except FeaturesTooLarge:
+        return {}
+    check_labels(made.tensors[1], model.num_classes)
+    if not torch.isfinite(made.tensors[0]).all():
         return {}
     features, cells = everything.split(made.tensors[0])
     judge = _Judge(features, cells, made.tensors[1], model.num_classes, config.seed)
