@@ -100,7 +100,8 @@ def _locked(args: argparse.Namespace, settings: Settings, out: Path) -> dict:
 
 
 def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process: bool) -> dict:
-    from lion_fast.training import fit
+    from lion_fast.training import FeatureStore, fit
+    from lion_fast.training.beside import probe_beside
 
     splits = _resumed(settings, out) if args.resume else settings.load_data()
     settings = settings.with_preset(len(splits.train), len(splits.classes))
@@ -114,10 +115,15 @@ def _train(args: argparse.Namespace, settings: Settings, out: Path, main_process
             write_atomically(out / "splits.json", json.dumps(splits.description, indent=1) + "\n")
         _tell_start(settings, model, splits)
     how = {"resume": args.resume, "overwrite": args.overwrite, "progress": args.progress}
-    fitted = fit(model, splits, settings.train, out, **how)
-    result = _result(settings, model, fitted)
+    store = FeatureStore()
+    fitted = fit(model, splits, settings.train, out, store=store, **how)
     if main_process:
         model.save_adapter(out / "adapter")
+    result = _result(settings, model, fitted)
+    tuned = model.backbone.tuned_by is not None
+    backbone = settings.model.load_backbone(settings.train.seed) if tuned else model.backbone
+    result["probe"] = probe_beside(model, backbone, fitted, splits, settings.train, store)
+    if main_process:
         result["test"] = _test(settings, model, splits)
         write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
         if not args.json:
@@ -156,7 +162,7 @@ def _check_backend(model: "TunedModel", settings: Settings) -> None:
     from lion_kernels.ops import why_not_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() and settings.train.device != "cpu" else "cpu")
-    reason = why_not_triton(device, torch.float32, model.options["state_dim"])
+    reason = why_not_triton(device, torch.float32, model.options["state_dim"] or model.state_dim)
     if reason:
         raise OptionError(f"backend=triton cannot run: {reason}; use auto or torch")
 
@@ -229,6 +235,11 @@ def _tell_end(result: dict, fitted: "FitResult") -> None:
         print(
             f"validation: accuracy {best['val_accuracy']:.4f}, balanced {best['val_balanced_accuracy']:.4f}"
         )
+    if (probe := result["probe"]) is not None:
+        told = f"linear probe on the validation images: accuracy {probe['val_accuracy']:.4f}"
+        name = result["method"]
+        told += f"; as good as {name} within what so few images tell" if probe["as_good"] else ""
+        print(told)
     if test:
         print(f"test: accuracy {test['accuracy']:.4f}, balanced {test['balanced_accuracy']:.4f}")
 

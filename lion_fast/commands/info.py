@@ -9,9 +9,12 @@ examples:
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lion_fast.commands.common import add_adapter, load_run, sample_images
+
+if TYPE_CHECKING:
+    from lion_fast.methods import TunedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,15 @@ def _methods() -> tuple[dict, list[str]]:
     return result, lines
 
 
+def _reading(model: "TunedModel") -> list[str]:
+    from lion_fast.training.choosing import in_words
+
+    if not model.chosen:
+        return []
+    how = f"chosen on {model.chosen['images']:,} training images"
+    return [f"reading     {in_words(model.chosen)} ({how})"]
+
+
 def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
     from lion_fast.inspection import measure_ends, parameter_counts
     from lion_fast.pruning import describe_storage
@@ -71,6 +83,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         "weights_source": model.backbone.weights_source,
         "caveat": model.backbone.caveat,
         "classes": model.classes,
+        "chosen": model.chosen,
         "parameters": parameter_counts(model),
         "ends": measure_ends(model, images.to(next(model.parameters()).device)),
         "forms": describe_storage(model),
@@ -81,6 +94,7 @@ def _adapter(args: argparse.Namespace) -> tuple[dict, list[str]]:
         f"backbone    {model.backbone.name}, weights: {model.backbone.weights_source}",
         *([f"mind        {model.backbone.caveat}"] if model.backbone.caveat else []),
         f"classes     {model.num_classes}: {', '.join(model.classes or [])}",
+        *_reading(model),
         "parameters  dense {dense:,}, kept {kept:,}, with head {with_head:,}".format(**result["parameters"]),
     ]
     lines += [

@@ -145,8 +145,8 @@ class ReadOut(nn.Module):
     """The states of each cell of the maps, at their places, beside the backbone's own features.
 
     (B, F + cells C) as `features_and_cells` makes it gives (B, F + cells R), without `pooled` (B, cells R).
-    The cells of `Cells` go through a `StateLayer` of width R; the head that follows has weights of its own
-    for every cell. Of several maps each has an injection of its own into the one equilibrium, as A has
+    The cells of `Cells` go through a `StateLayer` of width R, and the head that follows has weights of its
+    own for every cell. Of several maps each has an injection of its own into the one equilibrium, as A has
     columns of its own for each: z = phi(W z + A1 x1 + A2 x2 + b). Options as `StateLayer`.
 
     >>> ReadOut(features=8, cells=4, width=6, state_dim=2)(torch.randn(3, 8 + 4 * 6)).shape

@@ -14,6 +14,7 @@ from lion_fast.training import Settings, checkpoints
 
 TINY_FLAGS = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--device", "cpu"]
 TINY_FLAGS += [f"--backbone-set={key}={value}" for key, value in TINY.items()] + ["--epochs", "2"]
+FIXED = ["--set", "reading=fixed"]  # so that there are states to prune
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def made(tmp_path_factory) -> Path:
     """A folder with photos/ and a run base/ on them."""
     root = tmp_path_factory.mktemp("made")
     write_images(root / "photos", each=8)
-    assert main(["finetune", str(root / "photos"), "--out", str(root / "base"), *TINY_FLAGS]) == 0
+    assert main(["finetune", str(root / "photos"), "--out", str(root / "base"), *TINY_FLAGS, *FIXED]) == 0
     return root
 
 
