@@ -11,12 +11,12 @@ alone; and the pooled features alone. Then, at the reading taken, the widths `WI
 given are kept.
 
 Judging. The features of up to `MOST_IMAGES` training images are computed once, for all candidates in one
-pass. In stratified folds, groups of near-duplicates undivided, each candidate is trained on the others and predicts the held-out one: a linear
-head for the probe, for LION one step of its layer, z = tanh(A x + b), in front of the head, as the
-equilibrium differs from one step by less than readings do. All folds are trained at the same time, in
-`STEPS` steps of AdamW on `BATCH` images whatever the number of images, so choosing costs the same few
-seconds for all, and the same seed gives the same choice. Wide maps are turned into `PRINCIPAL` main
-directions first.
+pass. In stratified folds, groups of near-duplicates undivided, each candidate is trained on the others and
+predicts the held-out one: a linear head for the probe, for LION one step of its layer, z = tanh(A x + b),
+in front of the head, as the equilibrium differs from one step by less than readings do. All folds are
+trained at the same time, in `STEPS` steps of AdamW on `BATCH` images whatever the number of images, so
+choosing costs the same few seconds for all, and the same seed gives the same choice. Wide maps are turned
+into `PRINCIPAL` main directions first.
 
 Rule. The held-out cross-entropy decides, after one temperature for each candidate: a head on many features
 is surer of itself than it may be, right or wrong, and that is not what is asked. With few images the lowest
