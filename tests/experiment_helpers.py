@@ -12,7 +12,7 @@ TINY = ARCHITECTURE | {"random": True}
 SIZES = {"n_val": 9, "n_test": 12}
 TRAIN = {"epochs": 1, "batch_size": 8, "device": "cpu"}
 PROBE = {"grid": {"train.lr": [1e-3, 1e-1]}}
-LION = {"method": "lion", "options": {"state_dim": 8}, "grid": {"train.lr": [1e-3, 1e-2]}}
+LION = {"method": "lion", "options": {"state_dim": 8, "reading": "fixed"}, "grid": {"train.lr": [1e-3, 1e-2]}}
 LION_CELL = ("tiny", "noise", "lion-8")
 
 

@@ -121,8 +121,10 @@ class TunedModel(nn.Module):
     method: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for lists; the first of the module's description where empty
     families: ClassVar[tuple[str, ...]] = ("vit", "swin", "cnn")
-    # options that `fit` has to choose by the training images; while one is, its default stands in for it
+    # options that `fit` has to choose by the training images, and those that it chose; while one is open, its
+    # default stands in for it
     open: tuple[str, ...] = ()
+    settled: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Linear probe: the frozen backbone, and a head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lion_fast.methods.base import register
 from lion_fast.methods.reading import Cells, ReadingModel, map_place
@@ -44,6 +45,13 @@ class Probe(ReadingModel):
         self.take_reading(reading, at, grid, pooled, (map_place(self.backbone),) if reads else ())
         if self.reading.at:
             self.build()
+
+    @classmethod
+    def known_before(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options.get("reading") != "fixed" or options.get("at") != []:
+            return dict(options)
+        later = {"reading", "at", "pooled"}
+        return {k: v for k, v in options.items() if k not in later} | {"grid": None}
 
     def build(self) -> None:
         self.output_end = Cells(*self.read_widths()) if self.reading.at else None

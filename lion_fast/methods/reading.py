@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lion_fast.backbones import Backbone
 from lion_fast.equilibrium.solve import SolveInfo
 from lion_fast.equilibrium.states import StateLayer
-from lion_fast.errors import OptionError, check_bool, check_choice, check_whole
+from lion_fast.errors import OptionError, check_bool, check_choice, check_whole, shown
 from lion_fast.methods.base import TunedModel
 
 READINGS = ("auto", "fixed")
@@ -75,17 +75,17 @@ def fixed_reading(
 
     Raises `OptionError` for places that the backbone does not have, and for nothing to read.
     """
-    places = tuple(default) if at is None else (at,) if isinstance(at, int) else tuple(at)
+    places = default if at is None else at if isinstance(at, (list, tuple)) else (at,)
     for place in places:
         check_whole("at", place, 0, len(backbone.map_widths) - 1)
     if len(set(places)) < len(places):
-        raise OptionError(f"at names a place twice: {places}")
+        raise OptionError(f"at names a place twice: {shown(places)}")
     grid, pooled = GRID if grid is None else grid, True if pooled is None else pooled
     check_whole("grid", grid, most=FINEST)
     check_bool("pooled", pooled)
     if not places and not pooled:
         raise OptionError("pooled=False needs a map to read: give at")
-    return Reading(places, grid, pooled)
+    return Reading(tuple(places), grid, pooled)
 
 
 def read(backbone: Backbone, x: Tensor, reading: Reading, pool: str) -> Tensor:
@@ -266,10 +266,8 @@ class ReadingModel(TunedModel):
 
     def settle(self, chosen: Mapping[str, Any], seed: int) -> None:
         values = {name: getattr(self.reading, name) for name in ("at", "grid", "pooled")} | dict(chosen)
-        places = values["at"]
-        places = (places,) if isinstance(places, int) else places
-        self.reading = fixed_reading(self.backbone, places, values["grid"], values["pooled"], ())
-        self.open = ()
+        self.reading = fixed_reading(self.backbone, values["at"], values["grid"], values["pooled"], ())
+        self.open, self.settled = (), self.open
         self._record_reading()
         place = self.head.weight
         with torch.random.fork_rng():

@@ -29,7 +29,7 @@ from lion_fast.training import FeatureStore, FitResult, TrainConfig, fit
 
 DENSE = {"how": "dense", "keep": 1.0, "criterion": None, "granularity": None}
 # what LION read by default when the committed rows were taken
-READING = {"at": 6, "pool": "cls+mean"}
+READING = {"reading": "fixed", "at": 6, "pool": "cls+mean"}
 
 
 @dataclass(frozen=True)

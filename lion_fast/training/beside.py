@@ -10,7 +10,8 @@ from torch.utils.data import TensorDataset
 from lion_fast.methods import Probe
 from lion_fast.methods.reading import Reading, ReadingModel, encoding_of
 from lion_fast.training.config import TrainConfig
-from lion_fast.training.features import FeatureStore, features_are_constant
+from lion_fast.training.features import FeatureStore
+from lion_fast.training.items import with_transform
 from lion_fast.training.presets import preset, size_of
 from lion_fast.training.result import FitResult
 from lion_fast.training.run import fit
@@ -44,10 +45,11 @@ def probe_beside(
     if splits.val is None or is_probe:
         return None
     probe = Probe(backbone, model.num_classes, pool=model.pool)
-    if isinstance(model, ReadingModel) and model.reading.at and features_are_constant(model, config):
+    if isinstance(model, ReadingModel) and model.reading.at and fitted.cached_features:
         batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
         for images in (splits.train, splits.val):
-            made, seconds = store.features(model, images, images, batch, mixed_precision=precision)
+            given = (model, images, with_transform(model, images), batch)
+            made, seconds = store.features(*given, mixed_precision=precision)
             features = made.tensors[0][:, : backbone.pooled_width(model.pool)].contiguous()
             given = (probe, images, batch, precision, encoding_of(model.pool, Reading(())))
             store.put(given, TensorDataset(features, made.tensors[1]), seconds)

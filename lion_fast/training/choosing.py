@@ -11,12 +11,12 @@ alone; and the pooled features alone. Then, at the reading taken, the widths `WI
 given are kept.
 
 Judging. The features of up to `MOST_IMAGES` training images are computed once, for all candidates in one
-pass. In stratified folds each candidate is trained on the others and predicts the held-out one: a linear
-head for the probe, for LION one step of its layer, z = tanh(A x + b), in front of the head, as the
-equilibrium differs from one step by less than readings do. All folds are trained at the same time, in
-`STEPS` steps of AdamW on `BATCH` images whatever the number of images, so choosing costs the same few
-seconds for all, and the same seed gives the same choice. Wide maps are turned into `PRINCIPAL` main
-directions first.
+pass. In stratified folds, groups of near-duplicates undivided, each candidate is trained on the others and
+predicts the held-out one: a linear head for the probe, for LION one step of its layer, z = tanh(A x + b),
+in front of the head, as the equilibrium differs from one step by less than readings do. All folds are
+trained at the same time, in `STEPS` steps of AdamW on `BATCH` images whatever the number of images, so
+choosing costs the same few seconds for all, and the same seed gives the same choice. Wide maps are turned
+into `PRINCIPAL` main directions first.
 
 Rule. The held-out cross-entropy decides, after one temperature for each candidate: a head on many features
 is surer of itself than it may be, right or wrong, and that is not what is asked. With few images the lowest
@@ -29,7 +29,7 @@ by image. What is expected, and that it is, was found on photographs (docs/accur
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ from torch.utils.data import Dataset, Subset
 from lion_fast.methods.reading import GRIDS, Cells, Reading, encoded_for, places_of
 from lion_fast.training.config import TrainConfig
 from lion_fast.training.features import MOST_IMAGES, FeaturesTooLarge, FeatureStore
-from lion_fast.training.items import with_transform
+from lion_fast.training.items import check_labels, with_transform
 from lion_fast.training.order import derive_seed
 
 if TYPE_CHECKING:
@@ -99,6 +99,13 @@ def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
     found = torch.empty_like(order)
     found[order] = torch.arange(len(order)) % folds
     return found
+
+
+def whole_groups(folds: Tensor, groups: Sequence[str]) -> Tensor:
+    """Folds in which a group is where its first item is; as they were where one fold would be left."""
+    first = dict(reversed([*zip(groups, folds.tolist(), strict=True)]))
+    found = torch.tensor([first[group] for group in groups])
+    return found if len(found.unique()) > 1 else folds
 
 
 def principal(cells: Tensor) -> tuple[Tensor, float]:
@@ -201,30 +208,41 @@ def choose(
     images: Dataset,
     store: FeatureStore,
     config: TrainConfig,
+    *,
+    check: Callable[[], None] = lambda: None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Values for what is open in a model, from its training images, and how they were found; JSON-able.
 
     images: As `fit` gets them. store: Keeps the features, so that they are computed once.
-    config: Its seed decides folds and first values. reading: Options of `features.encode`.
+    config: Its seed decides folds and first values. check: Called between candidates; may raise to leave.
+    reading: Further options of `features.encode`.
 
     "at", "grid", "pooled" and "state_dim" are for `settle`; "loss" is the held-out one, "features_alone" that
     of the pooled features (None where they were no candidate), "candidates" are all with theirs, best first.
-    An empty dict, for the defaults, with fewer than four images, or where the maps do not fit into memory.
+    An empty dict, for the defaults, with fewer than four images, or where the maps do not fit into memory or
+    are not finite, which training tells. Raises `DataError` for labels out of range.
     """
-    started = time.perf_counter()
     if len(images) < 4:
         return {}
     readings = readings_of(model, needs_map=config.prune is not None)
-    view, whole = with_transform(model, images), len(images) <= MOST_IMAGES
-    given = (images, view) if whole else tuple(Subset(x, few(images, config.seed)) for x in (images, view))
+    view, groups = with_transform(model, images), getattr(images, "groups", None)
+    given = images, view
+    if len(images) > MOST_IMAGES:
+        some = few(images, config.seed)
+        given = Subset(images, some), Subset(view, some)
+        groups = groups and [groups[i] for i in some]
     batch, precision = config.eval_batch_size or config.batch_size, config.mixed_precision
     try:
-        made, seconds = store.everything(model, *given, batch, mixed_precision=precision, **reading)
+        made, _ = store.everything(model, *given, batch, mixed_precision=precision, check=check, **reading)
     except FeaturesTooLarge:
         return {}
+    check_labels(made.tensors[1], model.num_classes)
+    if not torch.isfinite(made.tensors[0]).all():
+        return {}
+    started = time.perf_counter()
     features, cells = model.everything().split(made.tensors[0])
-    judge = _Judge(features, cells, made.tensors[1], model.num_classes, config.seed)
+    judge = _Judge(features, cells, made.tensors[1], model.num_classes, groups, config.seed, check)
     width = model.state_dim if model.has_states else None
     found = {one: judge.losses(one, width) for one in readings}
     taken = best_of(found, expected(model, readings))
@@ -243,7 +261,7 @@ def choose(
         "images": len(made),
         "loss": means[taken],
         "features_alone": next((means[one] for one in readings if not one.at), None),
-        "seconds": round(time.perf_counter() - started - seconds, 3),
+        "seconds": round(time.perf_counter() - started, 3),
         "candidates": {one.in_words(place): round(means[one], 4) for one in sorted(means, key=means.get)},
     }
 
@@ -275,14 +293,19 @@ def in_words(chosen: Mapping[str, Any]) -> str:
 class _Judge:
     """Held-out losses of readings, on the same folds."""
 
-    def __init__(self, features: Tensor, cells: Mapping, labels: Tensor, classes: int, seed: int):
+    def __init__(
+        self, features: Tensor, cells: Mapping, labels: Tensor, classes: int, groups, seed: int, check
+    ):
         self.features, self.cells, self.labels, self.classes = features, cells, labels, classes
-        self.seed, self.count = derive_seed(seed, "judge"), min(FOLDS, len(labels) // 2)
+        self.seed, self.count, self.check = derive_seed(seed, "judge"), min(FOLDS, len(labels) // 2), check
         self.folds = stratified_folds(labels, self.count, self.seed)
+        if groups is not None:
+            self.folds = whole_groups(self.folds, groups)
         self._principal: dict[tuple, tuple[Tensor, float]] = {}
 
     def losses(self, reading: Reading, width: int | None) -> Tensor:
         """Of each image (N,). width: of states; None: a linear head."""
+        self.check()
         features, cells = pieces(self.features, self.cells, reading)
         stretch = 1.0
         if cells is not None and width is not None:

@@ -171,9 +171,10 @@ def _check_progress(
 def fingerprint(model: "TunedModel", splits: "Splits", config: TrainConfig) -> dict:
     """What a run must have in common with a checkpoint to go on from it; JSON-able."""
     backbone = model.backbone
+    options = model.options | dict.fromkeys(model.settled)  # as it was before they were chosen
     return {
         "method": model.method,
-        "options": _plain(model.known_before(model.options)),
+        "options": _plain(model.known_before(options)),
         "num_classes": model.num_classes,
         "backbone": {
             "name": backbone.name,

@@ -1,5 +1,6 @@
 """Commands and their folders: nothing that is read is written over, one process at a time, true hints."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from lion_fast.training import Settings, checkpoints
 
 TINY_FLAGS = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32", "--device", "cpu"]
 TINY_FLAGS += [f"--backbone-set={key}={value}" for key, value in TINY.items()] + ["--epochs", "2"]
+FIXED = ["--set", "reading=fixed"]  # so that there are states to prune
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def made(tmp_path_factory) -> Path:
     """A folder with photos/ and a run base/ on them."""
     root = tmp_path_factory.mktemp("made")
     write_images(root / "photos", each=8)
-    assert main(["finetune", str(root / "photos"), "--out", str(root / "base"), *TINY_FLAGS]) == 0
+    assert main(["finetune", str(root / "photos"), "--out", str(root / "base"), *TINY_FLAGS, *FIXED]) == 0
     return root
 
 
@@ -135,3 +137,15 @@ def test_an_output_that_cannot_be_is_one_line(here, command, out, capsys):
     assert Path("file").read_text() == "x"
     told = capsys.readouterr().err.splitlines()
     assert [line for line in told if "error:" in line] == told[-1:] and out in told[-1]
+
+
+def test_a_run_that_chose_what_it_reads_goes_on_with_it(here):
+    given = [*TINY_FLAGS, "--set", "grid=2", "--set", "state_dim=4", "--no-progress"]
+    assert main(["finetune", "photos", "--out", "chosen", *given]) == 0
+    before = content(Path("chosen/adapter"))
+    told = json.loads(before["adapter.json"])
+    assert told["options"]["reading"] == "auto" and told["chosen"]["grid"] == 2
+    shutil.rmtree(checkpoints.list_checkpoints(Path("chosen/checkpoints"))[-1])
+    shutil.rmtree("chosen/adapter")
+    assert main(["finetune", "--config", "chosen/config.yaml", "--resume", "--no-progress"]) == 0
+    assert content(Path("chosen/adapter")) == before

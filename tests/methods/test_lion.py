@@ -78,7 +78,7 @@ def test_lion_on_a_cnn_by_hand(key):
 @pytest.mark.parametrize("ends", ["input", "output", ("input",), ["output"], ("output", "input")])
 @pytest.mark.parametrize("form", ["states", "residual"])
 def test_lion_ends(ends, form):
-    model = create(backbone("vit"), num_classes=2, ends=ends, form=form)
+    model = create(backbone("vit"), num_classes=2, ends=ends, form=form, front="residual")
     wanted = {ends} if isinstance(ends, str) else set(ends)
     assert {n for n in ("input", "output") if getattr(model, f"{n}_end") is not None} == wanted
     model(images(model))
@@ -112,7 +112,7 @@ def test_lion_count_on_a_cnn():
 @pytest.mark.parametrize("form", ["states", "residual"])
 @pytest.mark.parametrize("key", ["vit", "resnet"])
 def test_diagnostics_hold_no_graph(key, form):
-    model = create(backbone(key), num_classes=2, form=form, ends=("input", "output"))
+    model = create(backbone(key), num_classes=2, form=form, ends=("input", "output"), front="residual")
     assert model.diagnostics() == {}
     saved = []
 

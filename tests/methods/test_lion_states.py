@@ -261,8 +261,14 @@ def test_no_gradient_passes_in_front_of_the_output_end(key):
 
 @pytest.mark.parametrize("key", FAMILIES)
 def test_both_ends(key):
-    """The input end gets gradients by both ways: features and map. Against finite differences."""
-    options = {"ends": ("input", "output"), "state_dim": 4, "tol": 1e-13, "max_iter": 300}
+    """A residual input end gets gradients by both ways: features and map. Against finite differences."""
+    options = {
+        "ends": ("input", "output"),
+        "front": "residual",
+        "state_dim": 4,
+        "tol": 1e-13,
+        "max_iter": 300,
+    }
     model = create(backbone(key), num_classes=2, activation="tanh", backward="exact", **options).double()
     x, g = images(model, 2, torch.float64), torch.randn(2, 2, dtype=torch.float64)
     assert_slopes(
@@ -273,7 +279,7 @@ def test_both_ends(key):
 
 def test_options_and_errors():
     vit = backbone()
-    model = create(vit, num_classes=2)
+    model = create(vit, num_classes=2, reading="fixed")
     assert model.form == "states" and model.pool == "backbone" == model.options["pool"]
     assert model.options["activation"] == "tanh" and (model.options["at"], model.options["grid"]) == (1, 4)
     assert create(vit, num_classes=2, form="residual").options["activation"] == "relu"
@@ -350,7 +356,7 @@ def test_compaction_leaves_states_alone():
     prune_once(layer, 0.6, granularity="unit")
     with pytest.raises(OptionError, match="a StateLayer cannot be compacted: every state is an output"):
         compact(layer)
-    model = create(backbone(), num_classes=2, state_dim=8, ends=("input", "output"))
+    model = create(backbone(), num_classes=2, state_dim=8, ends=("input", "output"), front="residual")
     rough(model.input_end)
     prune_once(model, 0.5, granularity="unit", scope="layer")
     x = images(model)
@@ -369,7 +375,8 @@ def test_compaction_leaves_states_alone():
 
 @pytest.mark.parametrize("key", FAMILIES)
 def test_measured_ends(key):
-    model = create(backbone(key), num_classes=2, state_dim=8, gamma=0.8, ends=("input", "output"))
+    both = {"ends": ("input", "output"), "front": "residual"}
+    model = create(backbone(key), num_classes=2, state_dim=8, gamma=0.8, **both)
     rough(model.output_end.layer)
     assert ends(model)["output"] is model.output_end.layer
     told = measure_ends(model, images(model))

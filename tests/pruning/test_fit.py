@@ -35,7 +35,7 @@ def test_a_run_too_short_for_the_cut_is_cut_at_its_end(tmp_path, epochs):
 @pytest.mark.parametrize("form", ["residual", "states"])
 @pytest.mark.parametrize("granularity", ["element", "unit"])
 def test_fit_prunes_and_reports(tmp_path, granularity, form):
-    model = tiny_model(form=form)
+    model = tiny_model(form=form, reading="fixed")
     result = fit(model, random_splits(), config(prune_granularity=granularity), tmp_path, progress=False)
     report = result.pruning
     assert report["phase"] == "hard" and report["step"] == result.steps == 12

@@ -22,7 +22,7 @@ def main():
 
 def test_the_command_measures_goes_on_and_draws(main, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pruning, "load_backbone", lambda name, img_size: tiny_backbone())
-    monkeypatch.setattr(pruning, "READING", {"at": 1, "pool": "cls+mean"})
+    monkeypatch.setattr(pruning, "READING", pruning.READING | {"at": 1})
     given = ["--data", str(write_images(tmp_path / "noise")), "--img-size", "32", "--state-dim", "8"]
     given += ["--n-train", "12", "--n-test", "12", "--epochs", "1", "--seeds", "1", "--keep", "0.5"]
     given += ["--granularity", "element", "--criterion", "magnitude", "--out", str(tmp_path / "rows.json")]

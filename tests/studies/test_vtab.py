@@ -181,7 +181,7 @@ def test_a_final_run_is_a_fit_on_the_thousand(root, tmp_path):
 @pytest.mark.parametrize("stop_at", [3, 9, 13, 20])
 def test_interrupted_and_resumed_is_the_same(root, tmp_path, monkeypatch, stop_at):
     """Ctrl-C in a step of tuning or of the final run: rows stay, and the rest comes out alike."""
-    given = {"tasks": ["eurosat", "kitti"], "method": "lion", "options": {"state_dim": 4}}
+    given = {"tasks": ["eurosat", "kitti"], "method": "lion", "options": {"state_dim": 4, "reading": "fixed"}}
     run(root, tmp_path / "whole", **given)
     whole = read(tmp_path / "whole")
 

@@ -205,7 +205,7 @@ class Wavering(Dataset):
         return image + torch.randn(()), label
 
 
-STATES = {"form": "states", "state_dim": 4, "grid": 2}
+STATES = {"form": "states", "state_dim": 4, "grid": 2, "reading": "fixed"}
 
 
 @pytest.mark.parametrize(

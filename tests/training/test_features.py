@@ -15,7 +15,8 @@ from lion_fast.training import FeatureStore, Interrupted, TrainConfig, evaluate,
 from lion_fast.training.features import encode, features_are_constant
 
 QUICK = QUICK | {"epochs": 3, "log_every": 1}
-STATES = {"form": "states", "state_dim": 4, "grid": 2}
+STATES = {"form": "states", "state_dim": 4, "grid": 2, "reading": "fixed"}
+ENDS = ("input", "output")
 
 
 class Counting(torch.utils.data.Dataset):
@@ -36,7 +37,9 @@ class Counting(torch.utils.data.Dataset):
         return self.items[i]
 
 
-@pytest.mark.parametrize("method,options", [("probe", {}), ("lion", STATES)])
+@pytest.mark.parametrize(
+    "method,options", [("probe", {}), ("lion", STATES), ("lion", {**STATES, "ends": ENDS})]
+)
 def test_features_and_their_head_are_the_model(method, options):
     model = tiny_model(method, **options).eval()
     splits = random_splits()
@@ -52,7 +55,9 @@ def test_features_and_their_head_are_the_model(method, options):
     assert on_features.loss == pytest.approx(on_images.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("method,options", [("probe", {}), ("lion", STATES)])
+@pytest.mark.parametrize(
+    "method,options", [("probe", {}), ("lion", STATES), ("lion", {**STATES, "ends": ENDS})]
+)
 def test_features_train_as_images_do(tmp_path, method, options):
     """Features in other batches differ by rounding."""
     splits, found = random_splits(), []
@@ -70,14 +75,15 @@ def test_features_train_as_images_do(tmp_path, method, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "residual"}, {**STATES, "ends": ("input", "output")}, {**STATES, "ends": "input"}]
+    "options",
+    [{"form": "residual"}, {**STATES, "ends": ENDS, "front": "residual"}, {**STATES, "ends": "input"}],
 )
 def test_nothing_is_cached_where_the_input_end_is_trained(options):
     assert not features_are_constant(tiny_model(**options), TrainConfig(**QUICK))
 
 
 @pytest.mark.parametrize(
-    "method,options", [("vpt", {}), ("ssf", {}), ("lion", {**STATES, "ends": ("input", "output")})]
+    "method,options", [("vpt", {}), ("ssf", {}), ("lion", {**STATES, "ends": ENDS, "front": "residual"})]
 )
 def test_what_a_method_has_in_front_counts_when_it_is_frozen(tmp_path, method, options):
     """A head trained anew on an adapter: its features are those of the method, not of the bare backbone."""

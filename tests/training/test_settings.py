@@ -83,7 +83,7 @@ def test_later_layers_win_and_options_join():
     assert settings.changed() == {
         "lr": {"value": 0.2, "default": 1e-3, "from": "flags"},
         "options.pool": {"value": "mean", "default": "backbone", "from": "a.yaml"},
-        "options.state_dim": {"value": 8, "default": 32, "from": "flags"},
+        "options.state_dim": {"value": 8, "default": None, "from": "flags"},
         "backbone_options.depth": {"value": 2, "default": None, "from": "flags"},
     }
     assert Settings.from_dict({"data": "x", "lr": 1e-3}).changed() == {}

@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path,
 
 
 def test_weights_that_are_not_finite_are_told_without_checkpoints_too(tmp_path, after_step):
-    model = tiny_model(form="states", state_dim=4, grid=2)
+    model = tiny_model(form="states", reading="fixed", state_dim=4, grid=2)
 
     def spoil(step):
         if step == 3:

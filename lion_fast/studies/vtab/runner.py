@@ -109,7 +109,7 @@ def _rows_there(out: Path, resume: bool) -> list[dict]:
 
 
 def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> None:
-    for name in sorted(there.keys() | here.keys()):
+    for name in sorted(there.keys() | here.keys(), key=lambda name: (name == "defaults", name)):  # last
         a, b = there.get(name), here.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             _check_same(path, a, b, f"{within}{name}.")
