@@ -115,7 +115,7 @@ def test_a_row_is_what_training_by_hand_gives(images, rows, tmp_path):
         torch.manual_seed(0)
         backbone = lion_fast.load_backbone(**ARCHITECTURE, pretrained=False)
     splits = load_data(images, seed=2, **SIZES)
-    model = lion_fast.create(backbone, "lion", num_classes=3, seed=2, state_dim=8)
+    model = lion_fast.create(backbone, "lion", num_classes=3, seed=2, state_dim=8, reading="fixed")
     config = TrainConfig(**TRAIN, lr=row["train"]["lr"], seed=2, keep="last")
     fit(model, splits, config, tmp_path / "fit", progress=False)
     found = evaluate(model, splits.test, 8)
