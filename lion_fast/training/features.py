@@ -1,5 +1,6 @@
 """What the frozen part makes of images, computed once where nothing in front of it is trained."""
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -50,10 +51,11 @@ class FeatureStore:
         `MOST_IMAGES` images they are cut from `everything`, which models that read other maps share.
         """
         if isinstance(model, ReadingModel) and model.reads_backbone() and len(dataset) <= MOST_IMAGES:
-            whole, seconds = self.everything(model, dataset, view, batch_size, **reading)
-            encoded, labels = whole.tensors
-            parts = model.everything().split(encoded)
-            return TensorDataset(encoded_for(*parts, model.reading), labels), seconds
+            with contextlib.suppress(FeaturesTooLarge):
+                whole, seconds = self.everything(model, dataset, view, batch_size, **reading)
+                encoded, labels = whole.tensors
+                parts = model.everything().split(encoded)
+                return TensorDataset(encoded_for(*parts, model.reading), labels), seconds
         return self._features(model, dataset, view, batch_size, **reading)
 
     def everything(

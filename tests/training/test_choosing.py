@@ -78,7 +78,7 @@ def test_what_is_judged_is_what_the_model_reads(key):
     net = backbone(key)
     model = create(net, num_classes=3)
     readings, x = choosing.readings_of(model), images(net, 2)
-    everything = choosing.Everything(model, readings)
+    everything = model.everything()
     parts = everything.split(everything.encode(x))
     assert len(set(readings)) == len(readings)
     for reading in readings:
