@@ -19,7 +19,7 @@ from lion_fast.files import output_folder, write_atomically
 from lion_fast.methods import TunedModel
 from lion_fast.options import sides
 from lion_fast.studies import experiment, markdown, plots
-from lion_fast.studies.grid import Item, make_grid
+from lion_fast.studies.grid import CHOSEN, Item, make_grid
 from lion_fast.studies.rows import NAME, Store, read_rows
 from lion_fast.studies.runner import tell
 from lion_fast.studies.tables import Results
@@ -64,7 +64,6 @@ def colour(name: str, source: str | os.PathLike, **sizes: int) -> dict[str, Any]
 
 SETS = ("mnist-5k", "furniture", "pictures")
 PLOTS = ("accuracy_over_epochs.png", "accuracy_against_parameters.png", "solver.png")
-READS = ("at", "grid", "pooled", "state_dim")
 TUNING = """
 The probe's learning rate was chosen on the validation images of seed 0 among 0.003, 0.01 and 0.03, on both
 sets. LION's rate and decay are those of its presets, chosen on validation images of other draws
@@ -262,7 +261,7 @@ def _about(results: Results, about: Mapping[str, Any], rows: Sequence[Mapping[st
     for label in others:
         found, _ = results.difference(rows[0]["backbone"], rows[0]["set"], label, first)
         told.append(f"{label} minus {first}: {found.point:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
-    reads = ", ".join(f"{name} {options[name]}" for name in READS if options.get(name) is not None)
+    reads = ", ".join(f"{name} {options[name]}" for name in CHOSEN if options.get(name) is not None)
     return f"""- {rows[0]["set"]} ({about["source"]}), at {weights["img_size"]} px: {about["draw"]};
   {about["split"]}.
   {sizes["train"]} training, {sizes["val"]} validation and {sizes["test"]} test images, which give an

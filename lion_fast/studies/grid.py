@@ -19,6 +19,7 @@ from lion_fast.training.config import FREE_ON_RESUME, TrainConfig
 from lion_fast.training.settings import DataSettings
 
 STAGES = ("tune", "final")
+CHOSEN = ("at", "grid", "pooled", "state_dim")
 MONITORS = ("accuracy", "balanced_accuracy")
 _GRID = [
     "name", "note", "backbones", "sets", "seeds", "tuning_seeds", "train", "methods", "first", "reference",
@@ -197,8 +198,13 @@ class Grid:
 
 
 def same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two models' options, as recorded, agree where both have a value."""
-    both = (name for name in one.keys() & other.keys() if None not in (one[name], other[name]))
+    """Whether two models' options, as recorded, agree where both have a value.
+
+    What `fit` chooses with reading="auto" is another in every run, and is left out.
+    """
+    chosen = CHOSEN if "auto" in (one.get("reading"), other.get("reading")) else ()
+    names = (one.keys() & other.keys()).difference(chosen)
+    both = (name for name in names if None not in (one[name], other[name]))
     return all(one[name] == other[name] for name in both)
 
 

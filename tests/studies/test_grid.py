@@ -8,7 +8,7 @@ from training_helpers import write_images
 
 from lion_fast.errors import OptionError
 from lion_fast.studies import experiment, report
-from lion_fast.studies.grid import make_grid, read_grid
+from lion_fast.studies.grid import make_grid, read_grid, same_options
 from lion_fast.studies.rows import read_rows
 from lion_fast.studies.tables import Results
 
@@ -122,3 +122,10 @@ def test_configurations_are_the_product_and_the_first_of_equals_is_chosen(images
 def test_the_grids_of_the_repository_are_valid():
     for path in (Path(__file__).parents[2] / "bench" / "accuracy").glob("*.yaml"):
         assert read_grid(path).name == path.stem
+
+
+def test_what_a_run_chose_for_itself_is_no_difference_of_options():
+    one = {"reading": "auto", "at": 4, "grid": 1, "pooled": False, "state_dim": 16, "gamma": 0.8}
+    assert same_options(one, one | {"at": [4, 11], "grid": 2, "pooled": True, "state_dim": 64})
+    assert not same_options(one, one | {"gamma": 0.9})
+    assert not same_options(one | {"reading": "fixed"}, one | {"reading": "fixed", "at": 8})
