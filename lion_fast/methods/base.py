@@ -159,9 +159,8 @@ class TunedModel(nn.Module):
         self.backbone = backbone
         self.num_classes = num_classes
         self.classes: list[str] | None = None
-        self.chosen: dict[str, Any] | None = (
-            None  # how open options were chosen, as `training.choosing` says it
-        )
+        # how open options were chosen, as `training.choosing` says it
+        self.chosen: dict[str, Any] | None = None
         self.pool = pool
         self.options: dict[str, Any] = {}
         self.record(pool=pool, head_bias=head_bias)

@@ -153,6 +153,14 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     return description, state
 
 
+def _is_choice(chosen: dict) -> bool:
+    kinds = {"words": str, "at": list, "folds": int, "images": int, "loss": (int, float)}
+    alone = chosen.get("features_alone", "")
+    return all(isinstance(chosen.get(name), kind) for name, kind in kinds.items()) and (
+        alone is None or isinstance(alone, (int, float))
+    )
+
+
 def _check_fields(path: Path, description: dict) -> None:
     """Foreign content gets a message and not a KeyError; a name or option reaches no code unchecked."""
     wanted = {
@@ -172,6 +180,9 @@ def _check_fields(path: Path, description: dict) -> None:
         raise AdapterError(
             f"{path}: classes are not num_classes={shown(number)} names; save the adapter again"
         )
+    chosen = description.get("chosen")
+    if chosen is not None and not (isinstance(chosen, dict) and _is_choice(chosen)):
+        raise AdapterError(f"{path}: chosen does not say how a reading was chosen; save the adapter again")
     backbone = description["backbone"]
     if not isinstance(backbone.get("name"), str) or not isinstance(backbone.get("sha256"), str):
         raise AdapterError(f"{path}: the backbone lacks its name or sha256; save the adapter again")

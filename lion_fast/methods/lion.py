@@ -179,6 +179,7 @@ class LionModel(ReadingModel):
 
     def settle(self, chosen: Mapping[str, Any], seed: int) -> None:
         self.state_dim = chosen.get("state_dim") or self.state_dim
+        check_whole("state_dim", self.state_dim, most=WIDEST)
         self.record(state_dim=self.state_dim)
         super().settle({name: value for name, value in chosen.items() if name != "state_dim"}, seed)
 

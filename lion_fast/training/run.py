@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lion_fast.errors import CheckpointError, WriteError, check_kind, check_path
+from lion_fast.errors import CheckpointError, LionError, WriteError, check_kind, check_path
 from lion_fast.files import output_folder, say_once
 from lion_fast.training import checkpoints, choosing
 from lion_fast.training.accelerator import make_accelerator
@@ -127,8 +127,13 @@ def _settle(model, splits, config, store, checkpoint, accelerator, bar, leave) -
         from accelerate.utils import broadcast_object_list
 
         (chosen,) = broadcast_object_list([chosen])
-    values = {name: chosen[name] for name in ("at", "grid", "pooled", "state_dim") if name in chosen}
-    model.settle(values, derive_seed(config.seed, "settle"))
+    try:
+        values = {name: chosen[name] for name in ("at", "grid", "pooled", "state_dim") if name in chosen}
+        model.settle(values, derive_seed(config.seed, "settle"))
+    except (LionError, TypeError) as error:  # a checkpoint that somebody changed
+        if checkpoint is None:
+            raise
+        raise checkpoints.unusable(checkpoint.path, error) from error
     model.chosen = chosen
     return chosen
 

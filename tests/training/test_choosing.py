@@ -1,5 +1,6 @@
 """Which maps a head reads: candidates, their judging by held-out images, the rule, and a run that chooses."""
 
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from method_helpers import FAMILIES, backbone, images
 from training_helpers import QUICK, Tensors, same_bits, tiny_backbone
 
 import lion_fast
-from lion_fast.errors import DataError
+from lion_fast.errors import AdapterError, DataError
 from lion_fast.methods import create
 from lion_fast.methods.reading import Reading
 from lion_fast.training import FeatureStore, TrainConfig, TrainingError, checkpoints, choosing, features, fit
@@ -364,3 +365,12 @@ def test_a_store_takes_what_was_made_for_the_choice():
     assert items.reads == [1] * 12
     assert torch.equal(kept.tensors[0], features.encode(model, items, CONFIG.batch_size).tensors[0])
     assert torch.equal(kept.tensors[1], items.labels)
+
+
+@pytest.mark.parametrize("wrong", [3, {}, {"words": "block 1"}, {"at": [1], "loss": "low"}])
+def test_a_choice_that_no_run_wrote_is_refused(wrong, tmp_path):
+    create(tiny_backbone(), num_classes=3).save_adapter(tmp_path)
+    path = tmp_path / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chosen": wrong}))
+    with pytest.raises(AdapterError, match="chosen"):
+        lion_fast.load_adapter(tmp_path, tiny_backbone())
