@@ -180,9 +180,13 @@ def _tell_start(settings: Settings, model: "TunedModel", splits: "Splits") -> No
     for name, told in changed.items():
         default = defaults.get(name, told["default"])
         say(f"  {name}: {in_words(told['value'])} [{in_words(default)}], from {told['from']}")
+    trained = (
+        f"{model.num_trainable():,} trained parameters, {model.num_trainable(head=True):,} with the head"
+    )
     say(
-        f"{model.method} on {model.backbone.name}: {model.num_trainable():,} trained parameters, "
-        f"{model.num_trainable(head=True):,} with the head; {sizes['train']:,} training, "
+        f"{model.method} on {model.backbone.name}: "
+        f"{'what it reads is chosen on the training images' if model.open else trained}; "
+        f"{sizes['train']:,} training, "
         f"{sizes['val']:,} validation, {sizes['test']:,} test images, {len(splits.classes)} classes"
     )
 
@@ -229,8 +233,14 @@ def _test(settings: Settings, model: "TunedModel", splits: "Splits") -> dict | N
 
 
 def _tell_end(result: dict, fitted: "FitResult") -> None:
+    from lion_fast.training.choosing import in_words
+
     best, test = fitted.history[fitted.best_epoch - 1], result["test"]
     print(f"adapter: {result['adapter']} (epoch {fitted.best_epoch} of {fitted.epochs})")
+    if fitted.chosen:
+        counts = result["parameters"]
+        told = f"{counts['kept']:,} trained parameters, {counts['with_head']:,} with the head"
+        print(f"{in_words(fitted.chosen)}; {told}")
     if "val_accuracy" in best:
         print(
             f"validation: accuracy {best['val_accuracy']:.4f}, balanced {best['val_balanced_accuracy']:.4f}"
