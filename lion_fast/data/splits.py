@@ -78,7 +78,8 @@ def load_data(
     task folder (train800.txt, ...); an FGVC folder (train.json, test.json; or the published lists of CUB,
     NABirds and Stanford Dogs); a CSV file with the columns path,label[,split][,group][,domain], paths
     relative to its own folder; or one of `lion_fast.data.OFFLINE`: "fashion-mnist", "mnist-5k", "elpv",
-    "digits", "deepsky5", "furniture10", "ifct9", "tux", "emoji", "openclipart22".
+    "digits", "deepsky5", "furniture10", "ifct9", "tux", "emoji", "openclipart22", "shapes-position",
+    "shapes-count", "shapes-connected".
 
     val, test: share of the images when the source has no such split, stratified and seeded; 0 for
     none. A source with its own train and test split gives `val` from its training images; one with train

@@ -40,7 +40,7 @@ class DataSettings(Options):
     data: str | None = setting(
         None,
         "image folder, CSV file, or fashion-mnist, mnist-5k, elpv, digits, deepsky5, furniture10, ifct9, "
-        "tux, emoji, openclipart22",
+        "tux, emoji, openclipart22, shapes-position, shapes-count, shapes-connected",
     )
     val: float = setting(0.2, "share of validation images where the data has no such split", least=0, below=1)
     test: float = setting(0.2, "share of test images where the data has no such split", least=0, below=1)
